@@ -1,0 +1,34 @@
+# Two commands for a new user: `make demo` and `make test`. Both create the environment themselves;
+# the machine needs Python 3.11, git and make, nothing else.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Two OpenMP threads on a half-busy machine are slower than one.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test test-all lint clean
+
+demo: $(INSTALLED)
+	$(BIN)/compress --criterion relevance --model resnet18 --data digits --sparsity 0.6 --out runs/demo --overwrite
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED) lint
+	$(BIN)/python -m pytest -m ""
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.5"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,101 @@
+"""Every exception that compressor raises on purpose.
+
+    CompressorError
+    ├── InputError                  something that was typed or passed cannot be used
+    │   ├── UnknownNameError        a model, criterion, data set, ... that does not exist; says what is close
+    │   ├── RangeError              a number outside its range
+    │   └── RunFolderError          the run folder is already there, or is not one
+    ├── DataError                   a data folder is missing, empty or broken
+    ├── TraceError                  the model did not run on the example inputs
+    ├── CutError                    a cut was refused; model and optimizer are as they were
+    ├── BudgetError                 the asked sparsity cannot be reached; names what blocks it
+    ├── ArtifactError               a model file is damaged, foreign, or of another model
+    └── ParityError                 the exported model does not give the same outputs
+
+The text of a message lives in its class: the caller passes facts, not prose. Every message says what came, why we
+cannot go on, and what to type instead. The command line prints it without a traceback and exits with 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class CompressorError(Exception):
+    """Base of every exception in this module."""
+
+
+class InputError(CompressorError, ValueError):
+    """Something that was typed or passed cannot be used; the message says what to pass instead."""
+
+
+class UnknownNameError(InputError):
+    """A name that is not in the table it was looked up in."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        known = sorted(known)
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+        listed = ", ".join(known) if len(known) <= 20 else ", ".join(known[:20]) + ", ..."
+        advice = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {listed}"
+        super().__init__(f"unknown {kind} {name!r}: {advice}{'; ' + hint if hint else ''}")
+
+
+class RangeError(InputError):
+    """A number outside the range in which it means something."""
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        super().__init__(f"{name} = {value} is out of range: give {name} in {allowed}")
+
+
+class RunFolderError(InputError):
+    """The run folder cannot be used as it is."""
+
+
+class DataError(CompressorError):
+    """A data folder is missing, empty or holds something that cannot be read."""
+
+
+class TraceError(CompressorError):
+    """The model did not run on the example inputs; the model's own error is the cause."""
+
+    def __init__(self, model: str, shapes: str, where: str, cause: BaseException) -> None:
+        at = f" at module {where!r}" if where else ""
+        super().__init__(
+            f"{model} does not run on the example inputs {shapes}{at}: {type(cause).__name__}: {cause}; "
+            "pass example_inputs that model(example_inputs) accepts"
+        )
+
+
+class CutError(CompressorError):
+    """A cut was refused. The model and the optimizer are bit for bit as they were.
+
+    Attributes:
+        groups: names of the groups that cannot be cut as asked, so that a caller can go on without them.
+        reason: why, in words; the reason that those groups get when they are frozen.
+    """
+
+    def __init__(self, reason: str, groups: Sequence[str] = ()) -> None:
+        self.reason, self.groups = reason, tuple(groups)
+        names = f" (group {', '.join(self.groups)})" if groups else ""
+        super().__init__(f"cut refused{names}: {reason}; nothing was changed")
+
+
+class BudgetError(CompressorError):
+    """The asked sparsity cannot be reached; what blocks it, and the best that can be."""
+
+    def __init__(self, measure: str, asked: float, best: float, blocked: Sequence[str]) -> None:
+        self.measure, self.asked, self.best, self.blocked = measure, asked, best, tuple(blocked)
+        why = "".join(f"\n  - {line}" for line in blocked)
+        super().__init__(
+            f"cannot remove {asked:.1%} of the {measure}: at most {best:.1%} can go; "
+            f"ask for --sparsity {int(best * 1000) / 1000:g} or less. What blocks it:{why or ' nothing is left to cut'}"
+        )
+
+
+class ArtifactError(CompressorError):
+    """A model file is damaged, foreign, or belongs to another model."""
+
+
+class ParityError(CompressorError):
+    """The exported ONNX file does not give the model's outputs; the file is kept for inspection."""

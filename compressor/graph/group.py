@@ -1,0 +1,203 @@
+"""The vocabulary of the channel graph: what a channel, a group and a member are.
+
+A *channel* is the smallest thing that can be cut. A *group* is a set of `C` channels that live on the same tensor
+dimensions; each such dimension is a *member* of the group. Read this file first: everything else scores groups,
+chooses among their channels, or cuts them.
+
+Shape letters: C channels of a group; K positions that one channel holds along a dimension; F values of one channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Role = Literal["producer", "consumer", "follower"]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One tensor dimension on which a group lives.
+
+    Attributes:
+        tensor: name of a parameter or buffer, as in `model.state_dict()`.
+        dim: the dimension of that tensor.
+        positions: `(C, K)` int64; row `c` lists the indices along `dim` that belong to channel `c`. A plain convolution
+            has `K = 1`, a Linear behind a flatten `K = H * W`, a concatenation an offset.
+        role: "producer" on the output side of a weight, "consumer" on its input side, "follower" for everything that
+            scales or shifts channel by channel (BatchNorm, biases, depthwise kernels).
+    """
+
+    tensor: str
+    dim: int
+    positions: Tensor
+    role: Role
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Give what each channel holds of `tensor`, one channel a row: `(C, K * numel / size(dim))`."""
+        picked = tensor.movedim(self.dim, 0).flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
+        return picked[self.positions.to(tensor.device)].flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class ConsumerInput:
+    """Where a consumer's module sees the channels of a group: the place to exclude a channel or to watch it.
+
+    Attributes:
+        weight: name of the consuming weight; the module that owns it is `module`.
+        dim: channel dimension of the module's first input tensor; negative, counted from the end.
+        positions: `(C, K)` int64, the indices along `dim` of that input. They differ from the weight's own positions
+            where a grouped convolution sees several blocks.
+    """
+
+    weight: str
+    dim: int
+    positions: Tensor
+
+    @property
+    def module(self) -> str:
+        """Qualified name of the module that owns the weight."""
+        return self.weight.rpartition(".")[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Channels that must be kept or cut on all their members at once.
+
+    Attributes:
+        name: stable and unique within the graph; the module of the first producer.
+        size: `C`, the number of channels.
+        members: every tensor dimension that a cut of this group narrows.
+        inputs: where consumers see these channels.
+        exact: silencing a channel and cutting it give the same output. False behind LayerNorm, a softmax over
+            channels, and other operations that mix the channels of the group without a weight.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    inputs: tuple[ConsumerInput, ...] = ()
+    exact: bool = True
+
+    def of_role(self, role: Role) -> tuple[Member, ...]:
+        """Give the members of one role, in the order in which the model uses them."""
+        return tuple(member for member in self.members if member.role == role)
+
+    def rows(self, tensors: Mapping[str, Tensor], role: Role = "producer") -> Tensor:
+        """Give each channel's values in all members of a role, one channel a row: `(C, F)`.
+
+        This is the geometry that no criterion has to know. Members whose tensor is missing from `tensors`, and
+        one-dimensional producers (biases) beside a weight, are left out.
+
+        Args:
+            tensors: values (or gradients) by name.
+            role: which members; a group without any of this role gives its followers' rows instead.
+        """
+        chosen = [member for member in self.of_role(role) if member.tensor in tensors]
+        chosen = chosen or [member for member in self.members if member.tensor in tensors]
+        rows = [member.rows(tensors[member.tensor]).float() for member in chosen]
+        return torch.cat(rows, dim=1) if rows else torch.zeros(self.size, 0)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Channels that cannot be cut, and why.
+
+    Attributes:
+        tensor: name of the parameter or buffer.
+        dim: its dimension.
+        reason: which operation, in which module, at which shape, forbids the cut.
+        count: how many positions along `dim` are frozen.
+    """
+
+    tensor: str
+    dim: int
+    reason: str
+    count: int = 0
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The size of an axis after any cut: `fixed + sum(per_channel[name] * kept channels of group name)`."""
+
+    fixed: int
+    per_channel: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a cost in closed form: `constant * product of extents`."""
+
+    constant: int
+    extents: tuple[Extent, ...]
+
+
+@dataclass(frozen=True)
+class Offset:
+    """Where a constant on a weight's output can be put: `tensor += sign * constant` (a bias, or a running mean)."""
+
+    tensor: str
+    sign: Literal[1, -1]
+
+
+@dataclass(eq=False)
+class ChannelGraph:
+    """Which channels of a model go together. Made by `compressor.trace`, changed only by `compressor.cut`.
+
+    Attributes:
+        model: the traced model itself, not a copy.
+        example_inputs: what the model was run on; a cut is checked on them.
+        groups: the groups that can be cut, in the order in which the model uses them.
+        frozen: dimensions that cannot be cut, each with its reason.
+        params, macs: terms whose sum is the number of parameters, and of multiply-adds for the example inputs.
+        offsets: by weight name, where the mean of a removed input channel can be folded.
+        notes: what the user should know about the trace (a fall-back to real tensors, say).
+    """
+
+    model: nn.Module
+    example_inputs: Any
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    params: tuple[Term, ...] = ()
+    macs: tuple[Term, ...] = ()
+    offsets: Mapping[str, Offset] = field(default_factory=lambda: MappingProxyType({}))
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Group:
+        """Give the group called `name`; KeyError if there is none."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise KeyError(name)
+
+    def sizes(self) -> dict[str, int]:
+        """Give the number of channels of every group, by name."""
+        return {group.name: group.size for group in self.groups}
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """What a criterion may look at: detached values of a model's tensors at one moment.
+
+    Attributes:
+        values: parameters and buffers by name.
+        gradients: gradients of parameters by name; empty where none were gathered.
+        generator: source of randomness for criteria that draw; seeded by the caller.
+    """
+
+    values: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    generator: torch.Generator | None = None
+
+    @staticmethod
+    def of(model: nn.Module, generator: torch.Generator | None = None) -> Snapshot:
+        """Take the model's parameters, buffers and present gradients, without copying them."""
+        named = dict(model.named_parameters())
+        values = {name: tensor.detach() for name, tensor in [*named.items(), *model.named_buffers()]}
+        gradients = {name: p.grad.detach() for name, p in named.items() if p.grad is not None}
+        return Snapshot(values, gradients, generator)
