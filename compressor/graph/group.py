@@ -157,6 +157,7 @@ class ChannelGraph:
         params, macs: terms whose sum is the number of parameters, and of multiply-adds for the example inputs.
         offsets: by weight name, where the mean of a removed input channel can be folded.
         notes: what the user should know about the trace (a fall-back to real tensors, say).
+        trail: every operation of the trace, against which a cut is held (`compressor.graph.trail.Trail`).
     """
 
     model: nn.Module
@@ -167,6 +168,7 @@ class ChannelGraph:
     macs: tuple[Term, ...] = ()
     offsets: Mapping[str, Offset] = field(default_factory=lambda: MappingProxyType({}))
     notes: tuple[str, ...] = ()
+    trail: Any = None
 
     def __getitem__(self, name: str) -> Group:
         """Give the group called `name`; KeyError if there is none."""

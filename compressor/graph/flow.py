@@ -1,0 +1,200 @@
+"""What a rule may do: read the axes of tensors, tie them, freeze them, and note roles and costs.
+
+`Flow` is the notebook of one trace. The tracer fills in which operation runs and in which module; a rule (see
+`compressor.graph.rules`) reads the axes of the operation's inputs and gives the axes of its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from compressor.graph.axes import FIXED, FREE, Axis, IntArray, Labels, blank
+from compressor.graph.group import Offset, Role
+
+Axes = tuple[Axis, ...]
+
+
+class Source(NamedTuple):
+    """One dimension of a parameter or buffer."""
+
+    tensor: str
+    dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """An input of a module where a consumer sees channels: dimension `dim` (negative) carries `axis`."""
+
+    weight: str
+    dim: int
+    axis: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class Cost:
+    """Multiply-adds of one operation: `constant` times the sizes of these labelled axes."""
+
+    constant: int
+    axes: tuple[IntArray, ...]
+
+
+@dataclass(eq=False)
+class Known:
+    """What the trace knows of one tensor.
+
+    Attributes:
+        axes: one entry per dimension.
+        weight: the parameter or buffer it is a view or function of, where it depends on nothing else.
+        made_by: the weight whose operation made it, as long as nothing else happened to it.
+    """
+
+    axes: Axes
+    weight: str | None = None
+    made_by: str | None = None
+
+
+@dataclass(eq=False)
+class Flow:
+    """The notebook of one trace."""
+
+    labels: Labels = field(default_factory=Labels)
+    sources: dict[Source, IntArray] = field(default_factory=dict)
+    parameters: dict[str, Axes] = field(default_factory=dict)
+    roles: dict[Source, Role] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+    offsets: dict[str, Offset] = field(default_factory=dict)
+    kernels: set[Source] = field(default_factory=set)
+    op: str = ""
+    module: str = ""
+    _known: dict[int, Known] = field(default_factory=dict)
+    _alive: list[Tensor] = field(default_factory=list)
+    _starts: list[int] = field(default_factory=list)
+    _ordered: list[Source] = field(default_factory=list)
+    _uses: dict[int, int] = field(default_factory=dict)
+
+    # -- tensors
+
+    def know(self, tensor: Tensor, known: Known) -> None:
+        """Remember what is known of a tensor; the tensor is kept alive so that its id stays its own."""
+        if id(tensor) not in self._known:
+            self._alive.append(tensor)
+        self._known[id(tensor)] = known
+
+    def known(self, tensor: Tensor) -> Known:
+        """Give what is known of a tensor; a tensor never seen is a constant without channels."""
+        found = self._known.get(id(tensor))
+        return found or Known(tuple(blank(size) for size in tensor.shape))
+
+    def axes(self, tensor: Tensor) -> Axes:
+        """Give the axes of a tensor, one per dimension."""
+        return self.known(tensor).axes
+
+    def weight(self, tensor: Tensor) -> str | None:
+        """Give the name of the parameter that a tensor is made of alone, or None for activations and constants."""
+        return self.known(tensor).weight
+
+    def enter(self, tensor: Tensor, name: str, shape: Sequence[int]) -> None:
+        """Give labels to every dimension of a parameter or buffer, the first time it is used."""
+        axes = tuple(FREE if size == 1 else self._source(Source(name, dim), size) for dim, size in enumerate(shape))
+        self.parameters[name] = axes
+        self.know(tensor, Known(axes, weight=name))
+
+    def _source(self, source: Source, size: int) -> IntArray:
+        labels = self.sources[source] = self.labels.new(size)
+        self._starts.append(int(labels[0]))
+        self._ordered.append(source)
+        return labels
+
+    def source(self, axis: Axis) -> Source | None:
+        """Give the parameter dimension whose labels these are (all or some of them), if they are a parameter's own."""
+        if not isinstance(axis, np.ndarray):
+            return None
+        index = int(np.searchsorted(self._starts, axis[0], side="right")) - 1
+        source = self._ordered[index] if index >= 0 else None
+        inside = source and axis[0] <= self.sources[source][-1]
+        return source if inside else None
+
+    # -- channels
+
+    def tie(self, *axes: Axis) -> Axis:
+        """Tie axes position by position and give the common axis. What meets a FIXED axis is frozen."""
+        arrays = [axis for axis in axes if isinstance(axis, np.ndarray)]
+        if any(axis is FIXED for axis in axes):
+            for array in arrays:
+                self.freeze(array, "meets an axis without channels (batch, space, model input or a constant)")
+            return FIXED if not arrays else arrays[0]
+        for array in arrays[1:]:
+            self.labels.tie(arrays[0], array)
+        return arrays[0] if arrays else FREE
+
+    def freeze(self, axes: Axis | Iterable[Axis], why: str) -> None:
+        """Forbid every cut of these channels; the reason names the operation and the module."""
+        reason = f"{self.op} in {self.module or 'the model'}: {why}" if self.op else why
+        for axis in [axes] if isinstance(axes, np.ndarray) or not isinstance(axes, Iterable) else axes:
+            self.labels.freeze(axis, reason)
+
+    def no_channels(self, axes: Iterable[Axis]) -> None:
+        """Note parameter dimensions that are no channels at all (the extent of a kernel): not worth a report."""
+        for axis in axes:
+            self.labels.freeze(axis, "not a channel dimension")
+            source = self.source(axis)
+            if source:
+                self.kernels.add(source)
+
+    def rectangle(self, axis: Axis, rows: int, tie: int) -> Axis:
+        """Read an axis as `(rows, len // rows)`, tie along dimension `tie` (0: down the columns, 1: along the rows).
+
+        Gives the labels of what is left: one per column, or one per row.
+        """
+        if not isinstance(axis, np.ndarray):
+            return axis
+        block = axis.reshape(rows, -1)
+        first = np.take(block, [0], axis=tie)
+        self.labels.tie(np.broadcast_to(first, block.shape).ravel(), block.ravel())
+        return np.ascontiguousarray(first).ravel()
+
+    # -- roles, sites and costs
+
+    def produce(self, axis: Axis) -> None:
+        """Note that this axis of a weight is its output side."""
+        self._role(axis, "producer")
+
+    def consume(self, axis: Axis) -> None:
+        """Note that this axis of a weight is its input side."""
+        self._role(axis, "consumer")
+
+    def _role(self, axis: Axis, role: Role) -> None:
+        source = self.source(axis)
+        if source:
+            self.roles.setdefault(source, role)
+
+    def see(self, weight: str | None, dim: int, axis: Axis) -> None:
+        """Note that the module that owns `weight`, and is running now, sees these channels on dimension `dim`."""
+        seen = any(site.weight == weight for site in self.sites)
+        if weight and not seen and weight.rpartition(".")[0] == self.module and isinstance(axis, np.ndarray):
+            self.sites.append(Site(weight, dim, axis))
+
+    def cost(self, constant: int, axes: Iterable[tuple[Axis, int]]) -> None:
+        """Note `constant` times the product of axes, each given with its size now."""
+        arrays = []
+        for axis, size in axes:
+            if isinstance(axis, np.ndarray):
+                arrays.append(axis)
+            else:
+                constant *= size
+        self.costs.append(Cost(constant, tuple(arrays)))
+
+    def uses(self, tensor: Tensor) -> int:
+        """Give how many operations have read a tensor so far."""
+        return self._uses.get(id(tensor), 0)
+
+    def use(self, tensors: Iterable[Tensor]) -> None:
+        """Count one more reader for each of these tensors."""
+        for tensor in tensors:
+            self._uses[id(tensor)] = self._uses.get(id(tensor), 0) + 1

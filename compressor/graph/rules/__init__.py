@@ -1,0 +1,33 @@
+"""How channels flow through one operation: one plain function per op, all in one visible dict.
+
+A rule is `rule(flow, out, *args, **kwargs)`: `out` is the operation's result (its shape is what counts, it may have no
+data), the rest are the arguments that it got. It returns the axes of the result: a tuple of axes, or a list of such
+tuples where the operation returns several tensors. An operation in neither table is unknown: every channel that
+reaches it is frozen, by name and with the shape.
+
+Teach an operation:
+
+    compressor.RULES["aten.foo"] = my_rule
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MappingProxyType
+
+from compressor.graph.flow import Axes
+from compressor.graph.rules import contract, norm, pointwise, reduce, shape
+
+Rule = Callable[..., Axes | list[Axes]]
+
+RULES: dict[str, Rule] = {**pointwise.RULES, **contract.RULES, **norm.RULES, **reduce.RULES, **shape.RULES}
+
+IGNORED = MappingProxyType(
+    {
+        "aten._assert_async": "checks a value, returns nothing",
+        "aten._assert_scalar": "checks a value, returns nothing",
+        "aten._assert_tensor_metadata": "checks a type, returns nothing",
+        "aten.sym_size": "gives a number, no tensor",
+        "aten.record_stream": "memory management",
+    }
+)

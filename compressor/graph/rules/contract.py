@@ -1,0 +1,172 @@
+"""Operations that contract channels with a weight, or with another activation: convolutions and matrix products.
+
+Shape letters: B batch, C input channels, D output channels, G blocks of a grouped convolution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from compressor.graph.axes import FIXED, Axis, blank
+from compressor.graph.flow import Axes, Flow
+from compressor.graph.group import Offset
+
+
+def convolution(
+    flow: Flow,
+    out: Tensor,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Axes:
+    """`x` (B, C, ...) with `w` (D, C/G, ...), or (C, D/G, ...) where transposed."""
+    batch, channels, *space = flow.axes(x)
+    flow.freeze(space, "a kernel slides over this axis")
+    flow.no_channels(flow.axes(w)[2:])
+    made = _conv_channels(flow, channels, w, transposed, groups, blocks=x.shape[1] == groups > 1)
+    if bias is not None:
+        made = flow.tie(made, *flow.axes(bias))
+    flow.see(flow.weight(w), -1 - len(space), channels)
+    _remember_offset(flow, w, bias)
+    places = (x if transposed else out).shape
+    sizes = [(flow.axes(w)[dim], w.shape[dim]) for dim in (0, 1)]
+    flow.cost(math.prod(places[2:]) * math.prod(w.shape[2:]), [(batch, x.shape[0]), *sizes])
+    return (batch, made, *[FIXED] * len(space))
+
+
+def _conv_channels(flow: Flow, channels: Axis, w: Tensor, transposed: bool, groups: int, blocks: bool) -> Axis:
+    """Tie the input channels to the weight and give the output's channel axis."""
+    first, second = flow.axes(w)[:2]
+    if blocks and not transposed:
+        return _depthwise(flow, channels, first, groups)
+    if transposed:
+        flow.tie(channels, first)
+        flow.rectangle(first, groups, tie=0)
+        flow.consume(first)
+        flow.produce(second)
+        return second if groups == 1 else _tiled(second, groups)
+    flow.tie(flow.rectangle(channels, groups, tie=0), second)
+    flow.rectangle(first, groups, tie=0)
+    flow.consume(second)
+    flow.produce(first)
+    return first
+
+
+def _depthwise(flow: Flow, channels: Axis, first: Axis, groups: int) -> Axis:
+    """One filter, or a few, for every input channel: the output's channels are the input's."""
+    flow.tie(channels, flow.rectangle(first, groups, tie=1))
+    return first
+
+
+def _tiled(axis: Axis, times: int) -> Axis:
+    return np.tile(axis, times) if isinstance(axis, np.ndarray) else FIXED
+
+
+def _remember_offset(flow: Flow, w: Tensor, bias: Tensor | None) -> None:
+    weight, target = flow.weight(w), flow.weight(bias) if bias is not None else None
+    if weight and target:
+        flow.offsets[weight] = Offset(target, 1)
+
+
+def mm(flow: Flow, out: Tensor, a: Tensor, b: Tensor) -> Axes:
+    """`a` (..., n, k) times `b` (..., k, m), with equal leading dimensions."""
+    *batch_a, rows, inner_a = flow.axes(a)
+    *batch_b, inner_b, columns = flow.axes(b)
+    flow.tie(inner_a, inner_b)
+    if flow.weight(b):
+        flow.consume(inner_b)
+        flow.produce(columns)
+        flow.see(flow.weight(b), -1, inner_a)
+    elif flow.weight(a):
+        flow.consume(inner_a)
+        flow.produce(rows)
+    else:
+        flow.labels.mark_mixed(inner_a)
+        flow.labels.mark_mixed(inner_b)
+    batch = [flow.tie(first, second) for first, second in zip(batch_a, batch_b, strict=True)]
+    shapes = [*zip(batch, a.shape, strict=False), (rows, a.shape[-2]), (inner_b, a.shape[-1]), (columns, b.shape[-1])]
+    flow.cost(1, shapes)
+    return (*batch, rows, columns)
+
+
+def addmm(flow: Flow, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, **_: object) -> Axes:
+    """`bias + a @ b`, also in its batched form."""
+    axes = mm(flow, out, a, b)
+    _remember_offset(flow, b, bias)
+    missing = len(axes) - bias.dim()
+    tied = (flow.tie(axis, other) for axis, other in zip(axes[missing:], flow.axes(bias), strict=True))
+    return (*axes[:missing], *tied)
+
+
+def linear(flow: Flow, out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Axes:
+    """`x` (..., C) with `w` (D, C)."""
+    *rest, inner = flow.axes(x)
+    made, taken = flow.axes(w)
+    flow.tie(inner, taken)
+    flow.consume(taken)
+    flow.produce(made)
+    flow.see(flow.weight(w), -1, inner)
+    _remember_offset(flow, w, bias)
+    flow.cost(1, [*zip(rest, x.shape, strict=False), (made, w.shape[0]), (taken, w.shape[1])])
+    return (*rest, flow.tie(made, *(flow.axes(bias) if bias is not None else ())))
+
+
+def mv(flow: Flow, out: Tensor, a: Tensor, b: Tensor) -> Axes:
+    """`a` (n, k) times the vector `b` (k,)."""
+    rows, inner = flow.axes(a)
+    flow.tie(inner, flow.axes(b)[0])
+    for tensor, axis in ((a, inner), (b, flow.axes(b)[0])):
+        if flow.weight(tensor):
+            flow.consume(axis)
+        else:
+            flow.labels.mark_inexact(axis)
+    flow.cost(1, [(rows, a.shape[0]), (inner, a.shape[1])])
+    return (rows,)
+
+
+def embedding(flow: Flow, out: Tensor, w: Tensor, indices: Tensor, *_: object) -> Axes:
+    """Rows of `w` (N, D) at `indices` (...)."""
+    flow.freeze(flow.axes(w)[0], "rows are looked up by index")
+    flow.produce(flow.axes(w)[1])
+    return (*flow.axes(indices), flow.axes(w)[1])
+
+
+def attention(
+    flow: Flow, out: Sequence[Tensor], q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object
+) -> list[Axes]:
+    """Fused attention: `q`, `k` (B, H, N, E) and `v` (B, H, N, F) give (B, H, N, F)."""
+    axes = [flow.axes(tensor) for tensor in (q, k, v)]
+    batch, heads = (flow.tie(*(each[dim] for each in axes)) for dim in (0, 1))
+    flow.labels.mark_mixed(flow.tie(axes[0][3], axes[1][3]))
+    for each in axes:
+        flow.freeze(each[2], "attention runs over this axis")
+    shape = [(batch, q.shape[0]), (heads, q.shape[1])]
+    flow.cost(q.shape[2] * k.shape[2], [*shape, (axes[0][3], q.shape[3])])
+    flow.cost(q.shape[2] * k.shape[2], [*shape, (axes[2][3], v.shape[3])])
+    first: Axes = (batch, heads, FIXED, axes[2][3])
+    return [first, *([tuple(blank(s) for s in t.shape) for t in out[1:] if isinstance(t, Tensor)])]
+
+
+RULES = {
+    "aten.convolution": convolution,
+    "aten.mm": mm,
+    "aten.bmm": mm,
+    "aten.addmm": addmm,
+    "aten.baddbmm": addmm,
+    "aten.linear": linear,
+    "aten.mv": mv,
+    "aten.embedding": embedding,
+    "aten._scaled_dot_product_flash_attention_for_cpu": attention,
+    "aten._scaled_dot_product_flash_attention": attention,
+    "aten._scaled_dot_product_efficient_attention": attention,
+}

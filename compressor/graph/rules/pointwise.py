@@ -1,0 +1,91 @@
+"""Operations that work position by position, with broadcasting: channels meet where positions meet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from compressor.graph.axes import FREE, Axis
+from compressor.graph.flow import Axes, Flow
+
+
+def pointwise(flow: Flow, out: Tensor, *args: object, **kwargs: object) -> Axes:
+    """Tie all inputs position by position. A broadcast axis of size one ties nothing."""
+    tensors = [tensor for tensor in _tensors([*args, *kwargs.values()]) if tensor.dim() > 0]
+    return tuple(_meet(flow, out.shape, tensors, dim) for dim in range(-out.dim(), 0))
+
+
+def _meet(flow: Flow, shape: tuple[int, ...], tensors: list[Tensor], dim: int) -> Axis:
+    return flow.tie(*(flow.axes(t)[dim] for t in tensors if t.dim() >= -dim and t.shape[dim] == shape[dim]))
+
+
+def _tensors(values: Iterable[object]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found.extend(_tensors(value))
+    return found
+
+
+def filled(flow: Flow, out: Tensor, *args: object, **kwargs: object) -> Axes:
+    """A new tensor with one value everywhere: its positions are whatever they meet (and it may be written to)."""
+    return tuple(FREE if size == 1 else flow.labels.fresh(size) for size in out.shape)
+
+
+def like(flow: Flow, out: Tensor, x: Tensor, *args: object, **kwargs: object) -> Axes:
+    """A tensor shaped like `x`, or `x` itself in another memory layout or type."""
+    return flow.axes(x)
+
+
+def channelwise_dropout(flow: Flow, out: tuple[Tensor, Tensor], x: Tensor, *args: object) -> list[Axes]:
+    """Dropout with its mask."""
+    return [flow.axes(x), flow.axes(x)]
+
+
+def prelu(flow: Flow, out: Tensor, x: Tensor, weight: Tensor) -> Axes:
+    """`weight` (C,) or (1,) along dimension 1 of `x`."""
+    axes = flow.axes(x)
+    if x.dim() < 2 or weight.numel() == 1:
+        return axes
+    slope = flow.axes(weight)[0] if weight.dim() == 1 else flow.axes(weight)[1]
+    return (axes[0], flow.tie(axes[1], slope), *axes[2:])
+
+
+def copy(flow: Flow, out: Tensor, x: Tensor, source: Tensor, *args: object) -> Axes:
+    """Write `source` into `x`, which may be a view of something larger."""
+    pointwise(flow, out, x, source)
+    return flow.axes(x)
+
+
+_UNARY = """
+abs acos acosh asin asinh atan atanh bernoulli bitwise_not ceil celu clamp clamp_max clamp_min cos cosh
+deg2rad digamma elu erf erfc erfinv exp exp2 expm1 floor frac gelu hardshrink hardsigmoid hardswish hardtanh
+isfinite isinf isnan leaky_relu lgamma log log10 log1p log2 log_sigmoid log_sigmoid_forward logical_not logit
+mish nan_to_num neg positive rad2deg reciprocal relu relu6 round rrelu rsqrt selu sgn sigmoid sign silu sin
+sinc sinh softplus softshrink sqrt square tan tanh threshold trunc
+"""
+_MANY = """
+add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copysign div eq floor_divide fmax fmin fmod ge gt
+heaviside hypot le lerp logaddexp logical_and logical_or logical_xor lt masked_fill maximum minimum mul ne
+nextafter pow remainder rsub sub true_divide where xlogy
+"""
+_FILLED = """
+empty empty_strided full new_empty new_empty_strided new_full new_ones new_zeros ones scalar_tensor zeros
+"""
+_LIKE = """
+_to_copy alias alpha_dropout clone contiguous detach dropout empty_like feature_dropout fill full_like lift
+lift_fresh lift_fresh_copy normal ones_like rand_like randn_like uniform zero zeros_like
+"""
+
+RULES = {
+    **{f"aten.{name}": pointwise for name in (_UNARY + " " + _MANY).split()},
+    **{f"aten.{name}": filled for name in _FILLED.split()},
+    **{f"aten.{name}": like for name in _LIKE.split()},
+    "aten.native_dropout": channelwise_dropout,
+    "aten._prelu_kernel": prelu,
+    "aten.prelu": prelu,
+    "aten.copy": copy,
+}

@@ -1,0 +1,304 @@
+"""Operations that move positions about: views, permutations, concatenation, slices. Index arithmetic on labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from compressor.graph.axes import FIXED, FREE, Axis, blank
+from compressor.graph.flow import Axes, Flow
+
+
+def view(flow: Flow, out: Tensor, x: Tensor, *args: object, **kwargs: object) -> Axes:
+    """Merge and split dimensions, one block of them at a time."""
+    axes: list[Axis] = [FREE] * out.dim()
+    for before, after in _blocks(x.shape, out.shape):
+        whole = flow.labels.merge([flow.axes(x)[dim] for dim in before], [x.shape[dim] for dim in before])
+        for dim, axis in zip(after, flow.labels.split(whole, [out.shape[dim] for dim in after]), strict=True):
+            axes[dim] = axis
+    return tuple(axes)
+
+
+def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Give the smallest runs of dimensions, of two shapes, that hold equally many elements; ones are skipped."""
+    left = [dim for dim, size in enumerate(before) if size != 1]
+    right = [dim for dim, size in enumerate(after) if size != 1]
+    while left and right:
+        a, b = [left.pop(0)], [right.pop(0)]
+        while (m := math.prod(before[dim] for dim in a)) != (n := math.prod(after[dim] for dim in b)):
+            a.append(left.pop(0)) if m < n else b.append(right.pop(0))
+        yield a, b
+
+
+def permute(flow: Flow, out: Tensor, x: Tensor, dims: Sequence[int]) -> Axes:
+    """Reorder dimensions."""
+    return tuple(flow.axes(x)[dim] for dim in dims)
+
+
+def transpose(flow: Flow, out: Tensor, x: Tensor, first: int = 0, second: int = 1) -> Axes:
+    """Swap two dimensions."""
+    axes = list(flow.axes(x))
+    if len(axes) > 1:
+        axes[first], axes[second] = axes[second], axes[first]
+    return tuple(axes)
+
+
+def expand(flow: Flow, out: Tensor, x: Tensor, *args: object, **kwargs: object) -> Axes:
+    """Repeat size-one dimensions, and add dimensions in front."""
+    return (*[FREE] * (out.dim() - x.dim()), *flow.axes(x))
+
+
+def repeat(flow: Flow, out: Tensor, x: Tensor, times: Sequence[int]) -> Axes:
+    """Lay copies of the tensor one behind the other."""
+    axes = expand(flow, out, x)
+    return tuple(np.tile(a, n) if isinstance(a, np.ndarray) else a for a, n in zip(axes, times, strict=True))
+
+
+def repeat_interleave(flow: Flow, out: Tensor, x: Tensor, times: object, dim: int | None = None, **_: object) -> Axes:
+    """Repeat every position `times` times in place."""
+    if dim is None or not isinstance(times, int):
+        return _give_up(flow, out, x, "repeated by a number that depends on data, or flattened")
+    return tuple(
+        np.repeat(axis, times) if index == dim % x.dim() and isinstance(axis, np.ndarray) else axis
+        for index, axis in enumerate(flow.axes(x))
+    )
+
+
+def cat(flow: Flow, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Axes:
+    """Join along `dim`; the other dimensions meet position by position."""
+    tensors = [tensor for tensor in tensors if tensor.dim() == out.dim()]
+    dim %= out.dim()
+    axes = [
+        _joined(flow, tensors, dim) if index == dim else flow.tie(*(flow.axes(tensor)[index] for tensor in tensors))
+        for index in range(out.dim())
+    ]
+    return tuple(axes)
+
+
+def _joined(flow: Flow, tensors: Sequence[Tensor], dim: int) -> Axis:
+    parts = [(flow.axes(tensor)[dim], tensor.shape[dim]) for tensor in tensors]
+    if not any(isinstance(axis, np.ndarray) for axis, _ in parts):
+        return FIXED
+    return np.concatenate([_positions(flow, axis, size) for axis, size in parts])
+
+
+def _positions(flow: Flow, axis: Axis, size: int) -> np.ndarray:
+    """Give labels even to positions that cannot be cut, so that they can stand beside others."""
+    if isinstance(axis, np.ndarray):
+        return axis
+    labels = flow.labels.fresh(size)
+    flow.freeze(labels, "stands beside channels but has none itself (padding, input or constant)")
+    return labels
+
+
+def pad(flow: Flow, out: Tensor, x: Tensor, widths: Sequence[int], *args: object) -> Axes:
+    """Add constant positions at the ends; a negative width takes positions away."""
+    axes = list(flow.axes(x))
+    for index in range(len(widths) // 2):
+        dim, before, after = x.dim() - 1 - index, widths[2 * index], widths[2 * index + 1]
+        axis = axes[dim]
+        if not isinstance(axis, np.ndarray):
+            axes[dim] = axis if before == after == 0 else FIXED
+            continue
+        axis = _cropped(flow, axis, max(-before, 0), len(axis) - max(-after, 0))
+        parts = [(_positions(flow, FIXED, width) if width > 0 else axis[:0]) for width in (before, after)]
+        axes[dim] = np.concatenate([parts[0], axis, parts[1]])
+    return tuple(axes)
+
+
+def stack(flow: Flow, out: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> Axes:
+    """Join along a new dimension."""
+    axes: list[Axis] = [flow.tie(*each) for each in zip(*(flow.axes(tensor) for tensor in tensors), strict=True)]
+    axes.insert(dim % out.dim(), FREE if len(tensors) == 1 else FIXED)
+    return tuple(axes)
+
+
+def split(flow: Flow, out: Sequence[Tensor], x: Tensor, sizes: object, dim: int = 0) -> list[Axes]:
+    """Cut a tensor into pieces along `dim`. Equal pieces stay equal: position j of each is one channel."""
+    axis, dim = flow.axes(x)[dim], dim % x.dim()
+    lengths = [piece.shape[dim] for piece in out]
+    if isinstance(axis, np.ndarray) and len(out) > 1:
+        if len(set(lengths)) == 1:
+            flow.rectangle(axis, len(out), tie=0)
+        else:
+            flow.freeze(axis, f"split into pieces of fixed sizes {lengths}")
+    ends = np.cumsum(lengths).tolist()
+    return [
+        _replaced(flow, x, dim, axis[end - size : end] if isinstance(axis, np.ndarray) else axis, size)
+        for end, size in zip(ends, lengths, strict=True)
+    ]
+
+
+def _replaced(flow: Flow, x: Tensor, dim: int, axis: Axis, size: int) -> Axes:
+    axes = list(flow.axes(x))
+    axes[dim] = axis if isinstance(axis, np.ndarray) else blank(size)
+    return tuple(axes)
+
+
+def unbind(flow: Flow, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> list[Axes]:
+    """Take every position along `dim` as a tensor of its own."""
+    return [select(flow, piece, x, dim, index) for index, piece in enumerate(out)]
+
+
+def select(flow: Flow, out: Tensor, x: Tensor, dim: int, index: int) -> Axes:
+    """Take one position along `dim`."""
+    axes = list(flow.axes(x))
+    flow.freeze(axes.pop(dim), "one position is taken by its number")
+    return tuple(axes)
+
+
+def slice_(
+    flow: Flow, out: Tensor, x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Axes:
+    """Take `start:end:step` along `dim`. Equal blocks stay equal; other bounds are fixed numbers, and hold."""
+    dim %= x.dim()
+    axis, size = flow.axes(x)[dim], x.shape[dim]
+    first, last, _ = slice(start, end, 1).indices(size)
+    if not isinstance(axis, np.ndarray) or (last - first == size and step == 1):
+        return _replaced(flow, x, dim, axis, out.shape[dim])
+    if step == 1:
+        return _replaced(flow, x, dim, _cropped(flow, axis, first, last), out.shape[dim])
+    if size % step or last - first + first % step != size:
+        flow.freeze(axis, f"every {step}th position is taken from {size}")
+    else:
+        flow.rectangle(axis, size // step, tie=1)
+    return _replaced(flow, x, dim, axis[first:last:step], out.shape[dim])
+
+
+def _cropped(flow: Flow, axis: np.ndarray, first: int, last: int) -> np.ndarray:
+    """Give a run of an axis; a run that is one of several equal blocks ties them, any other bound is a fixed number."""
+    size, width = len(axis), last - first
+    if width == size:
+        return axis
+    if width > 1 and size % width == 0 and first % width == 0:
+        flow.rectangle(axis, size // width, tie=0)
+    else:
+        flow.freeze(axis[:first] if last == size else axis[:last], f"positions {first} to {last} of {size} are taken")
+    return axis[first:last]
+
+
+def flip(flow: Flow, out: Tensor, x: Tensor, dims: Sequence[int]) -> Axes:
+    """Reverse the order of positions."""
+    turned = {dim % x.dim() for dim in dims}
+    return tuple(
+        axis[::-1] if dim in turned and isinstance(axis, np.ndarray) else axis for dim, axis in enumerate(flow.axes(x))
+    )
+
+
+def roll(flow: Flow, out: Tensor, x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Axes:
+    """Shift positions around; along channels the shift is a fixed number, so they stay."""
+    if not dims:
+        return _give_up(flow, out, x, "rolled as a flat sequence")
+    axes = list(flow.axes(x))
+    for shift, dim in zip(shifts, dims, strict=True):
+        flow.freeze(axes[dim], f"rolled by {shift} positions")
+        axis = axes[dim]
+        axes[dim] = np.roll(axis, shift) if isinstance(axis, np.ndarray) else axis
+    return tuple(axes)
+
+
+def index_select(flow: Flow, out: Tensor, x: Tensor, dim: int, index: Tensor) -> Axes:
+    """Take positions by a list of numbers, which a cut would not renumber."""
+    flow.freeze(flow.axes(x)[dim], "positions are taken by number")
+    return _replaced(flow, x, dim % x.dim(), FIXED, out.shape[dim])
+
+
+def index(flow: Flow, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> Axes:
+    """Advanced indexing: indexed dimensions are replaced by those of the (broadcast) indices."""
+    used = [dim for dim, each in enumerate(indices) if each is not None]
+    for dim in used:
+        flow.freeze(flow.axes(x)[dim], "positions are taken by number")
+    kept = [(dim, axis) for dim, axis in enumerate(flow.axes(x)) if dim not in used]
+    wide = out.dim() - len(kept)
+    together = used == list(range(used[0], used[0] + len(used)))
+    at = sum(dim < used[0] for dim, _ in kept) if together else 0
+    axes = [axis for _, axis in kept]
+    return (*axes[:at], *[FIXED] * wide, *axes[at:])
+
+
+def gather(flow: Flow, out: Tensor, x: Tensor, dim: int, *args: object, **_: object) -> Axes:
+    """Take values by position from every line."""
+    return _give_up(flow, out, x, "values are taken by position")
+
+
+def glu(flow: Flow, out: Tensor, x: Tensor, dim: int = -1) -> Axes:
+    """Multiply the first half by the sigmoid of the second."""
+    dim %= x.dim()
+    return _replaced(flow, x, dim, flow.rectangle(flow.axes(x)[dim], 2, tie=0), out.shape[dim])
+
+
+def channel_shuffle(flow: Flow, out: Tensor, x: Tensor, groups: int) -> Axes:
+    """Read channels as `(groups, C / groups)` and write them transposed."""
+    axes = list(flow.axes(x))
+    rows, columns = flow.labels.split(axes[1], [groups, x.shape[1] // groups])
+    axes[1] = flow.labels.merge([columns, rows], [x.shape[1] // groups, groups])
+    return tuple(axes)
+
+
+def pixel_shuffle(flow: Flow, out: Tensor, x: Tensor, factor: int) -> Axes:
+    """Move blocks of `factor * factor` channels into space."""
+    *front, channels, _, _ = flow.axes(x)
+    return (*front, flow.rectangle(channels, out.shape[-3], tie=1), FIXED, FIXED)
+
+
+def pixel_unshuffle(flow: Flow, out: Tensor, x: Tensor, factor: int) -> Axes:
+    """Move blocks of space into `factor * factor` channels each."""
+    *front, channels, _, _ = flow.axes(x)
+    made = np.repeat(channels, factor * factor) if isinstance(channels, np.ndarray) else channels
+    return (*front, made, FIXED, FIXED)
+
+
+def squeeze(flow: Flow, out: Tensor, x: Tensor, *args: object) -> Axes:
+    """Drop dimensions of size one; which ones shows in the result."""
+    if not args:
+        return tuple(axis for axis, size in zip(flow.axes(x), x.shape, strict=True) if size != 1)
+    dims = args[0] if isinstance(args[0], list | tuple) else [args[0]]
+    gone = {int(dim) % max(x.dim(), 1) for dim in dims}
+    return tuple(a for dim, (a, n) in enumerate(zip(flow.axes(x), x.shape, strict=True)) if dim not in gone or n != 1)
+
+
+def unsqueeze(flow: Flow, out: Tensor, x: Tensor, dim: int) -> Axes:
+    """Add a dimension of size one."""
+    axes = list(flow.axes(x))
+    axes.insert(dim % out.dim(), FREE)
+    return tuple(axes)
+
+
+def _give_up(flow: Flow, out: Tensor, x: Tensor, why: str) -> Axes:
+    flow.freeze(flow.axes(x), why)
+    return tuple(blank(size) for size in out.shape)
+
+
+RULES = {
+    **dict.fromkeys(("aten.view", "aten._unsafe_view", "aten.reshape", "aten._reshape_alias", "aten.flatten"), view),
+    "aten.unflatten": view,
+    "aten.permute": permute,
+    "aten.transpose": transpose,
+    "aten.t": transpose,
+    "aten.expand": expand,
+    "aten.broadcast_to": expand,
+    "aten.repeat": repeat,
+    "aten.repeat_interleave": repeat_interleave,
+    "aten.cat": cat,
+    "aten.constant_pad_nd": pad,
+    "aten.stack": stack,
+    **dict.fromkeys(("aten.split", "aten.split_with_sizes", "aten.unsafe_split", "aten.chunk"), split),
+    "aten.unbind": unbind,
+    "aten.select": select,
+    "aten.slice": slice_,
+    "aten.flip": flip,
+    "aten.roll": roll,
+    "aten.index_select": index_select,
+    "aten.index": index,
+    "aten.gather": gather,
+    "aten.glu": glu,
+    "aten.native_channel_shuffle": channel_shuffle,
+    "aten.channel_shuffle": channel_shuffle,
+    "aten.pixel_shuffle": pixel_shuffle,
+    "aten.pixel_unshuffle": pixel_unshuffle,
+    "aten.squeeze": squeeze,
+    "aten.unsqueeze": unsqueeze,
+}

@@ -1,0 +1,319 @@
+"""The cut: channels are removed for good, from weights, gradients, buffers and optimizer state at once.
+
+A cut validates first, then writes, then runs the model without data and holds every operation against the trace. On any
+failure everything is put back bit for bit. Parameters stay the same objects, so optimizers, schedulers and averaged
+copies that refer to them carry on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from compressor.errors import CutError, InputError, UnknownNameError
+from compressor.graph.group import ChannelGraph, ConsumerInput, Group, Member
+from compressor.graph.trace import retrace
+from compressor.graph.trail import Mismatch, Trail
+
+Place = tuple[str, int]
+T = TypeVar("T", Member, ConsumerInput)
+
+
+def cut(
+    graph: ChannelGraph,
+    keep: Mapping[str, Tensor | Sequence[int]],
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    means: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Remove every channel that is not kept, in place; writes the model, the optimizers' state and the graph.
+
+    Args:
+        graph: the channel graph of the model; it describes the smaller model afterwards and can be cut again.
+        keep: by group name, the channel indices that stay, `(n,)` with `1 <= n <= C`, in any order. Groups that are not
+            named stay whole.
+        optimizer: optimizers whose state is to be sliced along.
+        means: by consuming weight, the mean of its input per channel, `(channels of that input,)`. Where given, what
+            the removed channels contribute on average is folded into the next bias or running mean.
+
+    Raises:
+        UnknownNameError: a group that is not in the graph.
+        InputError: indices that are out of range, repeated, or none at all.
+        CutError: the cut model does not do what the trace says it should (a size baked into Python code, say), or an
+            optimizer's state cannot follow. The model, the optimizers and the graph are as they were.
+    """
+    kept = {name: _checked(graph, name, indices) for name, indices in keep.items()}
+    kept = {name: indices for name, indices in kept.items() if len(indices) < graph[name].size}
+    if not kept:
+        return
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
+    transaction = _Transaction(graph.model, optimizers)
+    lost = _lost_positions(graph, kept)
+    try:
+        if means:
+            _fold(graph, kept, means, transaction)
+        for (name, dim), positions in lost.items():
+            transaction.narrow(name, dim, positions)
+        refit(graph.model)
+        trail = _verified(graph, kept)
+    except BaseException:
+        transaction.undo()
+        raise
+    _renumber(graph, kept, lost, trail)
+
+
+def _checked(graph: ChannelGraph, name: str, indices: Tensor | Sequence[int]) -> Tensor:
+    sizes = graph.sizes()
+    if name not in sizes:
+        raise UnknownNameError("group", name, sizes, hint="`graph.groups` lists them")
+    chosen = torch.as_tensor(indices).detach().cpu()
+    if chosen.dtype.is_floating_point or chosen.dtype == torch.bool or chosen.dim() != 1:
+        kind = f"{chosen.dtype} of shape {tuple(chosen.shape)}"
+        raise InputError(f"keep[{name!r}] is {kind}: give the channel indices that stay, as integers of shape (n,)")
+    chosen = chosen.long()
+    if len(chosen) == 0:
+        raise InputError(f"keep[{name!r}] is empty: at least one of its {sizes[name]} channels must stay")
+    if int(chosen.min()) < 0 or int(chosen.max()) >= sizes[name]:
+        raise InputError(f"keep[{name!r}] holds index {_outside(chosen, sizes[name])}: give 0 to {sizes[name] - 1}")
+    if len(chosen.unique()) < len(chosen):
+        raise InputError(f"keep[{name!r}] names a channel twice: give every index once")
+    return chosen.sort().values
+
+
+def _outside(chosen: Tensor, size: int) -> int:
+    return int(chosen[(chosen < 0) | (chosen >= size)][0])
+
+
+def removed_channels(group: Group, kept: Tensor) -> Tensor:
+    """Give the channels of a group that are not kept, `(C - n,)`, in order."""
+    gone = torch.ones(group.size, dtype=torch.bool)
+    gone[kept] = False
+    return gone.nonzero().flatten()
+
+
+def _lost_positions(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> dict[Place, Tensor]:
+    """Give, for every tensor dimension that narrows, the positions that go."""
+    lost: dict[Place, list[Tensor]] = {}
+    for name, indices in kept.items():
+        gone = removed_channels(graph[name], indices)
+        for member in graph[name].members:
+            lost.setdefault((member.tensor, member.dim), []).append(member.positions[gone].flatten())
+    return {place: torch.cat(positions) for place, positions in lost.items()}
+
+
+def _verified(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> Trail:
+    """Run the cut model without data and hold it against the trace."""
+    trail: Trail = graph.trail
+    removed = np.zeros(int(trail.of.max(initial=-1)) + 1, dtype=bool)
+    for name, indices in kept.items():
+        removed[trail.channels[name][removed_channels(graph[name], indices).numpy()]] = True
+    try:
+        return retrace(graph, removed)
+    except Mismatch as mismatch:
+        at = min(mismatch.step, len(trail.steps) - 1)
+        step = trail.steps[at]
+        guilty = trail.groups_at([step], removed) or trail.groups_at(trail.steps[max(at - 1, 0) : at], removed)
+        where = f"{step.op} in {step.module or 'the model'}"
+        raise CutError(f"{where} does not follow the cut: {mismatch}", guilty or sorted(kept)) from mismatch
+
+
+# -- folding
+
+
+def _fold(
+    graph: ChannelGraph, kept: Mapping[str, Tensor], means: Mapping[str, Tensor], transaction: _Transaction
+) -> None:
+    """Add what removed channels contribute on average to the bias, or running mean, behind each consumer."""
+    gone: dict[str, Tensor] = {}
+    for name, indices in kept.items():
+        channels = removed_channels(graph[name], indices)
+        for seen in graph[name].inputs:
+            if seen.weight in means and seen.weight in graph.offsets:
+                mean = means[seen.weight]
+                positions = seen.positions[channels].flatten().to(mean.device)
+                gone.setdefault(seen.weight, torch.zeros_like(mean))[positions] = mean[positions]
+    for weight, mean in gone.items():
+        offset = graph.offsets[weight]
+        transaction.add(offset.tensor, offset.sign * _response(transaction.tensors[weight], mean))
+
+
+@torch.no_grad()
+def _response(weight: Tensor, mean: Tensor) -> Tensor:
+    """Give the output `(D,)` of a convolution or Linear `(D, C / blocks, ...)` for a constant input `(C,)`."""
+    kernel = weight.detach().flatten(2).sum(2) if weight.dim() > 2 else weight.detach()
+    blocks = len(mean) // kernel.shape[1]
+    parts = zip(kernel.chunk(blocks), mean.to(kernel).chunk(blocks), strict=True)
+    return torch.cat([part @ constant for part, constant in parts])
+
+
+# -- writing, and putting back
+
+
+class _Transaction:
+    """Writes tensors, gradients and optimizer state, and remembers how to put everything back."""
+
+    def __init__(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
+        self.tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._optimizers = optimizers
+        self._data: dict[str, tuple[Tensor, Tensor | None]] = {}
+        self._state: list[tuple[dict[str, Any], str, Any]] = []
+        self._attributes = [(module, dict(_sizes(module))) for module in model.modules()]
+
+    def narrow(self, name: str, dim: int, lost: Tensor) -> None:
+        """Take positions away along one dimension of a tensor, its gradient and its optimizer state."""
+        tensor = self.tensors[name]
+        self._remember(name)
+        stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        stays[lost] = False
+        index = stays.nonzero().flatten().to(tensor.device)
+        gradient, shape = tensor.grad, tensor.shape
+        tensor.grad = None
+        self._narrow_state(name, tensor, shape, dim, index)
+        tensor.data = tensor.data.index_select(dim, index)
+        if gradient is not None:
+            tensor.grad = gradient.index_select(dim, index)
+
+    def _narrow_state(self, name: str, tensor: Tensor, shape: torch.Size, dim: int, index: Tensor) -> None:
+        for optimizer in self._optimizers:
+            state = optimizer.state.get(tensor, {})
+            for key, value in list(state.items()):
+                if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1:
+                    continue
+                if value.shape != shape:
+                    raise CutError(
+                        f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for {name!r} of shape "
+                        f"{tuple(shape)}, which does not say what belongs to a channel; use SGD, Adam(W) or RMSprop"
+                    )
+                self._state.append((state, key, value))
+                state[key] = value.index_select(dim, index.to(value.device))
+
+    def add(self, name: str, amount: Tensor) -> None:
+        """Add to a tensor, into new memory so that the old values can come back."""
+        self._remember(name)
+        self.tensors[name].data = self.tensors[name].data + amount.to(self.tensors[name])
+
+    def _remember(self, name: str) -> None:
+        self._data.setdefault(name, (self.tensors[name].data, self.tensors[name].grad))
+
+    def undo(self) -> None:
+        """Put everything back, bit for bit."""
+        for name, (data, gradient) in self._data.items():
+            self.tensors[name].grad = None
+            self.tensors[name].data = data
+            self.tensors[name].grad = gradient
+        for state, key, value in reversed(self._state):
+            state[key] = value
+        for module, sizes in self._attributes:
+            vars(module).update(sizes)
+
+
+# -- modules that say their sizes
+
+
+def refit(model: nn.Module) -> None:
+    """Set the size attributes of known modules (`in_channels`, `num_features`, ...) to what their tensors say."""
+    for module in model.modules():
+        for name, value in _sizes_now(module).items():
+            setattr(module, name, value)
+
+
+def restore_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give every named parameter and buffer memory of that shape, without values, and refit; writes the model.
+
+    Raises:
+        InputError: the model has other tensors than `shapes`, or one with another number of dimensions.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if differing := sorted(tensors.keys() ^ shapes.keys()):
+        raise InputError(f"these shapes belong to another model: {differing[0]!r} is only in one of the two")
+    for name, shape in shapes.items():
+        if len(shape) != tensors[name].dim():
+            dims = tensors[name].dim()
+            raise InputError(f"{name!r} has {dims} dimensions, but the shape asked for is {tuple(shape)}")
+    for name, shape in shapes.items():
+        if tuple(shape) != tuple(tensors[name].shape):
+            tensors[name].grad = None
+            tensors[name].data = tensors[name].data.new_empty(tuple(shape))
+    refit(model)
+
+
+_SIZE_NAMES = (
+    *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels"),
+    *("normalized_shape", "num_parameters", "embedding_dim"),
+)
+
+
+def _sizes(module: nn.Module) -> Iterable[tuple[str, Any]]:
+    return ((name, vars(module)[name]) for name in _SIZE_NAMES if name in vars(module))
+
+
+def _sizes_now(module: nn.Module) -> dict[str, Any]:
+    """Give the size attributes as the module's tensors have them."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        known = module.running_mean if module.running_mean is not None else weight
+        return {"num_features": len(known)} if isinstance(known, Tensor) else {}
+    if not isinstance(weight, Tensor):
+        return {}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return _conv_sizes(module, weight)
+    if isinstance(module, nn.Linear):
+        return {"in_features": weight.shape[1], "out_features": weight.shape[0]}
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return {"normalized_shape": tuple(weight.shape)}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": len(weight)}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": len(weight)}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": weight.shape[1]}
+    return {}
+
+
+def _conv_sizes(conv: nn.modules.conv._ConvNd, weight: Tensor) -> dict[str, int]:
+    """A depthwise convolution loses blocks; any other grouped one keeps their number and makes them narrower."""
+    groups = conv.groups
+    if conv.transposed:
+        return {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * groups, "groups": groups}
+    if groups > 1 and groups == conv.in_channels:
+        groups = weight.shape[0] // (conv.out_channels // groups)
+    return {"in_channels": weight.shape[1] * groups, "out_channels": weight.shape[0], "groups": groups}
+
+
+# -- the graph afterwards
+
+
+def _renumber(graph: ChannelGraph, kept: Mapping[str, Tensor], lost: Mapping[Place, Tensor], trail: Trail) -> None:
+    """Make the graph describe the smaller model: fewer channels, positions counted anew."""
+    unseen = _lost_inputs(graph, kept)
+    groups = []
+    for group in graph.groups:
+        stays = kept.get(group.name, torch.arange(group.size))
+        members = tuple(_moved(member, stays, lost.get((member.tensor, member.dim))) for member in group.members)
+        inputs = tuple(_moved(seen, stays, unseen.get((seen.weight, seen.dim))) for seen in group.inputs)
+        groups.append(replace(group, size=len(stays), members=members, inputs=inputs))
+    channels = {group.name: trail.channels[group.name] for group in graph.groups}
+    trail.channels = {name: channels[name][kept[name].numpy()] if name in kept else channels[name] for name in channels}
+    graph.groups, graph.trail = tuple(groups), trail
+
+
+def _lost_inputs(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> dict[Place, Tensor]:
+    lost: dict[Place, list[Tensor]] = {}
+    for name, indices in kept.items():
+        gone = removed_channels(graph[name], indices)
+        for seen in graph[name].inputs:
+            lost.setdefault((seen.weight, seen.dim), []).append(seen.positions[gone].flatten())
+    return {place: torch.cat(positions) for place, positions in lost.items()}
+
+
+def _moved(place: T, stays: Tensor, lost: Tensor | None) -> T:
+    """Keep the rows of the channels that stay, and count positions without those that are gone."""
+    positions = place.positions[stays]
+    if lost is not None and lost.numel():
+        positions = positions - torch.searchsorted(lost.sort().values, positions)
+    return replace(place, positions=positions)
