@@ -72,7 +72,7 @@ def _checked(graph: ChannelGraph, name: str, indices: Tensor | Sequence[int]) ->
     if name not in sizes:
         raise UnknownNameError("group", name, sizes, hint="`graph.groups` lists them")
     chosen = torch.as_tensor(indices).detach().cpu()
-    if chosen.dtype.is_floating_point or chosen.dtype == torch.bool or chosen.dim() != 1:
+    if (chosen.numel() and (chosen.dtype.is_floating_point or chosen.dtype == torch.bool)) or chosen.dim() != 1:
         kind = f"{chosen.dtype} of shape {tuple(chosen.shape)}"
         raise InputError(f"keep[{name!r}] is {kind}: give the channel indices that stay, as integers of shape (n,)")
     chosen = chosen.long()
@@ -80,7 +80,7 @@ def _checked(graph: ChannelGraph, name: str, indices: Tensor | Sequence[int]) ->
         raise InputError(f"keep[{name!r}] is empty: at least one of its {sizes[name]} channels must stay")
     if int(chosen.min()) < 0 or int(chosen.max()) >= sizes[name]:
         raise InputError(f"keep[{name!r}] holds index {_outside(chosen, sizes[name])}: give 0 to {sizes[name] - 1}")
-    if len(chosen.unique()) < len(chosen):
+    if len(set(chosen.tolist())) < len(chosen):
         raise InputError(f"keep[{name!r}] names a channel twice: give every index once")
     return chosen.sort().values
 

@@ -140,6 +140,8 @@ class Labels:
         """Give the axes that unflattening `axis` into `sizes` results in; the inverse of `merge`."""
         if not isinstance(axis, np.ndarray):
             return [FREE if size == 1 else axis for size in sizes]
+        if len(sizes) == 1:
+            return [axis]
         result: list[Axis] = [blank(size) for size in sizes]
         wide = [index for index, size in enumerate(sizes) if size > 1]
         kept = self.part(axis, [sizes[index] for index in wide])
@@ -162,8 +164,8 @@ class Labels:
         return factors
 
     def _parted(self, axis: IntArray, sizes: Sequence[int]) -> list[Axis]:
-        if len(sizes) <= 1:
-            return [axis] * len(sizes)
+        if len(sizes) == 1:
+            return [axis]
         block = axis.reshape(tuple(sizes))
         for index in range(len(sizes)):
             line = block[tuple(slice(None) if i == index else 0 for i in range(len(sizes)))]
@@ -267,4 +269,5 @@ class _Solver:
 def _components(count: int, first: IntArray, second: IntArray) -> IntArray:
     """Give the connected component of each of `count` nodes under the edges `first[i] - second[i]`."""
     edges = coo_array((np.ones(len(first)), (first, second)), shape=(count, count))
-    return connected_components(edges, directed=False)[1].astype(np.int64)
+    found: IntArray = connected_components(edges, directed=False)[1].astype(np.int64)
+    return found

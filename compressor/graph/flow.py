@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from compressor.graph.axes import FIXED, FREE, Axis, IntArray, Labels, blank
 from compressor.graph.group import Offset, Role
 
 Axes = tuple[Axis, ...]
+Rule = Callable[..., Axes | list[Axes]]
 
 
 class Source(NamedTuple):

@@ -9,7 +9,7 @@ Shape letters: C channels of a group; K positions that one channel holds along a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -147,7 +147,7 @@ class Offset:
 
 @dataclass(eq=False)
 class ChannelGraph:
-    """Which channels of a model go together. Made by `compressor.trace`, changed only by `compressor.cut`.
+    """Which channels of a model go together. Made by `compressor.trace`, narrowed by `compressor.cut`.
 
     Attributes:
         model: the traced model itself, not a copy.
@@ -180,6 +180,27 @@ class ChannelGraph:
     def sizes(self) -> dict[str, int]:
         """Give the number of channels of every group, by name."""
         return {group.name: group.size for group in self.groups}
+
+    def freeze(self, names: Collection[str], reason: str) -> None:
+        """Take groups out of the graph: their channels stay, for that reason. Writes the graph, not the model."""
+        sizes = {name: size for name, size in self.sizes().items() if name in names}
+        gone = [member for group in self.groups if group.name in sizes for member in group.members]
+        self.frozen += tuple(Frozen(each.tensor, each.dim, reason, each.positions.numel()) for each in gone)
+        self.groups = tuple(group for group in self.groups if group.name not in sizes)
+        self.params = tuple(_settled(term, sizes) for term in self.params)
+        self.macs = tuple(_settled(term, sizes) for term in self.macs)
+
+
+def _settled(term: Term, sizes: Mapping[str, int]) -> Term:
+    """Give a term in which the channels of some groups are a fixed number."""
+    if not any(name in sizes for extent in term.extents for name in extent.per_channel):
+        return term
+    extents = []
+    for extent in term.extents:
+        fixed = sum(times * sizes[name] for name, times in extent.per_channel.items() if name in sizes)
+        free = {name: times for name, times in extent.per_channel.items() if name not in sizes}
+        extents.append(Extent(extent.fixed + fixed, free))
+    return Term(term.constant, tuple(extents))
 
 
 @dataclass(frozen=True, eq=False)

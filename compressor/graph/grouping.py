@@ -5,6 +5,7 @@ Everything is arrays: one row for each position of each labelled dimension, sort
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,7 +122,7 @@ def _tabulate(solved: list[IntArray], group_of: IntArray, channel_of: IntArray, 
     place, position, group = place[order], position[order], group_of[classes[order]]
     edges = np.flatnonzero((np.diff(place, prepend=-1) != 0) | (np.diff(group, prepend=-1) != 0))
     pieces: list[dict[int, IntArray]] = [{} for _ in range(count)]
-    for start, end in zip(edges.tolist(), [*edges[1:].tolist(), len(place)], strict=True):
+    for start, end in itertools.pairwise([*edges.tolist(), len(place)]):
         pieces[int(group[start])][int(place[start])] = position[start:end]
     return _Table(pieces)
 

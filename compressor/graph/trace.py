@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from compressor.errors import TraceError
 from compressor.graph.axes import BoolArray, blank
-from compressor.graph.flow import Axes, Flow, Known
+from compressor.graph.flow import Axes, Flow, Known, Rule
 from compressor.graph.group import ChannelGraph
 from compressor.graph.grouping import group_channels
-from compressor.graph.rules import IGNORED, RULES, Rule
+from compressor.graph.rules import IGNORED, RULES
 from compressor.graph.rules.pointwise import filled
 from compressor.graph.trail import Mismatch, ReplayFlow, Step, Trail, compare, shapes_of
 
@@ -178,7 +178,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 @dataclass(eq=False)
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation, runs it without data, applies its rule and records the step."""
 
     flow: Flow
@@ -191,7 +191,7 @@ class Recorder(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         """Let the dispatch mode set itself up."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def enter_input(self, value: Any) -> Any:
         """Give what stands for an example input: a tensor without data, none of whose axes has channels."""

@@ -12,13 +12,10 @@ Teach an operation:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import MappingProxyType
 
-from compressor.graph.flow import Axes
+from compressor.graph.flow import Rule
 from compressor.graph.rules import contract, norm, pointwise, reduce, shape
-
-Rule = Callable[..., Axes | list[Axes]]
 
 RULES: dict[str, Rule] = {**pointwise.RULES, **contract.RULES, **norm.RULES, **reduce.RULES, **shape.RULES}
 

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from compressor.graph.axes import FIXED, Axis, blank
-from compressor.graph.flow import Axes, Flow
+from compressor.graph.flow import Axes, Flow, Rule
 from compressor.graph.group import Offset
 
 
@@ -157,7 +157,7 @@ def attention(
     return [first, *([tuple(blank(s) for s in t.shape) for t in out[1:] if isinstance(t, Tensor)])]
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     "aten.convolution": convolution,
     "aten.mm": mm,
     "aten.bmm": mm,

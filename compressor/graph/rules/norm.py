@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from compressor.graph.axes import FIXED, FREE, Axis
-from compressor.graph.flow import Axes, Flow
+from compressor.graph.flow import Axes, Flow, Rule
 from compressor.graph.group import Offset
 
 
@@ -68,7 +68,7 @@ def along(flow: Flow, out: Tensor, x: Tensor, dim: int, *rest: object, **_: obje
     return flow.axes(x)
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     **{
         f"aten.{name}": batch_norm
         for name in (

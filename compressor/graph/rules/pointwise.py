@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from compressor.graph.axes import FREE, Axis
-from compressor.graph.flow import Axes, Flow
+from compressor.graph.flow import Axes, Flow, Rule
 
 
 def pointwise(flow: Flow, out: Tensor, *args: object, **kwargs: object) -> Axes:
@@ -80,7 +80,7 @@ _to_copy alias alpha_dropout clone contiguous detach dropout empty_like feature_
 lift_fresh lift_fresh_copy normal ones_like rand_like randn_like uniform zero zeros_like
 """
 
-RULES = {
+RULES: dict[str, Rule] = {
     **{f"aten.{name}": pointwise for name in (_UNARY + " " + _MANY).split()},
     **{f"aten.{name}": filled for name in _FILLED.split()},
     **{f"aten.{name}": like for name in _LIKE.split()},

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from compressor.graph.axes import FREE, Axis, blank
-from compressor.graph.flow import Axes, Flow
+from compressor.graph.flow import Axes, Flow, Rule
 
 
 def reduction(
@@ -87,7 +87,7 @@ _SPACE = {
     "upsample_nearest3d upsample_trilinear3d reflection_pad3d replication_pad3d",
 }
 
-RULES = {
+RULES: dict[str, Rule] = {
     **{f"aten.{name}": reduction for name in _REDUCTIONS.split()},
     "aten.linalg_vector_norm": vector_norm,
     "aten.norm": vector_norm,

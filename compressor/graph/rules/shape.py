@@ -9,22 +9,26 @@ import numpy as np
 from torch import Tensor
 
 from compressor.graph.axes import FIXED, FREE, Axis, blank
-from compressor.graph.flow import Axes, Flow
+from compressor.graph.flow import Axes, Flow, Rule
 
 
 def view(flow: Flow, out: Tensor, x: Tensor, *args: object, **kwargs: object) -> Axes:
     """Merge and split dimensions, one block of them at a time."""
     axes: list[Axis] = [FREE] * out.dim()
-    for before, after in _blocks(x.shape, out.shape):
+    wide = [size != 1 or isinstance(axis, np.ndarray) for size, axis in zip(x.shape, flow.axes(x), strict=True)]
+    for before, after in _blocks(x.shape, out.shape, wide):
         whole = flow.labels.merge([flow.axes(x)[dim] for dim in before], [x.shape[dim] for dim in before])
         for dim, axis in zip(after, flow.labels.split(whole, [out.shape[dim] for dim in after]), strict=True):
             axes[dim] = axis
     return tuple(axes)
 
 
-def _blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Give the smallest runs of dimensions, of two shapes, that hold equally many elements; ones are skipped."""
-    left = [dim for dim, size in enumerate(before) if size != 1]
+def _blocks(before: Sequence[int], after: Sequence[int], wide: Sequence[bool]) -> Iterator[tuple[list[int], list[int]]]:
+    """Give the smallest runs of dimensions, of two shapes, that hold equally many elements.
+
+    Dimensions of size one belong nowhere, unless they carry a channel: `wide` tells which of `before` count.
+    """
+    left = [dim for dim, counts in enumerate(wide) if counts]
     right = [dim for dim, size in enumerate(after) if size != 1]
     while left and right:
         a, b = [left.pop(0)], [right.pop(0)]
@@ -231,10 +235,11 @@ def glu(flow: Flow, out: Tensor, x: Tensor, dim: int = -1) -> Axes:
 
 
 def channel_shuffle(flow: Flow, out: Tensor, x: Tensor, groups: int) -> Axes:
-    """Read channels as `(groups, C / groups)` and write them transposed."""
+    """Read channels as `(groups, C / groups)` and write them transposed; the number of groups is fixed."""
     axes = list(flow.axes(x))
-    rows, columns = flow.labels.split(axes[1], [groups, x.shape[1] // groups])
-    axes[1] = flow.labels.merge([columns, rows], [x.shape[1] // groups, groups])
+    flow.rectangle(axes[1], groups, tie=0)
+    if isinstance(axes[1], np.ndarray):
+        axes[1] = axes[1].reshape(groups, -1).T.ravel()
     return tuple(axes)
 
 
@@ -255,8 +260,8 @@ def squeeze(flow: Flow, out: Tensor, x: Tensor, *args: object) -> Axes:
     """Drop dimensions of size one; which ones shows in the result."""
     if not args:
         return tuple(axis for axis, size in zip(flow.axes(x), x.shape, strict=True) if size != 1)
-    dims = args[0] if isinstance(args[0], list | tuple) else [args[0]]
-    gone = {int(dim) % max(x.dim(), 1) for dim in dims}
+    dims: list[int] = list(args[0]) if isinstance(args[0], list | tuple) else [int(str(args[0]))]
+    gone = {dim % max(x.dim(), 1) for dim in dims}
     return tuple(a for dim, (a, n) in enumerate(zip(flow.axes(x), x.shape, strict=True)) if dim not in gone or n != 1)
 
 
@@ -272,7 +277,7 @@ def _give_up(flow: Flow, out: Tensor, x: Tensor, why: str) -> Axes:
     return tuple(blank(size) for size in out.shape)
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys(("aten.view", "aten._unsafe_view", "aten.reshape", "aten._reshape_alias", "aten.flatten"), view),
     "aten.unflatten": view,
     "aten.permute": permute,

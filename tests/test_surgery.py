@@ -1,0 +1,255 @@
+"""Promises 2 and 4: all or nothing; parameters stay the same objects and optimizer state is sliced along."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import random_keep, shake
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import compressor
+from compressor.errors import CutError, InputError, UnknownNameError
+from compressor.surgery import restore_shapes
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24, 4),
+    )
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-3),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.5),
+}
+
+
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(5, 3, 8, 8, dtype=torch.float64, generator=generator)
+    y = torch.randint(4, (5,), generator=generator)
+    optimizer.zero_grad()
+    F.cross_entropy(model.train()(x), y).backward()
+    optimizer.step()
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = {f"model.{k}": v.clone() for k, v in model.state_dict().items()}
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            state[f"grad.{name}"] = p.grad.clone()
+        for key, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor):
+                state[f"opt.{name}.{key}"] = value.clone()
+    return state
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 1000), share=st.floats(0.2, 0.9))
+def test_a_step_after_a_cut_is_the_step_of_a_model_built_small(kind: str, seed: int, share: float) -> None:
+    """The oracle is built from slices of the state dicts, never by surgery."""
+    torch.manual_seed(seed)
+    model = shake(small(), seed)
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    for step in range(3):
+        train_step(model, optimizer, step)
+    graph = compressor.trace(model, torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    keep = {name: kept.sort().values for name, kept in random_keep(graph, share, seed).items()}
+    oracle, oracle_optimizer = built_small(model, optimizer, keep["0"], keep["3"], OPTIMIZERS[kind])
+    identities = [id(p) for p in model.parameters()]
+    compressor.cut(graph, keep, optimizer)
+    assert [id(p) for p in model.parameters()] == identities
+    for step in range(10, 12):
+        train_step(model, optimizer, step)
+        train_step(oracle, oracle_optimizer, step)
+    assert same(everything(model, optimizer), everything(oracle, oracle_optimizer))
+
+
+def built_small(model, optimizer, first, second, make):
+    """Write the small network by hand, and copy slices of weights and optimizer state into it."""
+    a, b = len(first), len(second)
+    oracle = nn.Sequential(
+        *[nn.Conv2d(3, a, 3, bias=False), nn.BatchNorm2d(a), nn.ReLU()],
+        *[nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()],
+        *[nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * b, 4)],
+    ).double()
+    columns = (second[:, None] * 4 + torch.arange(4)).flatten()
+
+    def sliced(name: str, value: Tensor) -> Tensor:
+        if value.dim() == 0:
+            return value.clone()
+        layer = int(name.split(".")[0])
+        rows = {0: first, 1: first, 3: second, 4: second}.get(layer)
+        value = value if rows is None else value[rows]
+        if name == "3.weight":
+            value = value[:, first]
+        return value[:, columns].clone() if name == "8.weight" else value.clone()
+
+    oracle.load_state_dict({name: sliced(name, value) for name, value in model.state_dict().items()})
+    small_optimizer = make(oracle.parameters())
+    old = dict(model.named_parameters())
+    for name, p in oracle.named_parameters():
+        small_optimizer.state[p] = {
+            key: sliced(name, value) if isinstance(value, Tensor) else value
+            for key, value in optimizer.state[old[name]].items()
+        }
+    return oracle, small_optimizer
+
+
+def test_every_live_parameter_moves_after_a_cut() -> None:
+    model = shake(small())
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    train_step(model, optimizer, 0)
+    graph = compressor.trace(model, torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    compressor.cut(graph, random_keep(graph), optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    train_step(model, optimizer, 1)
+    assert all((p != old).any() for p, old in zip(model.parameters(), before, strict=True))
+
+
+class Baked(nn.Module):
+    """Says the number of its channels in Python code, where no trace can see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = x.view(x.shape[0], 8, -1).view(x.shape[0], 8, *x.shape[2:])
+        return self.fc(self.b(x).mean((2, 3)))
+
+
+def test_a_size_in_python_code_is_refused_and_nothing_is_changed() -> None:
+    model = Baked().double()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    train_step(model, optimizer, 0)
+    graph = compressor.trace(model, torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    before, groups = everything(model, optimizer), graph.groups
+    with pytest.raises(
+        CutError, match=r"aten.view in the model does not follow the cut.*nothing was changed"
+    ) as caught:
+        compressor.cut(graph, {"a": [0, 1, 2], "b": [0, 1]}, optimizer)
+    assert caught.value.groups == ("a",)
+    assert same(everything(model, optimizer), before)
+    assert graph.groups is groups
+    assert model.a.out_channels == 8
+    compressor.cut(graph, {"b": [0, 1]}, optimizer)
+    assert model.fc.in_features == 2
+
+
+class Factored(torch.optim.SGD):
+    """Keeps one number per row, which does not say what belongs to an input channel."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["row"] = p.detach().flatten(1).sum(1) if p.dim() > 1 else p.detach().clone()
+
+
+def test_an_optimizer_whose_state_cannot_follow_is_refused() -> None:
+    model = shake(small())
+    optimizer = Factored(model.parameters(), lr=0.1)
+    optimizer.step()
+    before = everything(model, optimizer)
+    graph = compressor.trace(model, torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(CutError, match=r"Factored keeps 'row' of shape \(8,\) for '0.weight'"):
+        compressor.cut(graph, {"0": [1, 2]}, optimizer)
+    assert same(everything(model, optimizer), before)
+
+
+@pytest.mark.parametrize(
+    ("keep", "error", "message"),
+    [
+        ({"1": [0]}, UnknownNameError, "unknown group '1'"),
+        ({"0": []}, InputError, "at least one of its 8 channels must stay"),
+        ({"0": [0, 8]}, InputError, "holds index 8: give 0 to 7"),
+        ({"0": [-1]}, InputError, "holds index -1: give 0 to 7"),
+        ({"0": [1, 1]}, InputError, "names a channel twice"),
+        ({"0": torch.ones(8, dtype=torch.bool)}, InputError, "give the channel indices that stay, as integers"),
+        ({"3": [0, 1], "0": [9]}, InputError, "holds index 9"),
+    ],
+)
+def test_bad_keeps_say_what_to_type_and_change_nothing(keep, error, message) -> None:
+    model = shake(small())
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    before = everything(model, optimizer)
+    graph = compressor.trace(model, torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(error, match=message.replace("(", r"\(")):
+        compressor.cut(graph, keep, optimizer)
+    assert same(everything(model, optimizer), before)
+
+
+def test_keeping_everything_changes_nothing() -> None:
+    model = shake(small())
+    graph = compressor.trace(model, torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    data = [p.data_ptr() for p in model.parameters()]
+    compressor.cut(graph, {group.name: torch.arange(group.size) for group in graph.groups})
+    assert [p.data_ptr() for p in model.parameters()] == data
+
+
+def test_folding_a_constant_channel_changes_nothing() -> None:
+    """A channel that always has its mean is replaced by it exactly: no padding, so no border effects."""
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 2))
+    shake(model)
+    with torch.no_grad():
+        model[0].weight[1] = 0
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = model(x)
+    graph = compressor.trace(model, x)
+    means = {"1.weight": model[0].bias.detach().clone()}
+    compressor.cut(graph, {"0": [0, 2, 3, 4]}, means=means)
+    assert torch.allclose(model(x), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_folding_reaches_the_bias_or_the_running_mean(bias: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 1, bias=bias), nn.BatchNorm2d(4), nn.ReLU())
+    model.append(nn.Flatten()).append(nn.Linear(256, 2))
+    shake(model)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    graph = compressor.trace(model, x)
+    mean = model[0](x).mean((0, 2, 3)).detach()
+    oracle = copy.deepcopy(model)
+
+    def replaced(module, args):
+        h = args[0].clone()
+        h[:, 2] = mean[2]
+        return (h,)
+
+    oracle[1].register_forward_pre_hook(replaced)
+    compressor.cut(graph, {"0": [0, 1, 3, 4]}, means={"1.weight": mean})
+    assert torch.allclose(model(x), oracle(x), rtol=0, atol=1e-12)
+
+
+def test_restore_shapes_gives_the_structure_of_a_cut_model() -> None:
+    model = shake(small())
+    graph = compressor.trace(model, torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    compressor.cut(graph, random_keep(graph))
+    other = small().double().eval()
+    restore_shapes(other, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    assert torch.equal(model(x), other(x))
+    assert str(model) == str(other)
+    with pytest.raises(InputError, match="belong to another model: .0.weight. is only in one"):
+        restore_shapes(other, dict.fromkeys(list(model.state_dict())[1:], (1,)))

@@ -1,0 +1,229 @@
+"""The trace itself: what it finds, what it refuses, and promise 3: no side effects."""
+
+from __future__ import annotations
+
+import copy
+import random
+import resource
+
+import pytest
+import torch
+import torchvision
+from conftest import shake
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import compressor
+from compressor.errors import TraceError
+
+
+def members(graph, name: str) -> set[tuple[str, int, str]]:
+    return {(m.tensor, m.dim, m.role) for m in graph[name].members if not m.tensor.startswith("bn")}
+
+
+def test_the_residual_stage_of_resnet18_is_one_group() -> None:
+    graph = compressor.trace(torchvision.models.resnet18(num_classes=10), torch.randn(1, 3, 32, 32))
+    group = graph["layer2.0.conv2"]
+    producers = {m.tensor for m in group.of_role("producer")}
+    consumers = {m.tensor for m in group.of_role("consumer")}
+    assert producers == {"layer2.0.conv2.weight", "layer2.0.downsample.0.weight", "layer2.1.conv2.weight"}
+    assert consumers == {"layer2.1.conv1.weight", "layer3.0.conv1.weight", "layer3.0.downsample.0.weight"}
+    assert graph.sizes() == {
+        "conv1": 64, "layer1.0.conv1": 64, "layer1.1.conv1": 64,
+        "layer2.0.conv1": 128, "layer2.0.conv2": 128, "layer2.1.conv1": 128,
+        "layer3.0.conv1": 256, "layer3.0.conv2": 256, "layer3.1.conv1": 256,
+        "layer4.0.conv1": 512, "layer4.0.conv2": 512, "layer4.1.conv1": 512,
+    }  # fmt: skip
+
+
+def test_vgg16_flatten_gives_49_positions_a_channel() -> None:
+    graph = compressor.trace(torchvision.models.vgg16(num_classes=10), torch.randn(1, 3, 32, 32))
+    (consumer,) = graph["features.28"].of_role("consumer")
+    assert (consumer.tensor, consumer.dim, tuple(consumer.positions.shape)) == ("classifier.0.weight", 1, (512, 49))
+    assert torch.equal(consumer.positions, torch.arange(512 * 49).view(512, 49))
+
+
+def test_concatenation_is_an_offset() -> None:
+    class Cat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 6, 1), nn.Conv2d(10, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(torch.cat([self.a(x), self.b(x)], 1))
+
+    graph = compressor.trace(Cat(), torch.randn(1, 3, 4, 4))
+    (consumer,) = graph["b"].of_role("consumer")
+    assert torch.equal(consumer.positions.flatten(), torch.arange(4, 10))
+    (seen,) = graph["b"].inputs
+    assert (seen.module, seen.dim) == ("c", -3)
+    assert torch.equal(seen.positions.flatten(), torch.arange(4, 10))
+
+
+def test_inputs_and_outputs_are_frozen_with_a_reason() -> None:
+    graph = compressor.trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)), torch.randn(1, 3, 4, 4))
+    frozen = {(each.tensor, each.dim): each for each in graph.frozen}
+    assert set(frozen) == {("0.weight", 1), ("1.weight", 0), ("1.bias", 0)}
+    assert "model input" in frozen["0.weight", 1].reason
+    assert "aten.convolution in 0" in frozen["0.weight", 1].reason
+    assert frozen["1.weight", 0].reason.startswith("model output")
+    assert frozen["1.weight", 0].count == 2
+
+
+def test_an_unknown_operation_freezes_what_reaches_it_and_names_itself() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.renorm(self.a(x), 2, 1, 1.0))
+
+    graph = compressor.trace(Odd(), torch.randn(1, 3, 4, 4))
+    (reason,) = {each.reason for each in graph.frozen if each.tensor == "a.weight" and each.dim == 0}
+    assert "aten.renorm in the model: no axis rule for this operation, input shape (1, 4, 4, 4)" in reason
+    assert graph.groups == ()
+
+
+def test_a_rule_can_be_taught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(compressor.RULES, "aten.renorm", lambda flow, out, x, *rest: flow.axes(x))
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.renorm(self.a(x), 2, 1, 1.0))
+
+    assert compressor.trace(Odd(), torch.randn(1, 3, 4, 4)).sizes() == {"a": 4}
+
+
+def test_a_rule_that_fails_freezes_instead_of_lying(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(flow, out, x, *rest):
+        raise IndexError("no such axis")
+
+    monkeypatch.setitem(compressor.RULES, "aten.relu", wrong)
+    graph = compressor.trace(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.randn(1, 3, 4, 4))
+    assert graph.groups == ()
+    assert any("its axis rule failed (IndexError: no such axis)" in each.reason for each in graph.frozen)
+
+
+def test_layer_norm_loses_exactness_and_batch_norm_does_not() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.b = nn.Linear(3, 6), nn.LayerNorm(6), nn.Linear(6, 5)
+            self.c, self.d = nn.BatchNorm1d(5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.d(self.c(self.b(self.norm(self.a(x)))))
+
+    graph = compressor.trace(Norm(), torch.randn(2, 3))
+    assert {group.name: group.exact for group in graph.groups} == {"a": False, "b": True}
+
+
+def test_costs_in_closed_form_are_what_is_counted_after_the_cut() -> None:
+    from compressor.costs import CostModel
+
+    model = shake(torchvision.models.googlenet(num_classes=10, aux_logits=False, init_weights=False))
+    graph = compressor.trace(model, torch.randn(1, 3, 64, 64, dtype=torch.float64))
+    costs = CostModel(graph)
+    kept = {group.name: max(1, group.size // 3) for group in graph.groups}
+    params, macs = costs.params(kept), costs.macs(kept)
+    compressor.cut(graph, {name: range(count) for name, count in kept.items()})
+    again = compressor.trace(model, graph.example_inputs)
+    assert params == sum(p.numel() for p in model.parameters())
+    assert macs == CostModel(again).macs(again.sizes())
+
+
+class Curious(nn.Module):
+    """Has everything that a trace might disturb."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn, self.drop = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout()
+        self.b = nn.Linear(8, 2)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.b(self.drop(self.bn(self.a(x))).mean((2, 3)) + torch.rand(1))
+
+
+def test_tracing_has_no_side_effects() -> None:
+    model = Curious()
+    model.bn.eval()
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    calls = []
+    handle = model.a.register_forward_hook(lambda *args: calls.append(None))
+    x = torch.randn(1, 3, 8, 8)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    gradients = [p.grad.clone() for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    state, python, numbers = torch.get_rng_state(), random.getstate(), x.clone()
+    fast = torch.backends.mha.get_fastpath_enabled()
+    compressor.trace(model, x)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert all(torch.equal(old, p.grad) for old, p in zip(gradients, model.parameters(), strict=True))
+    assert [m.training for m in model.modules()] == modes
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == python
+    assert torch.equal(x, numbers)
+    assert torch.backends.mha.get_fastpath_enabled() == fast
+    assert torch.nn.modules.module._global_forward_hooks == {}
+    assert torch.nn.modules.module._global_forward_pre_hooks == {}
+    handle.remove()
+
+
+def test_a_failed_trace_has_no_side_effects_either() -> None:
+    model = Curious().train()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TraceError, match=r"Curious does not run on the example inputs \(1, 4, 8, 8\) at module 'a'"):
+        compressor.trace(model, torch.randn(1, 4, 8, 8))
+    assert model.training
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert torch.nn.modules.module._global_forward_hooks == {}
+
+
+def test_a_model_that_reads_values_runs_on_real_tensors_and_the_graph_says_so() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(F.relu(h) if h.sum().item() > 0 else h)
+
+    graph = compressor.trace(Reads(), torch.randn(1, 3, 4, 4))
+    assert graph.sizes() == {"a": 4}
+    assert "ran on real tensors, because without data it failed" in graph.notes[0]
+    compressor.cut(graph, {"a": [0, 3]})
+    assert graph.sizes() == {"a": 2}
+
+
+@pytest.mark.parametrize("form", ["tuple", "dict"])
+def test_inputs_may_be_a_tuple_or_a_dict(form: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, scale: Tensor) -> dict[str, Tensor]:
+            return {"result": self.b(self.a(x) * scale)}
+
+    pair = {"x": torch.randn(1, 3), "scale": torch.randn(1, 1)}
+    graph = compressor.trace(Two(), pair if form == "dict" else tuple(pair.values()))
+    assert graph.sizes() == {"a": 6}
+
+
+def test_tracing_allocates_no_activations() -> None:
+    """The activation alone would be 10 GB."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 1))
+    x = torch.zeros(1, 1, 1, 1).expand(10, 3, 2000, 2000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert compressor.trace(model, x).sizes() == {"0": 64}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
