@@ -251,5 +251,5 @@ def test_restore_shapes_gives_the_structure_of_a_cut_model() -> None:
     x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     assert torch.equal(model(x), other(x))
     assert str(model) == str(other)
-    with pytest.raises(InputError, match="belong to another model: .0.weight. is only in one"):
+    with pytest.raises(InputError, match=r"belong to another model: .0\.weight. is only in one"):
         restore_shapes(other, dict.fromkeys(list(model.state_dict())[1:], (1,)))

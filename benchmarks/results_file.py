@@ -1,0 +1,39 @@
+"""Where benchmarks leave their figures: dated files under `benchmarks/results/`, with machine, versions and command."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from compressor.latency import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write(name: str, rows: list[dict[str, Any]], notes: str = "") -> Path:
+    """Write rows of figures as JSON and as a Markdown table; give the Markdown file's path."""
+    RESULTS.mkdir(exist_ok=True)
+    stem = f"{datetime.date.today().isoformat()}-{name}"
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    document = {"command": command, "machine": machine(), "notes": notes, "rows": rows}
+    (RESULTS / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
+    path = RESULTS / f"{stem}.md"
+    path.write_text(_markdown(name, document))
+    return path
+
+
+def _markdown(name: str, document: dict[str, Any]) -> str:
+    columns = list(dict.fromkeys(key for row in document["rows"] for key in row))
+    lines = [f"# {name}", "", f"Command: `{document['command']}`", "", document["notes"], ""]
+    lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_shown(row.get(key, "")) for key in columns) + " |" for row in document["rows"]]
+    lines += ["", "Machine: " + ", ".join(f"{key} {value}" for key, value in document["machine"].items()), ""]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,348 @@
+"""Prune: the one place where graph, criterion, schedule, selection and surgery meet.
+
+`prune` cuts a trained model once. `Pruner` cuts it while it trains: it is asked for the loss of every step, told when
+the step is over, and makes the model smaller on its way, as the schedule says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from compressor.costs import CostModel
+from compressor.criteria import Criterion, lookup
+from compressor.errors import BudgetError, CutError, RangeError
+from compressor.graph.group import ChannelGraph, Snapshot
+from compressor.graph.trace import trace
+from compressor.schedules import Cubic, Schedule
+from compressor.selection import Budget, Selection, select
+from compressor.surgery import cut
+
+if TYPE_CHECKING:
+    from compressor.intraining.relevance import Relevance
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What a pruning did.
+
+    Attributes:
+        reached: whether at least the asked share was removed.
+        measure, asked, removed: the measure, the share that was asked for, the share that is gone.
+        params, macs, channels: counts before and after; `macs` are multiply-adds for the example inputs.
+        widths: by group name, the number of channels before and after.
+        blocked: where the target was not reached, what stands in the way; also groups that turned out uncuttable.
+    """
+
+    reached: bool
+    measure: str
+    asked: float
+    removed: float
+    params: tuple[int, int]
+    macs: tuple[int, int]
+    channels: tuple[int, int]
+    widths: Mapping[str, tuple[int, int]]
+    blocked: tuple[str, ...]
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    criterion: str | Criterion = "l1",
+    sparsity: float = 0.5,
+    measure: str = "params",
+    scope: str = "global",
+    round_to: int = 1,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    seed: int = 0,
+) -> PruneResult:
+    """Make a model smaller at once, in place.
+
+    Args:
+        model: any module; gradients must be present for criteria that need them.
+        example_inputs: a tensor, a tuple or a dict that `model` accepts.
+        criterion: a name from `compressor.CRITERIA`, or a function of a group and a snapshot that gives `(C,)` scores.
+        sparsity: the share to remove, in `[0, 1)`.
+        measure: of what: "params", "macs" or "channels".
+        scope: "global" ranks all channels together, "local" takes the same share of every group.
+        round_to: channel counts become multiples of this.
+        optimizer: optimizers whose state is sliced along.
+        seed: for criteria that draw.
+
+    Returns:
+        What was removed. A target that cannot be reached is not an error here: `reached` is false, as much as possible
+        is removed, and `blocked` says why.
+
+    Raises:
+        UnknownNameError, RangeError: a criterion, measure or scope that does not exist; a sparsity out of range.
+        TraceError: the model does not run on the example inputs.
+    """
+    budget, score = Budget(sparsity, measure), _function(criterion)
+    graph = trace(model, example_inputs)
+    ledger = Ledger(graph)
+    generator = torch.Generator().manual_seed(seed)
+
+    def scores() -> dict[str, Tensor]:
+        snapshot = Snapshot.of(model, generator)
+        return {group.name: score(group, snapshot) for group in graph.groups}
+
+    done = _cut_to(graph, scores, budget, scope=scope, round_to=round_to, optimizer=optimizer)
+    return ledger.result(budget, done.blocked)
+
+
+def _function(criterion: str | Criterion) -> Criterion:
+    return lookup(criterion) if isinstance(criterion, str) else criterion
+
+
+class Ledger:
+    """The books of a pruning: what there was before, and what there is now."""
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        self.graph = graph
+        self.widths = graph.sizes()
+        self.before = self._counts()
+
+    def _counts(self) -> dict[str, int]:
+        costs, sizes = CostModel(self.graph), self.graph.sizes()
+        fixed = sum(width for name, width in self.widths.items() if name not in sizes)
+        return {
+            "params": costs.params(sizes),
+            "macs": costs.macs(sizes),
+            "channels": costs.channels(sizes) + fixed,
+        }
+
+    def remaining(self, budget: Budget) -> Budget | None:
+        """Give the budget, a share of the whole model, as a share of what is left; None where it is met."""
+        goal = (1 - budget.sparsity) * self.before[budget.measure]
+        share = 1 - goal / self._counts()[budget.measure]
+        return Budget(share, budget.measure) if share > 0 else None
+
+    def result(self, budget: Budget, blocked: Sequence[str] = ()) -> PruneResult:
+        """Balance the books."""
+        now, sizes = self._counts(), self.graph.sizes()
+        pairs = {measure: (self.before[measure], now[measure]) for measure in now}
+        removed = 1 - now[budget.measure] / self.before[budget.measure]
+        return PruneResult(
+            reached=removed >= budget.sparsity,
+            measure=budget.measure,
+            asked=budget.sparsity,
+            removed=removed,
+            widths={name: (width, sizes.get(name, width)) for name, width in self.widths.items()},
+            blocked=tuple(blocked),
+            **pairs,
+        )
+
+
+def _cut_to(
+    graph: ChannelGraph,
+    scores: Callable[[], Mapping[str, Tensor]],
+    budget: Budget,
+    *,
+    scope: str,
+    round_to: int,
+    optimizer: Optimizer | Iterable[Optimizer] | None,
+    means: Mapping[str, Tensor] | None = None,
+    **ranking: Any,
+) -> Selection:
+    """Select and cut; a group that refuses is frozen with the reason, and the selection is made again without it."""
+    while True:
+        selection = select(graph, scores(), budget, scope=scope, round_to=round_to, costs=CostModel(graph), **ranking)
+        try:
+            cut(graph, selection.keep, optimizer, means)
+            return selection
+        except CutError as refusal:
+            if not refusal.groups:
+                raise
+            graph.freeze(refusal.groups, refusal.reason)
+
+
+# -- while training
+
+
+class Pruner:
+    """Makes a model smaller while it trains. One object in a training loop, and a `StepHook` for `training.train`:
+
+        pruner = Pruner(model, x, "relevance", Budget(0.6), optimizer=optimizer, total_steps=len(loader) * epochs)
+        for x, y in loader:
+            pruner.loss(x, y, F.cross_entropy).backward()
+            optimizer.step()
+            pruner.update()
+            optimizer.zero_grad()
+
+    Every `collect` steps the schedule says how much may be gone by now; the channels of lowest score are cut, weights,
+    gradients and optimizer state included, and training goes on with what is left.
+
+    Args:
+        model, example_inputs: as for `compressor.trace`.
+        criterion: "relevance", which watches the training; or a name from `compressor.CRITERIA` or a function of a
+            group and a snapshot, asked at every cut.
+        budget: what is to be gone at the end of the schedule, as a share of the whole model.
+        schedule: the share of the budget that is due, over the progress of training; by default cubic, from 10 % of
+            it to 65 %.
+        optimizer: one or several; their state is sliced along.
+        total_steps: how many times `update` will be called in all.
+        collect: steps between two cuts; a twentieth of the training by default.
+        scope, round_to: as for `prune`.
+        delta: with relevance, channels whose p-value (the chance to be more useful than a random one) is above `delta`
+            are cut only when the budget leaves no others.
+        seed: for whatever draws.
+        observing: further arguments for `Relevance` (estimator, drop, dummies, half_life).
+
+    Raises:
+        RangeError, UnknownNameError: as for `prune`.
+        BudgetError: the budget cannot be reached whatever the scores are.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        criterion: str | Criterion = "relevance",
+        budget: Budget | None = None,
+        schedule: Schedule | None = None,
+        *,
+        optimizer: Optimizer | Iterable[Optimizer],
+        total_steps: int,
+        collect: int | None = None,
+        scope: str = "global",
+        round_to: int = 8,
+        delta: float = 0.99,
+        seed: int = 0,
+        **observing: Any,
+    ) -> None:
+        self.model = model
+        self.budget = budget or Budget(0.5)
+        self.graph = trace(model, example_inputs)
+        self.step = 0
+        self._schedule = schedule or Cubic(0.1, 0.65)
+        self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        self._total = _positive("total_steps", total_steps)
+        self._collect = _positive("collect", collect or max(1, total_steps // 20))
+        self._how = {"scope": scope, "round_to": round_to}
+        self._delta, self._ledger, self._blocked = delta, Ledger(self.graph), tuple[str, ...]()
+        self._generator = torch.Generator().manual_seed(seed)
+        self._observer = _observer(self.graph, seed, observing) if criterion == "relevance" else None
+        self._score = None if self._observer else _function(criterion)
+        require_reachable(self.graph, self.budget, **self._how)
+
+    def loss(self, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
+        """Give the mean loss of one batch, a scalar to call `backward` on; observes where the criterion watches.
+
+        Args:
+            inputs: `(B, ...)`, one batch.
+            targets: `(B, ...)`, what `loss_fn` compares with.
+            loss_fn: like `torch.nn.functional.cross_entropy`: takes outputs, targets and `reduction=`.
+        """
+        if self._observer and self._due(self.step) < 1:
+            return self._observer.loss(self.model, inputs, targets, loss_fn)
+        return loss_fn(self.model(inputs), targets)
+
+    def update(self) -> dict[str, Any] | None:
+        """Count the step as done, and cut if it is time; writes the model and the optimizers' state.
+
+        Returns:
+            What was cut and why, JSON-able, or None where nothing was.
+        """
+        if self._observer and self._due(self.step) < 1:
+            self._observer.update()
+        before, self.step = self._due(self.step), self.step + 1
+        now = self._due(self.step)
+        last = before < 1 <= now
+        if not now or not (last or (self.step % self._collect == 0 and before < 1)):
+            return None
+        return self._cut(Budget(self.budget.sparsity * now, self.budget.measure))
+
+    def _due(self, step: int) -> float:
+        return self._schedule(min(step / self._total, 1.0))
+
+    def _cut(self, target: Budget) -> dict[str, Any] | None:
+        remaining = self._ledger.remaining(target)
+        if remaining is None:
+            return None
+        widths = self.graph.sizes()
+        seen = self._observer.record() if self._observer else None
+        ranking = {"normalise": False} if self._observer else {}
+        means = self._observer.means() if self._observer else None
+        made = _cut_to(
+            self.graph, self._scores, remaining, optimizer=self._optimizers, means=means, **self._how, **ranking
+        )
+        if self._observer:
+            self._observer.narrow(made.keep, self.graph)
+        self._blocked = made.blocked
+        return self._event(target, widths, seen)
+
+    def _scores(self) -> dict[str, Tensor]:
+        if self._observer:
+            price = CostModel(self.graph).per_channel(self.budget.measure, self.graph.sizes())
+            scores = {name: score / price[name] for name, score in self._observer.scores().items() if name in price}
+            return _protected(scores, self._observer.p_values(), self._delta)
+        assert self._score
+        snapshot = Snapshot.of(self.model, self._generator)
+        return {group.name: self._score(group, snapshot) for group in self.graph.groups}
+
+    def _event(self, target: Budget, widths: Mapping[str, int], seen: dict[str, Any] | None) -> dict[str, Any] | None:
+        sizes = self.graph.sizes()
+        changed = {name: [width, sizes[name]] for name, width in widths.items() if sizes.get(name, width) != width}
+        if not changed:
+            return None
+        result = self.result()
+        event: dict[str, Any] = {"event": "cut", "step": self.step, "target": target.sparsity, "widths": changed}
+        event |= {"removed": result.removed, "params": result.params[1], "macs": result.macs[1]}
+        return event | ({"observed": seen} if seen else {})
+
+    def result(self) -> PruneResult:
+        """Give what has been removed so far, against the whole budget."""
+        return self._ledger.result(self.budget, self._blocked)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a resumed run needs beside the model and the optimizers: plain numbers, strings and tensors."""
+        return {
+            "step": self.step,
+            "widths": dict(self._ledger.widths),
+            "before": dict(self._ledger.before),
+            "blocked": list(self._blocked),
+            "generator": self._generator.get_state(),
+            "observer": self._observer.state_dict() if self._observer else {},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`; the model must have been narrowed to its shapes before this pruner was made."""
+        self.step, self._blocked = int(state["step"]), tuple(state["blocked"])
+        self._ledger.widths, self._ledger.before = dict(state["widths"]), dict(state["before"])
+        self._generator.set_state(state["generator"])
+        stuck = [name for name in self.graph.sizes() if name not in state["widths"]]
+        self.graph.freeze(stuck, "frozen before the run was interrupted")
+        if self._observer:
+            self._observer.load_state_dict(state["observer"])
+
+
+def require_reachable(graph: ChannelGraph, budget: Budget, scope: str = "global", round_to: int = 1) -> None:
+    """Raise BudgetError if no choice of channels can reach the budget; what blocks it is in the message."""
+    zeros = {group.name: torch.zeros(group.size) for group in graph.groups}
+    selection = select(graph, zeros, budget, scope=scope, round_to=round_to, costs=CostModel(graph))
+    if not selection.reached:
+        raise BudgetError(budget.measure, budget.sparsity, selection.removed, selection.blocked)
+
+
+def _positive(name: str, value: int) -> int:
+    if value < 1:
+        raise RangeError(name, value, "1, 2, 3, ... steps")
+    return value
+
+
+def _observer(graph: ChannelGraph, seed: int, observing: Mapping[str, Any]) -> Relevance:
+    from compressor.intraining.relevance import Relevance
+
+    return Relevance(graph, seed=seed, **observing)
+
+
+def _protected(scores: Mapping[str, Tensor], p_values: Mapping[str, Tensor], delta: float) -> dict[str, Tensor]:
+    """Rank channels that passed the test behind all that did not, whatever their scores are."""
+    everything = torch.cat([score.flatten() for score in scores.values()])
+    reach = float(everything.max() - everything.min()) + 1.0 if everything.numel() else 1.0
+    return {name: score + reach * (p_values[name] > delta) for name, score in scores.items()}
