@@ -272,6 +272,14 @@ def unsqueeze(flow: Flow, out: Tensor, x: Tensor, dim: int) -> Axes:
     return tuple(axes)
 
 
+def as_strided(flow: Flow, out: Tensor, x: Tensor, shape: Sequence[int], stride: Sequence[int], *start: int) -> Axes:
+    """Read memory in another order; only where the order of positions stays is it known what they are."""
+    order = [dim for dim, size in enumerate(shape) if size != 1]
+    if list(shape) == list(x.shape) and all(stride[dim] == x.stride(dim) for dim in order):
+        return flow.axes(x)
+    return _give_up(flow, out, x, "memory is read in another order")
+
+
 def _give_up(flow: Flow, out: Tensor, x: Tensor, why: str) -> Axes:
     flow.freeze(flow.axes(x), why)
     return tuple(blank(size) for size in out.shape)
@@ -291,6 +299,7 @@ RULES: dict[str, Rule] = {
     "aten.constant_pad_nd": pad,
     "aten.stack": stack,
     **dict.fromkeys(("aten.split", "aten.split_with_sizes", "aten.unsafe_split", "aten.chunk"), split),
+    "aten.as_strided": as_strided,
     "aten.unbind": unbind,
     "aten.select": select,
     "aten.slice": slice_,
