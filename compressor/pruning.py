@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor.costs import CostModel
-from compressor.criteria import Criterion, lookup
+from compressor.criteria import Criterion, lookup, score
 from compressor.errors import BudgetError, CutError, RangeError
 from compressor.graph.group import ChannelGraph, Snapshot
 from compressor.graph.trace import trace
@@ -82,21 +82,16 @@ def prune(
         UnknownNameError, RangeError: a criterion, measure or scope that does not exist; a sparsity out of range.
         TraceError: the model does not run on the example inputs.
     """
-    budget, score = Budget(sparsity, measure), _function(criterion)
+    budget, judge = Budget(sparsity, measure), lookup(criterion)
     graph = trace(model, example_inputs)
     ledger = Ledger(graph)
     generator = torch.Generator().manual_seed(seed)
 
     def scores() -> dict[str, Tensor]:
-        snapshot = Snapshot.of(model, generator)
-        return {group.name: score(group, snapshot) for group in graph.groups}
+        return score(judge, graph.groups, Snapshot.of(model, generator))
 
     done = _cut_to(graph, scores, budget, scope=scope, round_to=round_to, optimizer=optimizer)
     return ledger.result(budget, done.blocked)
-
-
-def _function(criterion: str | Criterion) -> Criterion:
-    return lookup(criterion) if isinstance(criterion, str) else criterion
 
 
 class Ledger:
@@ -147,11 +142,12 @@ def _cut_to(
     round_to: int,
     optimizer: Optimizer | Iterable[Optimizer] | None,
     means: Mapping[str, Tensor] | None = None,
-    **ranking: Any,
+    normalise: bool = True,
 ) -> Selection:
     """Select and cut; a group that refuses is frozen with the reason, and the selection is made again without it."""
     while True:
-        selection = select(graph, scores(), budget, scope=scope, round_to=round_to, costs=CostModel(graph), **ranking)
+        costs = CostModel(graph)
+        selection = select(graph, scores(), budget, costs=costs, scope=scope, round_to=round_to, normalise=normalise)
         try:
             cut(graph, selection.keep, optimizer, means)
             return selection
@@ -223,12 +219,12 @@ class Pruner:
         self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._total = _positive("total_steps", total_steps)
         self._collect = _positive("collect", collect or max(1, total_steps // 20))
-        self._how = {"scope": scope, "round_to": round_to}
+        self._scope, self._round_to = scope, round_to
         self._delta, self._ledger, self._blocked = delta, Ledger(self.graph), tuple[str, ...]()
         self._generator = torch.Generator().manual_seed(seed)
         self._observer = _observer(self.graph, seed, observing) if criterion == "relevance" else None
-        self._score = None if self._observer else _function(criterion)
-        require_reachable(self.graph, self.budget, **self._how)
+        self._judge = None if self._observer else lookup(criterion)
+        require_reachable(self.graph, self.budget, scope, round_to)
 
     def loss(self, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
         """Give the mean loss of one batch, a scalar to call `backward` on; observes where the criterion watches.
@@ -266,10 +262,15 @@ class Pruner:
             return None
         widths = self.graph.sizes()
         seen = self._observer.record() if self._observer else None
-        ranking = {"normalise": False} if self._observer else {}
-        means = self._observer.means() if self._observer else None
         made = _cut_to(
-            self.graph, self._scores, remaining, optimizer=self._optimizers, means=means, **self._how, **ranking
+            self.graph,
+            self._scores,
+            remaining,
+            scope=self._scope,
+            round_to=self._round_to,
+            optimizer=self._optimizers,
+            means=self._observer.means() if self._observer else None,
+            normalise=self._observer is None,
         )
         if self._observer:
             self._observer.narrow(made.keep, self.graph)
@@ -279,11 +280,10 @@ class Pruner:
     def _scores(self) -> dict[str, Tensor]:
         if self._observer:
             price = CostModel(self.graph).per_channel(self.budget.measure, self.graph.sizes())
-            scores = {name: score / price[name] for name, score in self._observer.scores().items() if name in price}
+            scores = {name: seen / price[name] for name, seen in self._observer.scores().items() if name in price}
             return _protected(scores, self._observer.p_values(), self._delta)
-        assert self._score
-        snapshot = Snapshot.of(self.model, self._generator)
-        return {group.name: self._score(group, snapshot) for group in self.graph.groups}
+        assert self._judge
+        return score(self._judge, self.graph.groups, Snapshot.of(self.model, self._generator))
 
     def _event(self, target: Budget, widths: Mapping[str, int], seen: dict[str, Any] | None) -> dict[str, Any] | None:
         sizes = self.graph.sizes()
@@ -343,6 +343,6 @@ def _observer(graph: ChannelGraph, seed: int, observing: Mapping[str, Any]) -> R
 
 def _protected(scores: Mapping[str, Tensor], p_values: Mapping[str, Tensor], delta: float) -> dict[str, Tensor]:
     """Rank channels that passed the test behind all that did not, whatever their scores are."""
-    everything = torch.cat([score.flatten() for score in scores.values()])
-    reach = float(everything.max() - everything.min()) + 1.0 if everything.numel() else 1.0
-    return {name: score + reach * (p_values[name] > delta) for name, score in scores.items()}
+    everything = torch.cat(list(scores.values()))
+    reach = 2 * float(everything.max() - everything.min()) + 1e-30
+    return {name: each + reach * (p_values[name] > delta) for name, each in scores.items()}

@@ -174,7 +174,7 @@ class _Transaction:
         gradient, shape = tensor.grad, tensor.shape
         tensor.grad = None
         self._narrow_state(name, tensor, shape, dim, index)
-        tensor.data = tensor.data.index_select(dim, index)
+        _replace_data(tensor, tensor.data.index_select(dim, index))
         if gradient is not None:
             tensor.grad = gradient.index_select(dim, index)
 
@@ -204,12 +204,21 @@ class _Transaction:
         """Put everything back, bit for bit."""
         for name, (data, gradient) in self._data.items():
             self.tensors[name].grad = None
-            self.tensors[name].data = data
+            _replace_data(self.tensors[name], data)
             self.tensors[name].grad = gradient
         for state, key, value in reversed(self._state):
             state[key] = value
         for module, sizes in self._attributes:
             vars(module).update(sizes)
+
+
+def _replace_data(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor other memory, of another shape."""
+    if tensor.requires_grad:
+        # NOTE: A loss that is still referred to keeps its graph alive, and with it the node that accumulates this
+        # parameter's gradient in the old shape. torch drops that node only when the type changes, so it does once.
+        tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
+    tensor.data = data
 
 
 # -- modules that say their sizes
@@ -238,7 +247,7 @@ def restore_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Non
     for name, shape in shapes.items():
         if tuple(shape) != tuple(tensors[name].shape):
             tensors[name].grad = None
-            tensors[name].data = tensors[name].data.new_empty(tuple(shape))
+            _replace_data(tensors[name], tensors[name].data.new_empty(tuple(shape)))
     refit(model)
 
 

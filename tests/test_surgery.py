@@ -126,6 +126,19 @@ def test_every_live_parameter_moves_after_a_cut() -> None:
     assert all((p != old).any() for p, old in zip(model.parameters(), before, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_loss_that_is_still_held_does_not_keep_the_old_shapes(dtype: torch.dtype) -> None:
+    model = small().to(dtype)
+    x, y = torch.randn(5, 3, 8, 8, dtype=dtype), torch.randint(4, (5,))
+    held = F.cross_entropy(model(x), y)
+    held.backward()
+    graph = compressor.trace(model, x)
+    compressor.cut(graph, {"0": [0, 3, 4], "3": [1, 2]})
+    assert all(p.dtype == dtype and p.grad.shape == p.shape for p in model.parameters())
+    F.cross_entropy(model(x), y).backward()
+    assert held.grad_fn is not None
+
+
 class Baked(nn.Module):
     """Says the number of its channels in Python code, where no trace can see it."""
 
