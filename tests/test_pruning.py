@@ -1,0 +1,184 @@
+"""Prune once and prune while training: budgets are met, refusals are gone around, a run can be taken up again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from conftest import shake
+from test_surgery import Baked, everything, same, small
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import compressor
+import compressor.surgery
+from compressor.errors import BudgetError, RangeError, UnknownNameError
+
+X = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("criterion", sorted(set(compressor.CRITERIA) - {"taylor"}))
+@pytest.mark.parametrize("measure", ["params", "macs", "channels"])
+def test_every_criterion_reaches_the_budget_and_the_result_says_what_is_there(criterion: str, measure: str) -> None:
+    model = shake(torchvision.models.resnet18(num_classes=10))
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    result = compressor.prune(model, x, criterion=criterion, sparsity=0.5, measure=measure, round_to=8)
+    assert result.reached
+    assert 0.5 <= result.removed < 0.6
+    assert result.params[1] == sum(p.numel() for p in model.parameters())
+    assert result.blocked == ()
+    assert all(after % 8 == 0 for _, after in result.widths.values())
+    assert sum(after for _, after in result.widths.values()) == result.channels[1]
+    assert model(x).shape == (1, 10)
+
+
+def test_a_function_of_ones_own_is_a_criterion() -> None:
+    model = shake(small())
+    with torch.no_grad():
+        model[0].weight[::2] *= 100
+
+    def widest(group: compressor.Group, snapshot: compressor.Snapshot) -> Tensor:
+        return group.rows(snapshot.values).abs().amax(dim=1)
+
+    strong = model[0].weight[::2].clone()
+    compressor.prune(model, X, criterion=widest, sparsity=0.5, measure="channels", scope="local")
+    assert torch.equal(model[0].weight, strong)
+
+
+def test_taylor_takes_the_gradients_that_are_there() -> None:
+    model = shake(small())
+    F.cross_entropy(model(X), torch.tensor([1])).backward()
+    assert compressor.prune(model, X, criterion="taylor", sparsity=0.3).reached
+
+
+def test_prune_goes_on_without_a_group_that_refuses_and_says_so() -> None:
+    model = Baked().double()
+    result = compressor.prune(model, X, sparsity=0.4, measure="params")
+    assert model.a.out_channels == 8
+    assert model.b.out_channels < 6
+    assert result.reached
+    assert result.widths["a"] == (8, 8)
+    result = compressor.prune(model, X, sparsity=0.9, measure="params")
+    assert not result.reached
+    assert any("aten.view in the model does not follow the cut" in line for line in result.blocked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"criterion": "l3"}, UnknownNameError, "unknown criterion 'l3': did you mean 'l"),
+        ({"sparsity": 1.0}, RangeError, r"sparsity = 1.0 is out of range: give sparsity in \[0, 1\)"),
+        ({"sparsity": -0.1}, RangeError, "sparsity = -0.1 is out of range"),
+        ({"measure": "flops"}, UnknownNameError, "unknown measure 'flops'"),
+        ({"scope": "layer"}, UnknownNameError, "unknown scope 'layer'"),
+        ({"round_to": 0}, RangeError, "round_to = 0 is out of range"),
+    ],
+)
+def test_bad_arguments_say_what_to_type_and_change_nothing(arguments, error, message) -> None:
+    model = shake(small())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        compressor.prune(model, X, **arguments)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+# -- while training
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(16, 3, 8, 8, generator=generator), torch.randint(4, (16,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def wide() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        *[nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.ReLU()],
+        *[nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU()],
+        *[nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 4)],
+    )
+
+
+def pruner_of(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: str, **extra) -> compressor.Pruner:
+    return compressor.Pruner(
+        model, torch.randn(1, 3, 8, 8), criterion, compressor.Budget(0.5),
+        optimizer=optimizer, total_steps=40, collect=5, round_to=4, **extra,
+    )  # fmt: skip
+
+
+def train(pruner: compressor.Pruner, optimizer: torch.optim.Optimizer, steps: range) -> list[dict]:
+    events = []
+    for step in steps:
+        x, y = batches(40)[step]
+        pruner.loss(x, y, F.cross_entropy).backward()
+        optimizer.step()
+        events.append(pruner.update())
+        optimizer.zero_grad()
+    return [event for event in events if event]
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("criterion", ["relevance", "l1", "random"])
+def test_the_model_shrinks_on_schedule_and_reaches_the_budget(criterion: str) -> None:
+    model = wide()
+    optimizer = sgd(model)
+    pruner = pruner_of(model, optimizer, criterion)
+    events = train(pruner, optimizer, range(40))
+    removed = [event["removed"] for event in events]
+    assert len(events) > 2
+    assert removed == sorted(removed)
+    assert all(event["removed"] >= event["target"] for event in events)
+    assert max(event["step"] for event in events) <= 0.65 * 40
+    result = pruner.result()
+    assert result.reached
+    assert result.params[1] == sum(p.numel() for p in model.parameters())
+    assert {id(p) for p in model.parameters()} == {id(p) for g in optimizer.param_groups for p in g["params"]}
+
+
+@pytest.mark.parametrize("criterion", ["relevance", "random"])
+def test_a_run_that_is_taken_up_again_goes_on_as_if_nothing_had_happened(criterion: str) -> None:
+    model = wide()
+    optimizer = sgd(model)
+    pruner = pruner_of(model, optimizer, criterion)
+    train(pruner, optimizer, range(17))
+    kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), pruner.state_dict()))
+    first = train(pruner, optimizer, range(17, 40))
+    again = wide()
+    compressor.surgery.restore_shapes(again, {name: tuple(t.shape) for name, t in kept[0].items()})
+    again.load_state_dict(kept[0])
+    other = sgd(again)
+    other.load_state_dict(kept[1])
+    resumed = pruner_of(again, other, criterion)
+    resumed.load_state_dict(kept[2])
+    assert train(resumed, other, range(17, 40)) == first
+    assert same(everything(model, optimizer), everything(again, other))
+    assert resumed.result() == pruner.result()
+
+
+def test_a_budget_that_cannot_be_reached_is_refused_before_the_first_step() -> None:
+    model = wide()
+    with pytest.raises(
+        BudgetError, match=r"cannot remove 99.0% of the params: at most .*ask for --sparsity 0\.\d+ or less"
+    ):
+        compressor.Pruner(
+            model, torch.randn(1, 3, 8, 8), "l1", compressor.Budget(0.99), optimizer=sgd(model), total_steps=10
+        )
+
+
+def test_evaluation_in_the_middle_of_training_sees_no_masks() -> None:
+    model = wide()
+    optimizer = sgd(model)
+    pruner = pruner_of(model, optimizer, "relevance")
+    train(pruner, optimizer, range(3))
+    x = torch.randn(4, 3, 8, 8)
+    model.eval()
+    assert torch.equal(model(x), copy.deepcopy(model)(x))
+    assert all(not m._forward_pre_hooks for m in model.modules())
