@@ -36,7 +36,7 @@ class PruneResult:
         measure, asked, removed: the measure, the share that was asked for, the share that is gone.
         params, macs, channels: counts before and after; `macs` are multiply-adds for the example inputs.
         widths: by group name, the number of channels before and after.
-        blocked: where the target was not reached, what stands in the way; also groups that turned out uncuttable.
+        blocked: where the target was not reached, what stands in the way.
     """
 
     reached: bool
@@ -90,8 +90,8 @@ def prune(
     def scores() -> dict[str, Tensor]:
         return score(judge, graph.groups, Snapshot.of(model, generator))
 
-    done = _cut_to(graph, scores, budget, scope=scope, round_to=round_to, optimizer=optimizer)
-    return ledger.result(budget, done.blocked)
+    made = _cut_to(graph, scores, budget, scope=scope, round_to=round_to, optimizer=optimizer)
+    return ledger.result(budget, made.blocked)
 
 
 class Ledger:
@@ -121,14 +121,17 @@ class Ledger:
         """Balance the books."""
         now, sizes = self._counts(), self.graph.sizes()
         pairs = {measure: (self.before[measure], now[measure]) for measure in now}
-        removed = 1 - now[budget.measure] / self.before[budget.measure]
+        whole = self.before[budget.measure]
+        removed = 1 - now[budget.measure] / whole if whole else 0.0
+        reached = removed >= budget.sparsity
+        refused = [f"{name}: its cut was refused" for name in self.widths if name not in sizes]
         return PruneResult(
-            reached=removed >= budget.sparsity,
+            reached=reached,
             measure=budget.measure,
             asked=budget.sparsity,
             removed=removed,
             widths={name: (width, sizes.get(name, width)) for name, width in self.widths.items()},
-            blocked=tuple(blocked),
+            blocked=() if reached else (*blocked, *refused),
             **pairs,
         )
 

@@ -62,6 +62,7 @@ def test_prune_goes_on_without_a_group_that_refuses_and_says_so() -> None:
     assert result.widths["a"] == (8, 8)
     result = compressor.prune(model, X, sparsity=0.9, measure="params")
     assert not result.reached
+    assert "a: its cut was refused" in result.blocked
     assert any("aten.view in the model does not follow the cut" in line for line in result.blocked)
 
 
