@@ -190,7 +190,7 @@ class Pruner:
         delta: with relevance, channels whose p-value (the chance to be more useful than a random one) is above `delta`
             are cut only when the budget leaves no others.
         seed: for whatever draws.
-        observing: further arguments for `Relevance` (estimator, drop, dummies, half_life).
+        observing: further arguments for `Relevance` (estimator, drop, dummies; half_life, by default `collect`).
 
     Raises:
         RangeError, UnknownNameError: as for `prune`.
@@ -225,6 +225,7 @@ class Pruner:
         self._scope, self._round_to = scope, round_to
         self._delta, self._ledger, self._blocked = delta, Ledger(self.graph), tuple[str, ...]()
         self._generator = torch.Generator().manual_seed(seed)
+        observing = {"half_life": self._collect, **observing}
         self._observer = _observer(self.graph, seed, observing) if criterion == "relevance" else None
         self._judge = None if self._observer else lookup(criterion)
         require_reachable(self.graph, self.budget, scope, round_to)

@@ -16,6 +16,7 @@ ROOT = Path(compressor.__file__).parent
 # docs/design.md shows the same table. A module may import from its own row's parts only within one package.
 ROWS = [
     ["errors"],
+    ["files", "runtime"],
     ["graph.axes", "graph.group"],
     ["graph.flow"],
     ["graph.rules", "graph.grouping", "graph.trail"],
@@ -24,7 +25,8 @@ ROWS = [
     ["selection"],
     ["intraining"],
     ["pruning", "models", "data"],
-    ["training", "artifact", "export", "latency", "flops"],
+    ["training", "artifact", "parity", "latency", "flops"],
+    ["export"],
     ["report", "settings"],
     ["job"],
     ["cli", "__main__"],

@@ -28,6 +28,7 @@ from compressor.graph.grouping import group_channels
 from compressor.graph.rules import IGNORED, RULES
 from compressor.graph.rules.pointwise import filled
 from compressor.graph.trail import Mismatch, ReplayFlow, Step, Trail, compare, shapes_of
+from compressor.runtime import as_arguments, evaluating
 
 _CONSTANT_NUMEL = 1 << 20
 
@@ -119,9 +120,8 @@ def _run(model: nn.Module, example_inputs: Any, flow: Flow, record: Callable[[St
     owned = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     recorder = Recorder(flow, owned, record, meta)
     inputs = tree_map(recorder.enter_input, example_inputs)
-    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    args = args if isinstance(args, tuple | list) else (args,)
-    with _undisturbed(model), _module_names(model, flow), recorder:
+    args, kwargs = as_arguments(inputs)
+    with evaluating(model), _plain_attention(), _module_names(model, flow), recorder:
         result = model(*args, **kwargs)
     flow.op = flow.module = ""
     for tensor in _tensors_in(result):
@@ -129,21 +129,14 @@ def _run(model: nn.Module, example_inputs: Any, flow: Flow, record: Callable[[St
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every flag and the random state are as before."""
-    training = {module: module.training for module in model.modules()}
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+def _plain_attention() -> Iterator[None]:
+    """Let attention run as the operations that it consists of, not as one that no rule can look into."""
+    before = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        for module in training:
-            module.training = False
-        with torch.random.fork_rng(devices), torch.no_grad():
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, flag in training.items():
-            module.training = flag
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager
