@@ -15,16 +15,16 @@ from typing import Annotated
 import torch
 import torchvision
 import typer
-from compressor.costs import CostModel
-from compressor.intraining.relevance import Relevance
-from compressor.masks import silence
-from compressor.selection import Budget, select
 from results_file import write
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressor
+from compressor.costs import CostModel
+from compressor.intraining.relevance import Relevance
+from compressor.masks import silence
+from compressor.selection import Budget, select
 from compressor.surgery import removed_channels
 
 MODELS = "resnet18,vgg16,vgg16_bn,mobilenet_v2,densenet121,googlenet"

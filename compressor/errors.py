@@ -4,12 +4,15 @@
     ├── InputError                  something that was typed or passed cannot be used
     │   ├── UnknownNameError        a model, criterion, data set, ... that does not exist; says what is close
     │   ├── RangeError              a number outside its range
+    │   ├── ScoreError              a criterion cannot judge a group, or gave scores that cannot be ranked
     │   └── RunFolderError          the run folder is already there, or is not one
     ├── DataError                   a data folder is missing, empty or broken
     ├── TraceError                  the model did not run on the example inputs
     ├── CutError                    a cut was refused; model and optimizer are as they were
     ├── BudgetError                 the asked sparsity cannot be reached; names what blocks it
+    ├── TrainingError               the loss became infinite or not a number
     ├── ArtifactError               a model file is damaged, foreign, or of another model
+    ├── ExportError                 the model cannot be written as ONNX
     └── ParityError                 the exported model does not give the same outputs
 
 The text of a message lives in its class: the caller passes facts, not prose. Every message says what came, why we
@@ -46,6 +49,14 @@ class RangeError(InputError):
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
         super().__init__(f"{name} = {value} is out of range: give {name} in {allowed}")
+
+
+class ScoreError(InputError):
+    """A group without scores that can be ranked. Raised by a criterion, it means: leave this group whole."""
+
+    def __init__(self, group: str, reason: str, instead: str) -> None:
+        self.group = group
+        super().__init__(f"no usable scores for group {group!r}: {reason}; {instead}")
 
 
 class RunFolderError(InputError):
@@ -93,9 +104,37 @@ class BudgetError(CompressorError):
         )
 
 
+class TrainingError(CompressorError):
+    """The loss became infinite or not a number: training diverged."""
+
+    def __init__(self, loss: float, epoch: int, lr: float) -> None:
+        super().__init__(
+            f"the loss became {loss} in epoch {epoch}: training diverged at lr = {lr:g}; try {lr / 3:.1g} or less"
+        )
+
+
 class ArtifactError(CompressorError):
     """A model file is damaged, foreign, or belongs to another model."""
 
 
+class ExportError(CompressorError):
+    """The model cannot be written as an ONNX file; nothing was written."""
+
+    def __init__(self, model: str, reason: str, instead: str) -> None:
+        super().__init__(f"{model} cannot be exported to ONNX: {reason}; {instead}")
+
+
 class ParityError(CompressorError):
-    """The exported ONNX file does not give the model's outputs; the file is kept for inspection."""
+    """The exported ONNX file does not give the model's outputs.
+
+    Attributes:
+        reason: which output differs by how much, at which batch size.
+        kept: where the file lies that failed, for inspection.
+    """
+
+    def __init__(self, reason: str, kept: str) -> None:
+        self.reason, self.kept = reason, kept
+        super().__init__(
+            f"the ONNX file is not the model: {reason}; it is kept as {kept}, other files are as they were. "
+            "Another opset may do: export_onnx(..., opset=20)"
+        )

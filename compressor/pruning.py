@@ -144,13 +144,23 @@ def _cut_to(
     scope: str,
     round_to: int,
     optimizer: Optimizer | Iterable[Optimizer] | None,
+    whole: Mapping[str, int] | None = None,
     means: Mapping[str, Tensor] | None = None,
     normalise: bool = True,
 ) -> Selection:
     """Select and cut; a group that refuses is frozen with the reason, and the selection is made again without it."""
     while True:
         costs = CostModel(graph)
-        selection = select(graph, scores(), budget, costs=costs, scope=scope, round_to=round_to, normalise=normalise)
+        selection = select(
+            graph,
+            scores(),
+            budget,
+            costs=costs,
+            scope=scope,
+            round_to=round_to,
+            whole=whole,
+            normalise=normalise,
+        )
         try:
             cut(graph, selection.keep, optimizer, means)
             return selection
@@ -194,7 +204,6 @@ class Pruner:
 
     Raises:
         RangeError, UnknownNameError: as for `prune`.
-        BudgetError: the budget cannot be reached whatever the scores are.
     """
 
     def __init__(
@@ -228,7 +237,6 @@ class Pruner:
         observing = {"half_life": self._collect, **observing}
         self._observer = _observer(self.graph, seed, observing) if criterion == "relevance" else None
         self._judge = None if self._observer else lookup(criterion)
-        require_reachable(self.graph, self.budget, scope, round_to)
 
     def loss(self, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
         """Give the mean loss of one batch, a scalar to call `backward` on; observes where the criterion watches.
@@ -237,7 +245,12 @@ class Pruner:
             inputs: `(B, ...)`, one batch.
             targets: `(B, ...)`, what `loss_fn` compares with.
             loss_fn: like `torch.nn.functional.cross_entropy`: takes outputs, targets and `reduction=`.
+
+        Raises:
+            BudgetError: at the first step, if the budget cannot be reached whatever the scores are.
         """
+        if self.step == 0:
+            require_reachable(self.graph, self.budget, self._scope, self._round_to)
         if self._observer and self._due(self.step) < 1:
             return self._observer.loss(self.model, inputs, targets, loss_fn)
         return loss_fn(self.model(inputs), targets)
@@ -273,6 +286,7 @@ class Pruner:
             scope=self._scope,
             round_to=self._round_to,
             optimizer=self._optimizers,
+            whole=self._ledger.widths,
             means=self._observer.means() if self._observer else None,
             normalise=self._observer is None,
         )

@@ -164,14 +164,26 @@ def test_a_run_that_is_taken_up_again_goes_on_as_if_nothing_had_happened(criteri
     assert resumed.result() == pruner.result()
 
 
-def test_a_budget_that_cannot_be_reached_is_refused_before_the_first_step() -> None:
+def test_a_budget_that_cannot_be_reached_is_refused_at_the_first_step() -> None:
     model = wide()
-    with pytest.raises(
-        BudgetError, match=r"cannot remove 99.0% of the params: at most .*ask for --sparsity 0\.\d+ or less"
-    ):
-        compressor.Pruner(
-            model, torch.randn(1, 3, 8, 8), "l1", compressor.Budget(0.99), optimizer=sgd(model), total_steps=10
-        )
+    pruner = compressor.Pruner(
+        model, torch.randn(1, 3, 8, 8), "l1", compressor.Budget(0.99), optimizer=sgd(model), total_steps=10
+    )
+    message = r"cannot remove 99.0% of the params: at most .*ask for --sparsity 0\.\d+ or less"
+    with pytest.raises(BudgetError, match=message):
+        pruner.loss(*batches(1)[0], F.cross_entropy)
+
+
+def test_floors_are_a_share_of_the_whole_model_however_often_it_is_cut() -> None:
+    model = wide()
+    optimizer = sgd(model)
+    pruner = compressor.Pruner(
+        model, torch.randn(1, 3, 8, 8), "l1", compressor.Budget(0.85),
+        optimizer=optimizer, total_steps=40, collect=2, round_to=1,
+    )  # fmt: skip
+    train(pruner, optimizer, range(40))
+    assert pruner.result().reached
+    assert all(after >= 0.1 * before for before, after in pruner.result().widths.values())
 
 
 def test_evaluation_in_the_middle_of_training_sees_no_masks() -> None:

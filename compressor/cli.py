@@ -1,0 +1,201 @@
+"""The command line: parse, call, print. This is the only module that prints or exits.
+
+`compress` with options runs the main job; `compress inspect|export|benchmark|report` are its parts. Every error that
+compressor raises on purpose becomes one message on stderr and exit code 2. Nothing heavy is imported before it is known
+what to do, so that `compress --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from compressor.errors import CompressorError, InputError
+from compressor.settings import Settings, option_kinds, read_toml
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from compressor.report import Report
+
+_WIDTH = 110  # of tables that go into a file or a pipe
+
+
+class _Commands(TyperGroup):
+    """Turns the errors that compressor raises on purpose into a message and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except CompressorError as error:
+            typer.echo(f"compress: {error}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="compress")
+
+
+def _takes_every_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one parameter for every field of `Settings`; None where it was not typed."""
+    kinds = option_kinds()
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    added = [_parameter(item, kinds[item.name.replace("_", "-")]) for item in dataclasses.fields(Settings)]
+    parameters = [*added, *(each for each in own if each.kind is not inspect.Parameter.VAR_KEYWORD)]
+    in_order = sorted(parameters, key=lambda parameter: parameter.kind)
+    command.__signature__ = inspect.Signature(in_order)  # type: ignore[attr-defined]
+    return command
+
+
+def _parameter(item: dataclasses.Field[Any], kind: type) -> inspect.Parameter:
+    name, help_ = "--" + item.name.replace("_", "-"), item.metadata
+    usual = "" if kind is bool else f" Default: {help_['shown'] or item.default}."
+    typed = typer.Option(name, help=help_["help"] + usual, rich_help_panel=help_["panel"])
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, typed]
+    )
+
+
+@app.callback(invoke_without_command=True)
+@_takes_every_option
+def compress(
+    ctx: typer.Context,
+    *,
+    config: Annotated[Path | None, typer.Option(help="Options from a TOML file.", rich_help_panel="Run")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run.", rich_help_panel="Run")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run.", rich_help_panel="Run")] = False,
+    **typed: Any,
+) -> None:
+    """Make a network smaller: train, prune, export, measure, report. The result is a run folder."""
+    given = {name.replace("_", "-"): value for name, value in typed.items() if value is not None}
+    if ctx.invoked_subcommand:
+        _refuse_idle(ctx.invoked_subcommand, [*given, *_flags(config=config, resume=resume, overwrite=overwrite)])
+        return
+    from compressor import job  # imports torch
+
+    asked = {**(read_toml(config) if config else {}), **given}
+    source = str(config) if config else ""
+    settings = job.resumed(asked, source) if resume else Settings.of(asked, source)
+    with _progress() as on_progress:
+        report = job.run(settings, resume=resume, overwrite=overwrite, on_progress=on_progress)
+    _show(report, Path(settings.out))
+
+
+def _flags(**values: object) -> list[str]:
+    return [name for name, value in values.items() if value]
+
+
+def _refuse_idle(command: str, names: Sequence[str]) -> None:
+    """Refuse options of the main job that stand before another command."""
+    if names:
+        listed = ", ".join(f"--{name}" for name in names)
+        raise InputError(f"{listed} before {command!r} has no effect: leave it out, or see compress {command} --help")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar for each piece of long work, on a terminal only; gives `on_progress(what, done, total)`."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def on_progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield on_progress
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_WIDTH)
+
+
+def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> None:
+    """Print a table; columns in `words` are left-aligned, the others right-aligned."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(head):
+        table.add_column(name, justify="left" if index in words else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    _console().print(table)
+
+
+def _show(report: Report, folder: Path) -> None:
+    """Print the result of a run: dense beside pruned, in one sentence, and where the files are."""
+    from compressor.report import tables
+
+    rows = [(row.label, row.dense, row.pruned, row.change) for row in tables.comparison(report)]
+    _print_table(report.name, ("", "dense", "pruned", "change"), rows)
+    typer.echo(tables.summary(report))
+    for note in (*report.goal.blocked, *report.notes):
+        typer.echo(f"note: {note}")
+    typer.echo("files:")
+    for name in report.files:
+        typer.echo(f"  {folder / name}")
+
+
+@app.command("inspect")
+def inspect_(
+    model: Annotated[
+        str, typer.Argument(help="A torchvision classifier, package.module:factory, or a .safetensors file.")
+    ],
+    classes: Annotated[int, typer.Option(help="Number of outputs.")] = 10,
+    stem: Annotated[str, typer.Option(help="imagenet, or cifar for small images.")] = "imagenet",
+    image_size: Annotated[int, typer.Option(help="Height and width of the images, in pixels.")] = 224,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show which channels of a model can be cut together, what each costs, and what is frozen and why."""
+
+
+@app.command("report")
+def report_(run: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
+    """Render report.html and report.md of a run again from its report.json."""
+    from compressor import report
+
+    for path in report.render(report.read(run), run):
+        typer.echo(path)

@@ -1,0 +1,100 @@
+"""Where the pixels of a data set are: in memory, or in files that are decoded when asked for.
+
+Shape letters: B images of a batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from compressor.errors import DataError
+
+Progress = Callable[[int, int], None]  # done, total
+RESIDENT_BYTES = 2 * 2**30  # a larger data set stays on disk and is decoded batch by batch
+CHUNK = 256  # images handled at once where all of them are gone through
+
+
+class Images(Protocol):
+    """Images of one size, wherever they are."""
+
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        """Give the number of images."""
+        ...
+
+    def take(self, indices: Tensor, device: torch.device) -> Tensor:
+        """Give the images `indices` `(B,)` as `(B, C, H, W)` uint8 on the device."""
+        ...
+
+
+class Resident:
+    """Images in memory; they move to the device that asks for them and stay there."""
+
+    def __init__(self, pixels: Tensor) -> None:
+        self.pixels = pixels
+        channels, height, width = pixels.shape[1:]
+        self.shape = (channels, height, width)
+
+    def __len__(self) -> int:
+        """Give the number of images."""
+        return len(self.pixels)
+
+    def take(self, indices: Tensor, device: torch.device) -> Tensor:
+        """Give the images `indices` `(B,)` as `(B, C, H, W)` uint8 on the device."""
+        self.pixels = self.pixels.to(device)
+        return self.pixels[indices.to(device)]
+
+
+class OnDisk:
+    """Image files, decoded by a few threads whenever they are asked for."""
+
+    def __init__(self, paths: Sequence[Path], size: tuple[int, int]) -> None:
+        self.paths = paths
+        self.shape = (3, *size)
+        self._pool = ThreadPoolExecutor(max_workers=os.cpu_count())
+
+    def __len__(self) -> int:
+        """Give the number of images."""
+        return len(self.paths)
+
+    def take(self, indices: Tensor, device: torch.device) -> Tensor:
+        """Give the images `indices` `(B,)` as `(B, C, H, W)` uint8 on the device; DataError names a broken one."""
+        paths = [self.paths[index] for index in indices.tolist()]
+        decoded = self._pool.map(partial(decode, size=self.shape[1:]), paths)
+        return torch.stack(list(decoded)).to(device)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open an image with PIL; whatever PIL cannot read, inside the block as well, becomes a DataError with its path."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot read image {path}: {error}; repair or remove it") from error
+
+
+def decode(path: Path, size: tuple[int, int]) -> Tensor:
+    """Read one image as `(3, H, W)` uint8: short side to the size, then the centre."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    with opened(path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise DataError(f"{path} has more than 8 bits a channel (mode {image.mode}): convert it to 8 bits")
+        picture = image.convert("RGB")
+    if picture.size != size[::-1]:
+        picture = ImageOps.fit(picture, size[::-1], Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

@@ -1,0 +1,31 @@
+"""Files are written beside their place and renamed: nobody ever sees half of one, and a failure leaves the old one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from compressor.errors import InputError
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Give a path to write to; it becomes `path` when the block ends well, and is removed when it does not.
+
+    Raises:
+        InputError: there is no such folder, `path` is a folder, or the system refuses to write there.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}; create it first")
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; free space or give another place") from error
+    finally:
+        part.unlink(missing_ok=True)

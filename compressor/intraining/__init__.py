@@ -1,0 +1,1 @@
+"""Methods that watch training: they score channels by what each step shows."""

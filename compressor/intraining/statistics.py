@@ -1,0 +1,225 @@
+"""The statistics of relevance: who is drawn, what one step says about a channel, and when to believe it.
+
+Relevance is the loss that a channel saves, `E[loss | out] - E[loss | in]`: larger means keep. Everything here is a
+function of plain tensors; no model is in sight.
+
+Shape letters: B samples of a batch; N channels of all groups, side by side; G groups; D dummies of each group;
+M columns of dummies: G where dummies are drawn beside the channels of a group, N where every channel has its own.
+
+Source: Räsänen & Pohjalainen, Random subset feature selection (Interspeech 2013), for features of a classifier; Novikov
+& Buryak (Moscow State University) for filters in training. Ours differs: the batch is the expectation, both sides of a
+draw count, dummies share the draw, and old steps are forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressor.errors import RangeError
+
+# -- who is drawn
+
+
+def strata(group_of: Tensor, count: int, blocks: int, generator: torch.Generator | None = None) -> Tensor:
+    """Deal the channels of every group at random into `count` strata, whose sizes differ by one at most.
+
+    Args:
+        group_of: `(N,)` int64, the group of every channel.
+        count: number of strata; each is drawn by one sample in `count`.
+        blocks: how many times to deal.
+
+    Returns:
+        `(blocks, N)` int64 in `[0, count)`.
+    """
+    shape = (blocks, len(group_of))
+    dice = torch.rand(shape, dtype=torch.float64, generator=generator, device=group_of.device)
+    order = (group_of + dice).argsort(dim=1)
+    sizes = torch.bincount(group_of)
+    rank = torch.arange(len(group_of), device=group_of.device) - (sizes.cumsum(0) - sizes)[group_of[order]]
+    return torch.empty_like(order).scatter_(1, order, rank % count)
+
+
+def drawn(group_of: Tensor, count: int, batch: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw for every sample one in `count` channels of every group, so that `count` samples draw each channel once.
+
+    NOTE: The channels are dealt anew for every block of `count` samples. One deal for the whole batch would let the
+    same channels always go together, and their effects, useful ones' and dummies', could not be told apart.
+
+    Args:
+        group_of: `(N,)` int64, the group of every channel.
+        count: one channel in so many is drawn.
+        batch: `B`.
+
+    Returns:
+        `(B, N)` bool.
+    """
+    samples = torch.arange(batch, device=group_of.device)
+    stratum = strata(group_of, count, -(-batch // count), generator)[samples // count]
+    offset = torch.randint(count, (), generator=generator, device=group_of.device)
+    return stratum == ((samples + offset) % count).unsqueeze(1)
+
+
+# -- what one step says
+
+
+@dataclass(frozen=True, eq=False)
+class Increment:
+    """What one step adds to a running mean: `mean = sum(totals) / sum(weights)`, both of the same shape."""
+
+    totals: Tensor
+    weights: Tensor
+
+    def signed(self, count: int, generator: torch.Generator | None = None) -> Increment:
+        """Give the same with random signs, `(D, N)`: what `count` channels of no effect would have added.
+
+        As many signs are plus as minus, so that dummies add no noise to what is compared with their mean.
+        """
+        device = self.totals.device
+        signs = torch.randperm(count, generator=generator, device=device).remainder(2).mul(2).sub(1).to(self.totals)
+        return Increment(torch.outer(signs, self.totals), self.weights.expand(count, -1))
+
+
+def contrast(losses: Tensor, gates: Tensor) -> Increment:
+    """Give the loss above expectation while a channel is out, both sides counted, the batch being the expectation.
+
+    `B_j = sum_i e_i (mean(u_j) - u_ij) / sum_i (u_ij - mean(u_j))^2` with `e_i = l_i - mean(l)`; for gates of 0 and 1
+    that is the mean loss of the samples with `j` out minus that of the samples with `j` in.
+
+    Args:
+        losses: `(B,)`.
+        gates: `(B, N)`.
+    """
+    out = gates.mean(0) - gates
+    return Increment((losses - losses.mean()) @ out, out.square().sum(0))
+
+
+def finite_effect(gradients: Tensor, draw: Tensor) -> Increment:
+    """Give what the losses would rise by if a channel went: `A_j`, the mean of `-dl_i/du_ij` over samples that drew it.
+
+    With gates `u ~ U(0, 1)` that is `loss(out) - loss(in)` in expectation, without bias.
+
+    Args:
+        gradients: `(B, N)`, of every sample's loss by its gates.
+        draw: `(B, N)` bool.
+    """
+    return Increment(-(gradients * draw).sum(0), draw.sum(0).to(gradients))
+
+
+def squared_slope(gradients: Tensor) -> Increment:
+    """Give `Q_j`, half the mean of `(dl_i/du_ij)^2`: what adds up when many channels go.
+
+    Args:
+        gradients: `(B, N)`, of every sample's loss by its gates.
+    """
+    totals = gradients.square().sum(0) / 2
+    return Increment(totals, torch.full_like(totals, len(gradients)))
+
+
+# -- running sums
+
+
+class RunningMean:
+    """Means with forgetting, in interleaved parts: step `t` goes to part `t mod parts`.
+
+    Args:
+        shape: of one mean.
+        parts: 2 tells by the agreement of its halves how far the mean can be trusted.
+
+    Attributes:
+        totals, weights: `(parts, *shape)`, decaying sums of what the steps added.
+    """
+
+    def __init__(self, *shape: int, parts: int = 1, device: torch.device | None = None) -> None:
+        self.totals = torch.zeros(parts, *shape, device=device)
+        self.weights = torch.zeros(parts, *shape, device=device)
+
+    def add(self, step: int, increment: Increment, decay: float = 1.0) -> None:
+        """Forget a little of everything, then take in one step. What is not finite is left out."""
+        good = increment.totals.isfinite() & increment.weights.isfinite()
+        part = step % len(self.totals)
+        self.totals *= decay
+        self.weights *= decay
+        self.totals[part] += torch.where(good, increment.totals, 0.0)
+        self.weights[part] += torch.where(good, increment.weights, 0.0)
+
+    def mean(self) -> Tensor:
+        """Give the mean over all parts; 0 where nothing was seen."""
+        return _ratio(self.totals.sum(0), self.weights.sum(0))
+
+    def halves(self) -> Tensor:
+        """Give the mean of every part, `(parts, *shape)`; 0 where nothing was seen."""
+        return _ratio(self.totals, self.weights)
+
+    def narrow(self, columns: Tensor) -> None:
+        """Keep these indices of the last dimension."""
+        self.totals, self.weights = self.totals[..., columns], self.weights[..., columns]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Give a copy of the sums."""
+        return {"totals": self.totals.clone(), "weights": self.weights.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state_dict()`."""
+        self.totals, self.weights = (state[key].to(self.totals, copy=True) for key in ("totals", "weights"))
+
+
+def _ratio(totals: Tensor, weights: Tensor) -> Tensor:
+    return torch.where(weights > 0, totals / weights, 0.0)
+
+
+# -- when to believe it
+
+
+def p_values(relevance: Tensor, dummies: Tensor) -> Tensor:
+    """Give the probability that a channel is more relevant than chance: `Phi((r_j - mean(q)) / std(q))`.
+
+    Args:
+        relevance: `(C,)`.
+        dummies: `(D, C)`, or `(D, 1)` where all channels share them; D >= 2.
+
+    Returns:
+        `(C,)` in `[0, 1]`, larger means more certainly relevant; 1/2 where dummies and channel do not differ at all.
+    """
+    above, spread = relevance - dummies.mean(0), dummies.std(0)
+    z = torch.where(spread > 0, above / spread, above.sign() * math.inf)
+    probability: Tensor = torch.special.ndtr(z.nan_to_num(0.0, math.inf, -math.inf))
+    return probability
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> float:
+    """Give Spearman's rank correlation of two rankings `(C,)`: ties share their mean rank; 0 where one is constant."""
+    a, b = _ranks(first), _ranks(second)
+    spread = float(a.norm() * b.norm())
+    return max(-1.0, min(1.0, float(a @ b) / spread)) if spread > 0 else 0.0
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Give the centred ranks, in double precision."""
+    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse].double()
+    centred: Tensor = ranks - ranks.mean()
+    return centred
+
+
+def needed_samples(effect: float, variance: float, p: float, z_delta: float, z_power: float) -> int:
+    """Give how many samples resolve an effect: `N = V (z_delta + z_power)^2 / (p (1 - p) g^2)`.
+
+    Args:
+        effect: `g > 0`, the relevance that should be seen.
+        variance: `V`, of one centred observation, in the square of the effect's unit.
+        p: share of samples that draw a channel, in `(0, 1)`.
+        z_delta: normal quantile of the test (2.33 for delta 0.99).
+        z_power: normal quantile of the power (0.84 for 80 %).
+
+    Raises:
+        RangeError: an effect that is not positive, or `p` outside `(0, 1)`.
+    """
+    if not effect > 0:
+        raise RangeError("effect", effect, "(0, inf)")
+    if not 0 < p < 1:
+        raise RangeError("p", p, "(0, 1)")
+    return math.ceil(variance * (z_delta + z_power) ** 2 / (p * (1 - p) * effect**2))

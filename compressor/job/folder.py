@@ -1,0 +1,120 @@
+"""The run folder: when it may be used, what is in it, and how a run is taken up again.
+
+    config.toml  metrics.jsonl  checkpoint/  model.safetensors  model.onnx  dense.safetensors  dense.onnx  report.*
+
+A folder is a run folder if it holds a `config.toml` with the options of a run. Nothing but the names above is
+ever written or removed in it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import InputError, RunFolderError
+from compressor.files import written_beside
+from compressor.settings import Settings, option_kinds, read_toml
+
+MODELS = ("model.safetensors", "model.onnx", "dense.safetensors", "dense.onnx")
+RECORDS = ("config.toml", "metrics.jsonl")
+REPORTS = ("report.html", "report.md", "report.json")
+_CHECKPOINTS = "checkpoint"
+_FAILED = ("model.failed.onnx", "dense.failed.onnx")
+_FREE = {"out", "download", "device"}  # options that may differ when a run is taken up again
+
+
+def resumed(asked: Mapping[str, Any], source: str = "") -> Settings:
+    """Give the settings of a run that is to go on.
+
+    Args:
+        asked: options that were typed, by name; those of the run itself are added.
+        source: the file that they are from, for messages.
+
+    Raises:
+        RunFolderError: there is no run to go on with, or it has other settings.
+    """
+    out = asked.get("out") or Settings.of(asked, source).out
+    kept = _config(Path(out))
+    if kept is None:
+        raise RunFolderError(f"{out} holds no run to go on with (no config.toml of compress): leave --resume out")
+    for name, value in asked.items():
+        if name not in _FREE and value != kept.get(name, value):
+            raise RunFolderError(
+                f"the run in {out} has --{name} {kept[name]}, not {value}: leave it out to go on, or give another --out"
+            )
+    return Settings.of({**kept, **asked, "out": out}, source or f"{out}/config.toml")
+
+
+def require_usable(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse a folder that the run may not use; nothing is changed.
+
+    Raises:
+        InputError: both resume and overwrite.
+        RunFolderError: it is there and holds something, or is no run folder.
+    """
+    if resume and overwrite:
+        raise InputError("--resume and --overwrite contradict each other: leave one of them out")
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file: give another --out")
+    if resume or not folder.exists() or not any(folder.iterdir()):
+        return
+    if _config(folder) is None:
+        raise RunFolderError(f"{folder} is there and is no run folder of compress: give another --out")
+    if not overwrite:
+        raise RunFolderError(
+            f"run folder {folder} is there already: --resume goes on with it, --overwrite replaces it, "
+            "or give another --out"
+        )
+
+
+def start(folder: Path, settings: Settings) -> None:
+    """Make the folder, clear away an earlier run, and write `config.toml`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+        for name in (*REPORTS, *MODELS, *_FAILED, *RECORDS):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"cannot write to {folder}: {error.strerror}; give another --out") from error
+    with written_beside(folder / "config.toml") as part:
+        part.write_text(settings.toml(), encoding="utf-8")
+
+
+def checkpoint(folder: Path, stage: str) -> Path:
+    """Give the folder in which a stage of the run keeps its checkpoint."""
+    return folder / _CHECKPOINTS / stage
+
+
+class Metrics:
+    """`metrics.jsonl`: one record a line, as they come; rewritten at the end of a stage as its checkpoint has them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.records: list[dict[str, Any]] = []
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Write one more record."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+
+    def settle(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Take the records of a stage that is over in place of what was appended while it ran."""
+        self.records += [dict(record) for record in records]
+        with written_beside(self._path) as part:
+            part.write_text("".join(map(_line, self.records)), encoding="utf-8")
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    """Give the options of the run in a folder; None if it is no run folder."""
+    try:
+        options = read_toml(folder / "config.toml")
+    except InputError:
+        return None
+    return options if "criterion" in options and options.keys() <= option_kinds().keys() else None

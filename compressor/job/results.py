@@ -1,0 +1,151 @@
+"""The end of a run: save both models, prove their ONNX files, look at the test part once, measure, report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor import latency, report
+from compressor.artifact import save
+from compressor.data import Data, Part
+from compressor.errors import InputError
+from compressor.export import ExportReport, export_onnx
+from compressor.flops import fvcore_macs
+from compressor.graph.group import ChannelGraph
+from compressor.job.folder import MODELS, RECORDS
+from compressor.job.stages import Progress, Trained
+from compressor.settings import Settings
+from compressor.training import evaluate
+
+CHECK_IMAGES = 128  # test images on which onnxruntime is held against PyTorch
+FILES = {"dense": "dense", "pruned": "model"}  # names of the files, without their endings
+
+
+def finish(
+    settings: Settings,
+    data: Data,
+    trained: Trained,
+    graph: ChannelGraph,
+    records: Sequence[Mapping[str, Any]],
+    on_progress: Progress,
+) -> report.Report:
+    """Give the report of a run; writes both models, their ONNX files and the report into the run folder.
+
+    Raises:
+        ExportError, ParityError: a model has no ONNX file that gives its outputs; the models are saved.
+    """
+    folder, models = Path(settings.out), {"dense": trained.dense.eval(), "pruned": trained.pruned.eval()}
+    about = {"data": data.name, "classes": list(data.classes), "image_shape": list(data.image_shape)}
+    for name, model in models.items():
+        save(model, folder / f"{FILES[name]}.safetensors", extra=about)
+    exports = {name: _export(model, name, data, folder, on_progress) for name, model in models.items()}
+    timings, notes = _timings(settings, data, models, folder, on_progress)
+    figures = {name: _figures(settings, data, trained, name, folder) for name in models}
+    made = report.Report(
+        name=folder.resolve().name,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        command=settings.command(),
+        settings=settings.given(),
+        machine={**latency.machine(), "threads": torch.get_num_threads()},
+        goal=_goal(trained),
+        layers=tuple(report.Layer(name, *widths) for name, widths in trained.result.widths.items()),
+        frozen=tuple(report.FrozenLayer(each.tensor, each.dim, each.reason, each.count) for each in graph.frozen),
+        epochs=tuple(report.Epoch(**record) for record in records if "event" not in record),
+        cuts=tuple(_cut(record) for record in records if record.get("event") == "cut"),
+        timings=timings,
+        parity=tuple(_parity(export) for export in exports.values()),
+        files={name: (folder / name).stat().st_size for name in (*MODELS, *RECORDS)},
+        notes=(*graph.notes, *notes),
+        **figures,
+    )
+    report.write(made, folder)
+    return made
+
+
+def _export(model: nn.Module, name: str, data: Data, folder: Path, on_progress: Progress) -> ExportReport:
+    on_progress("ONNX", list(FILES).index(name), len(FILES))
+    images = _images(data.test)
+    device = next(model.parameters()).device
+    made = export_onnx(model, folder / f"{FILES[name]}.onnx", images[:2].to(device), check_inputs=images.to(device))
+    on_progress("ONNX", list(FILES).index(name) + 1, len(FILES))
+    return made
+
+
+def _images(part: Part) -> Tensor:
+    """Give the first images of a part, normalised, `(B, C, H, W)`."""
+    return next(iter(part.batches(CHECK_IMAGES)))[0]
+
+
+def _figures(settings: Settings, data: Data, trained: Trained, name: str, folder: Path) -> report.Figures:
+    model, index = (trained.dense, 0) if name == "dense" else (trained.pruned, 1)
+    seen, result = evaluate(model, data.test, device=settings.device), trained.result
+    example = torch.zeros(1, *data.image_shape, device=settings.device)
+    return report.Figures(
+        accuracy=seen.accuracy,
+        loss=seen.loss,
+        images=seen.n,
+        params=result.params[index],
+        macs=result.macs[index],
+        channels=result.channels[index],
+        fvcore_macs=fvcore_macs(model, example),
+        size_bytes=(folder / f"{FILES[name]}.safetensors").stat().st_size,
+        onnx_size_bytes=(folder / f"{FILES[name]}.onnx").stat().st_size,
+    )
+
+
+def _timings(
+    settings: Settings, data: Data, models: Mapping[str, nn.Module], folder: Path, on_progress: Progress
+) -> tuple[tuple[report.Timing, ...], tuple[str, ...]]:
+    """Time both models in turns, in PyTorch and onnxruntime; a note says so where the latter cannot use the device."""
+    files, notes = {name: folder / f"{FILES[name]}.onnx" for name in models}, tuple[str, ...]()
+    compare = partial(
+        latency.compare, models, data.image_shape, device=settings.device, threads=torch.get_num_threads()
+    )
+    on_progress("latency", 0, 1)
+    try:
+        measured = compare(onnx_files=files)
+    except InputError as error:
+        measured, notes = compare(), (str(error),)
+    on_progress("latency", 1, 1)
+    pairs = [(place, name, times) for place in measured.comparisons for name, times in place.latencies.items()]
+    return tuple(_timing(*pair) for pair in pairs), notes
+
+
+def _timing(place: latency.Comparison, model: str, times: latency.Latency) -> report.Timing:
+    quantiles = {"min": 0, "p10": 10, "p25": 25, "p50": 50, "p75": 75, "p90": 90, "p99": 99, "max": 100}
+    return report.Timing(
+        model=model,
+        backend=place.backend,
+        device=place.device,
+        batch_size=place.batch_size,
+        n=times.n,
+        mean_ms=times.mean_ms,
+        **{f"{name}_ms": times.percentile_ms(q) for name, q in quantiles.items()},
+    )
+
+
+def _goal(trained: Trained) -> report.Goal:
+    result = trained.result
+    return report.Goal(result.measure, result.asked, result.removed, result.blocked)
+
+
+def _cut(record: Mapping[str, Any]) -> report.Cut:
+    gone = sum(before - after for before, after in record["widths"].values())
+    return report.Cut(record["stage"], record["step"], gone, record["params"])
+
+
+def _parity(export: ExportReport) -> report.Parity:
+    return report.Parity(
+        export.path.name,
+        export.max_abs_difference,
+        export.relative,
+        export.images,
+        export.top1_agreement,
+        export.providers,
+    )

@@ -1,0 +1,152 @@
+"""The stages of a run: what is trained and cut, in which order, and what is recorded of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import Optimizer
+
+from compressor.data import Data
+from compressor.job.folder import Metrics, checkpoint
+from compressor.pruning import Pruner, PruneResult, prune
+from compressor.selection import Budget
+from compressor.settings import OBSERVING, Settings
+from compressor.training import HookFactory, PlainStep, TrainingConfig, recalibrate, train
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What comes out of the stages: two models trained equally long, and what was cut from the second."""
+
+    dense: nn.Module
+    pruned: nn.Module
+    result: PruneResult
+
+
+def budget(settings: Settings) -> Budget:
+    """Give what is to be removed."""
+    return Budget(settings.sparsity, settings.measure)
+
+
+@dataclass
+class Stages:
+    """The stages of one run, each with a checkpoint of its own."""
+
+    settings: Settings
+    data: Data
+    folder: Path
+    resume: bool
+    on_progress: Progress
+
+    def __post_init__(self) -> None:
+        """Open the records."""
+        self.metrics = Metrics(self.folder / "metrics.jsonl")
+
+    def during(self, model: nn.Module) -> Trained:
+        """Train the dense model, and another from the same weights that gets smaller on its way."""
+        dense, pruned, pruners = copy.deepcopy(model), model, list[Pruner]()
+
+        def make_pruner(model: nn.Module, optimizer: Optimizer, total_steps: int) -> Pruner:
+            pruners.append(self._pruner(model, optimizer, total_steps))
+            return pruners[-1]
+
+        self._train(dense, "dense", self.settings.epochs)
+        self._train(pruned, "pruned", self.settings.epochs, make_pruner)
+        return Trained(dense, pruned, pruners[-1].result())
+
+    def after(self, model: nn.Module) -> Trained:
+        """Train, then go two ways for equally long: with a pruned copy, and with the dense model."""
+        settings = self.settings
+        self._train(model, "train", settings.epochs)
+        dense, pruned = model, copy.deepcopy(model)
+        result = self._prune(pruned)
+        self._train(dense, "dense", settings.finetune_epochs or 0)
+        self._train(pruned, "pruned", settings.finetune_epochs or 0, events=[_cut_event(result)])
+        return Trained(dense, pruned, result)
+
+    def _train(
+        self,
+        model: nn.Module,
+        stage: str,
+        epochs: int,
+        hook: HookFactory = PlainStep,
+        events: list[dict[str, Any]] | None = None,
+    ) -> None:
+        """Train for one stage; `events` came before its first epoch. Writes the model."""
+        settings = self.settings
+        config = TrainingConfig(epochs, settings.batch_size, settings.lr, seed=settings.seed, device=settings.device)
+        history = train(
+            model,
+            self.data,
+            config,
+            hook,
+            checkpoint=checkpoint(self.folder, stage),
+            resume=self.resume,
+            on_progress=partial(self.on_progress, f"training: {stage}"),
+            log=lambda record: self.metrics.append({"stage": stage, **record}),
+        )
+        self.metrics.settle({"stage": stage, **record} for record in (*(events or ()), *history.records))
+
+    def _pruner(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> Pruner:
+        settings = self.settings
+        how: dict[str, Any] = {}
+        if settings.criterion == OBSERVING:
+            how = {"estimator": settings.relevance_estimator, "drop": settings.drop, "delta": settings.delta}
+        return Pruner(
+            model,
+            self._example(),
+            settings.criterion,
+            budget(settings),
+            optimizer=optimizer,
+            total_steps=total_steps,
+            collect=settings.collect,
+            scope=settings.scope,
+            round_to=settings.round_to,
+            seed=settings.seed,
+            **how,
+        )
+
+    def _prune(self, model: nn.Module) -> PruneResult:
+        """Cut a trained model, and take its BatchNorm statistics anew; writes the model."""
+        settings = self.settings
+        if settings.criterion == "taylor":
+            self._sum_gradients(model)
+        result = prune(
+            model,
+            self._example(),
+            settings.criterion,
+            settings.sparsity,
+            settings.measure,
+            scope=settings.scope,
+            round_to=settings.round_to,
+            seed=settings.seed,
+        )
+        model.zero_grad(set_to_none=True)
+        recalibrate(model, self.data.train, device=settings.device)
+        return result
+
+    def _sum_gradients(self, model: nn.Module) -> None:
+        """Leave the gradient of the loss over the training part on the model's parameters."""
+        model.eval()
+        for inputs, targets in self.data.train.batches(self.settings.batch_size, device=self.settings.device):
+            F.cross_entropy(model(inputs), targets, reduction="sum").backward()  # type: ignore[no-untyped-call]
+
+    def _example(self) -> Tensor:
+        return torch.zeros(1, *self.data.image_shape, device=self.settings.device)
+
+
+def _cut_event(result: PruneResult) -> dict[str, Any]:
+    """Give the one cut of a trained model as a record like those of a `Pruner`."""
+    narrower = {name: list(pair) for name, pair in result.widths.items() if pair[0] != pair[1]}
+    counts = {"removed": result.removed, "params": result.params[1], "macs": result.macs[1]}
+    return {"event": "cut", "epoch": 0, "step": 0, "target": result.asked, "widths": narrower, **counts}

@@ -1,0 +1,133 @@
+"""The report's tables as text: what is compared, in which unit, and how it changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from compressor.report.document import Layer, Report, Timing
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table dense | pruned, ready to print."""
+
+    label: str
+    dense: str
+    pruned: str
+    change: str
+
+
+def comparison(report: Report) -> list[Row]:
+    """Give the lines of the table dense | pruned: accuracy, costs, file sizes, then latency place by place."""
+    dense, pruned = report.dense, report.pruned
+    points = 100 * (pruned.accuracy - dense.accuracy)
+    rows = [
+        Row(
+            f"test accuracy ({dense.images:,} images)",
+            f"{dense.accuracy:.2%}",
+            f"{pruned.accuracy:.2%}",
+            f"{points:+.2f} points",
+        ),
+        _row("parameters", dense.params, pruned.params, count),
+        _row("MACs", dense.macs, pruned.macs, count),
+        _row("MACs as fvcore counts", dense.fvcore_macs, pruned.fvcore_macs, count),
+        _row("channels", dense.channels, pruned.channels, "{:,}".format),
+        _row("model.safetensors", dense.size_bytes, pruned.size_bytes, size),
+        _row("model.onnx", dense.onnx_size_bytes, pruned.onnx_size_bytes, size),
+    ]
+    return rows + [_latency_row(place, *pair) for place, pair in pairs(report.timings)]
+
+
+def pairs(timings: Iterable[Timing]) -> list[tuple[str, tuple[Timing, Timing]]]:
+    """Give (place, (dense, pruned)) for every place in which both models were timed."""
+    places: dict[str, dict[str, Timing]] = {}
+    for timing in timings:
+        places.setdefault(f"{timing.backend}, {timing.device}, batch {timing.batch_size}", {})[timing.model] = timing
+    return [(place, (both["dense"], both["pruned"])) for place, both in places.items() if len(both) == 2]
+
+
+def summary(report: Report) -> str:
+    """Give the run's result in one sentence: asked, reached, and what it cost in accuracy."""
+    goal, points = report.goal, 100 * (report.pruned.accuracy - report.dense.accuracy)
+    verdict = "" if goal.reached >= goal.asked else " (not reached)"
+    return (
+        f"{goal.reached:.1%} of the {goal.measure} removed, {goal.asked:.1%} asked{verdict}; "
+        f"test accuracy {report.pruned.accuracy:.2%} against {report.dense.accuracy:.2%} dense ({points:+.2f} points)"
+    )
+
+
+def markdown(report: Report) -> str:
+    """Give the report as Markdown: the summary, the comparison, channels, files, machine, the command."""
+    channels = [(layer.name, str(layer.before), str(layer.after), kept(layer)) for layer in report.layers]
+    files = [(name, size(bytes_)) for name, bytes_ in report.files.items()]
+    machine = [(key, str(value)) for key, value in report.machine.items()]
+    parts = [
+        f"# {report.name}",
+        summary(report) + ".",
+        grid(("", "dense", "pruned", "change"), [(r.label, r.dense, r.pruned, r.change) for r in comparison(report)]),
+        "## Channels",
+        grid(("group", "before", "after", "kept"), channels),
+        *(["## Notes", "\n".join(f"- {note}" for note in report.notes)] if report.notes else []),
+        "## Files",
+        grid(("file", "size"), files),
+        "## Machine",
+        grid(("", ""), machine),
+        "## Again",
+        f"```\n{report.command}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Give a Markdown table; the first column is left-aligned, the others right-aligned; `|` is escaped."""
+    align = [":--", *["--:"] * (len(head) - 1)]
+    lines = [head, align, *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def count(n: float) -> str:
+    """Give a large count with three significant digits: 11.2 M."""
+    for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(n) >= 0.9995 * limit:
+            return _three_digits(n / limit) + unit
+    return f"{n:g}"
+
+
+def size(size_bytes: float) -> str:
+    """Give a file size in decimal units with three significant digits: 42.7 MB."""
+    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if size_bytes >= 0.9995 * limit:
+            return f"{_three_digits(size_bytes / limit)} {unit}"
+    return f"{size_bytes:g} B"
+
+
+def milliseconds(value_ms: float) -> str:
+    """Give a time with three significant digits, without its unit: 0.412, 3.18, 128."""
+    return _three_digits(value_ms)
+
+
+def kept(layer: Layer) -> str:
+    """Give the share of a group's channels that stayed."""
+    return f"{layer.after / layer.before:.0%}"
+
+
+def _row(label: str, dense: float, pruned: float, show: Callable[[float], str]) -> Row:
+    return Row(label, show(dense), show(pruned), f"{(pruned - dense) / dense:+.1%}" if dense else "")
+
+
+def _latency_row(place: str, dense: Timing, pruned: Timing) -> Row:
+    ratio = dense.p50_ms / pruned.p50_ms
+    change = f"{ratio:.2f} times as fast"
+    return Row(f"latency {place}: p50 / p90 ms", _latency(dense), _latency(pruned), change)
+
+
+def _latency(timing: Timing) -> str:
+    return f"{milliseconds(timing.p50_ms)} / {milliseconds(timing.p90_ms)}"
+
+
+def _three_digits(value: float) -> str:
+    rounded = float(f"{value:.3g}")
+    decimals = 2 - math.floor(math.log10(abs(rounded))) if rounded else 0
+    return f"{rounded:.{min(max(decimals, 0), 4)}f}"

@@ -1,0 +1,139 @@
+"""Running a model, or its ONNX file, and leaving it as it was: what export, latency and FLOP counting share.
+
+`example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments, as for `model(...)`. The first
+dimension of every tensor in it is the batch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path, tree_map
+
+from compressor.errors import InputError
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module's flag and the random state are as before."""
+    training = {module: module.training for module in model.modules()}
+    devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
+    try:
+        model.eval()
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Give the device of a model's first tensor; the CPU for a model without any."""
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+# -- inputs and outputs
+
+
+def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give the positional and the keyword arguments of `model(...)`."""
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
+def named_tensors(value: Any) -> list[tuple[str, Tensor]]:
+    """Give the tensors in nested inputs or outputs, each with its place (`logits`, `0`; nothing for a lone tensor).
+
+    The order is torch's own, which is also that of an exported file.
+    """
+    leaves = tree_flatten_with_path(value)[0]
+    return [(_place(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _place(path: Any) -> str:
+    return re.sub(r"\W+", "_", "".join(map(str, path))).strip("_")
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    """Give the inputs on a device."""
+    return tree_map(lambda tensor: tensor.to(device), inputs)
+
+
+def batch_size(inputs: Any, what: str = "example_inputs") -> int:
+    """Give the batch size that all tensors share.
+
+    Raises:
+        InputError: something that is no tensor or has no batch dimension, or different batch sizes.
+    """
+    for path, leaf in tree_flatten_with_path(inputs)[0]:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            kind = "a tensor without dimensions" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+            raise InputError(f"{what} hold {kind}{_at(path)}: give tensors whose first dimension is the batch")
+    sizes = [len(tensor) for _, tensor in named_tensors(inputs)]
+    if len(set(sizes)) != 1 or sizes[0] == 0:
+        raise InputError(f"{what} have the batch sizes {sizes}: give at least one example, and as many in every tensor")
+    return sizes[0]
+
+
+def _at(path: Any) -> str:
+    return f" at {_place(path)!r}" if path else ""
+
+
+# -- onnxruntime
+
+
+def open_session(path: Path, device: str = "cpu", *, threads: int = 1, tf32: bool = True) -> Any:
+    """Open an ONNX file in onnxruntime on exactly this device.
+
+    Args:
+        path: the ONNX file.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: CPU threads of one operation.
+        tf32: whether a GPU may round the factors of float32 products to 10 bits, as PyTorch's convolutions do.
+
+    Returns:
+        An `onnxruntime.InferenceSession`.
+
+    Raises:
+        InputError: onnxruntime cannot use the device. It would go on silently on the CPU.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors only
+    # Idle threads must not spin between two calls: they would slow down whatever is measured in turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    provider = _provider(torch.device(device), tf32)
+    session = onnxruntime.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
+    if provider[0] not in session.get_providers():
+        raise InputError(_no_device(device, session.get_providers()))
+    return session
+
+
+def _provider(device: torch.device, tf32: bool) -> tuple[str, dict[str, str]]:
+    import onnxruntime
+
+    if device.type == "cpu":
+        return "CPUExecutionProvider", {}
+    # Asked for a GPU that is not there, onnxruntime offers the provider all the same, and writes to stderr.
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise InputError(_no_device(str(device), ["CPUExecutionProvider"]))
+    onnxruntime.preload_dlls()  # the CUDA libraries that came with PyTorch
+    return "CUDAExecutionProvider", {"device_id": str(device.index or 0), "use_tf32": str(int(tf32))}
+
+
+def _no_device(device: str, providers: list[str]) -> str:
+    return (
+        f"onnxruntime cannot run on {device!r} here (it has {', '.join(providers)}): give device='cpu', or install "
+        "onnxruntime-gpu and a driver for the GPU"
+    )

@@ -1,0 +1,258 @@
+"""Everything that can be asked of a run: the options of the command line, checked, and written to `config.toml`.
+
+One frozen dataclass is the single list of options: the command line, the TOML file and the library read it. What is
+left open (`None`) is filled in from the other options, so that a `Settings` says in full what will happen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shlex
+import tomllib
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import InputError, RangeError, UnknownNameError
+
+OBSERVING = "relevance"  # the criterion that watches the training instead of looking at weights
+_KINDS = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _option(default: Any, panel: str, text: str, shown: str = "") -> Any:
+    """Give a dataclass field with its heading, its help text, and what to show as default where it is worked out."""
+    return field(default=default, metadata={"panel": panel, "help": text, "shown": shown})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of one run; a wrong one is refused when the object is made.
+
+    Raises:
+        UnknownNameError: a criterion, measure, scope, ... that does not exist.
+        RangeError: a number outside its range.
+        InputError: options that contradict each other, or would have no effect.
+    """
+
+    criterion: str = _option("relevance", "What", "How channels are scored: relevance (watches training), l1, l2, ...")
+    model: str = _option("resnet18", "What", "A torchvision classifier, or package.module:factory.")
+    stem: str = _option("imagenet", "What", "imagenet, or cifar for small images.")
+    weights: str = _option("", "What", "Begin with the weights in this .safetensors, .pt or .pth file.", "random")
+    data: str = _option("digits", "What", "digits, cifar10, cifar100, or imagefolder:PATH.")
+    download: bool = _option(False, "What", "Download the data set if it is not there.")
+
+    sparsity: float = _option(0.6, "How much", "Fraction to remove, in [0, 1).")
+    measure: str = _option("params", "How much", "Of what: params, macs or channels.")
+    scope: str = _option("global", "How much", "Rank all channels together (global), or each group by itself (local).")
+    round_to: int = _option(8, "How much", "Round channel counts to multiples of this.")
+
+    when: str | None = _option(None, "Training", "Prune during or after training.", "during for relevance, else after")
+    epochs: int = _option(24, "Training", "Epochs of training.")
+    finetune_epochs: int | None = _option(
+        None, "Training", "Epochs after the cut, with --when after.", "half of --epochs"
+    )
+    batch_size: int = _option(64, "Training", "Images in one training step.")
+    lr: float = _option(0.05, "Training", "Highest learning rate.")
+
+    relevance_estimator: str | None = _option(None, "Relevance", "source, loss, soft or gate.", "soft")
+    drop: float | None = _option(None, "Relevance", "Share of channels drawn in each sample, in (0, 0.5].", "0.15")
+    delta: float | None = _option(None, "Relevance", "Cut only channels whose p is at most this, in (0, 1].", "0.99")
+    collect: int | None = _option(None, "Relevance", "Training steps between two cuts.", "a twentieth of the training")
+
+    seed: int = _option(0, "Run", "Seed of everything that draws.")
+    device: str = _option("auto", "Run", "cpu, cuda, cuda:1, ..., or auto: a GPU if there is one.")
+    out: str = _option("", "Run", "The run folder.", "runs/MODEL-DATA-CRITERION-SPARSITY")
+
+    def __post_init__(self) -> None:
+        """Check, and work out what was left open."""
+        _check_names(self)
+        _check_ranges(self)
+        _check_effects(self)
+        for name, value in _worked_out(self).items():
+            object.__setattr__(self, name, value)
+
+    @staticmethod
+    def of(given: Mapping[str, Any], source: str = "") -> Settings:
+        """Make settings from option names as typed (`round-to`) and their values; all others take their defaults.
+
+        Args:
+            given: values by option name.
+            source: the file they are from, for messages.
+
+        Raises:
+            UnknownNameError: an option that does not exist; says which is close.
+            InputError: a value of the wrong kind.
+        """
+        hints = option_kinds()
+        where = f" in {source}" if source else ""
+        for name, value in given.items():
+            if name not in hints:
+                raise UnknownNameError(f"option{where}", name, hints)
+            if not _fits(value, hints[name]):
+                raise InputError(f"{name} = {value!r}{where}: give {_KINDS[hints[name]]}")
+        return Settings(**{name.replace("-", "_"): value for name, value in given.items()})
+
+    def given(self) -> dict[str, Any]:
+        """Give every option that has a value, by its name as typed; `Settings.of` takes it back."""
+        values = {name.replace("_", "-"): value for name, value in dataclasses.asdict(self).items()}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def toml(self) -> str:
+        """Give the text of `config.toml`: one line for each option."""
+        return "".join(f"{name} = {_toml_value(value)}\n" for name, value in self.given().items())
+
+    def command(self) -> str:
+        """Give the shortest line to type that makes these settings."""
+        named = {name: self.given()[name] for name in ("criterion", "model", "data", "sparsity")}
+        usual = Settings.of({**named, "when": self.when}).given()
+        named |= {name: value for name, value in self.given().items() if value != usual.get(name)}
+        words = [word for name, value in named.items() for word in _words(name, value)]
+        return shlex.join(["compress", *words])
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Give the options that a TOML file holds, by name as typed.
+
+    Raises:
+        InputError: the file is missing or no TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror}; give a file with lines like: sparsity = 0.6"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path} is no TOML: {error}; give a file with lines like: sparsity = 0.6") from error
+
+
+def option_kinds() -> dict[str, type]:
+    """Give the type of every option, by its name as typed."""
+    hints = typing.get_type_hints(Settings)
+    plain = {name: typing.get_args(hint)[0] if typing.get_args(hint) else hint for name, hint in hints.items()}
+    return {name.replace("_", "-"): kind for name, kind in plain.items()}
+
+
+def criteria() -> list[str]:
+    """Give the names that `--criterion` takes."""
+    from compressor.criteria import CRITERIA  # imports torch
+
+    return [OBSERVING, *CRITERIA]
+
+
+def _check_names(settings: Settings) -> None:
+    from compressor.costs import MEASURES
+    from compressor.intraining.estimators import ESTIMATORS
+
+    tables = {
+        "criterion": criteria(),
+        "measure": MEASURES,
+        "scope": ("global", "local"),
+        "stem": ("imagenet", "cifar"),
+        "when": ("during", "after"),
+        "relevance_estimator": ESTIMATORS,
+    }
+    for name, known in tables.items():
+        value = getattr(settings, name)
+        if value is not None and value not in known:
+            raise UnknownNameError(name.replace("_", " "), value, known)
+
+
+def _check_ranges(settings: Settings) -> None:
+    allowed: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "sparsity": ("[0, 1)", lambda x: 0 <= x < 1),
+        "round_to": ("1, 2, 3, ...", lambda x: x >= 1),
+        "epochs": ("1, 2, 3, ...", lambda x: x >= 1),
+        "finetune_epochs": ("0, 1, 2, ...", lambda x: x >= 0),
+        "batch_size": ("2, 3, 4, ...", lambda x: x >= 2),
+        "lr": ("(0, inf)", lambda x: 0 < x < float("inf")),
+        "drop": ("(0, 0.5]", lambda x: 0 < x <= 0.5),
+        "delta": ("(0, 1]", lambda x: 0 < x <= 1),
+        "collect": ("1, 2, 3, ...", lambda x: x >= 1),
+        "seed": ("0 to 2**63 - 1", lambda x: 0 <= x < 2**63),
+    }
+    for name, (text, is_allowed) in allowed.items():
+        value = getattr(settings, name)
+        if value is not None and not is_allowed(value):
+            raise RangeError(name.replace("_", "-"), value, text)
+
+
+def _check_effects(settings: Settings) -> None:
+    """Refuse what contradicts itself or would do nothing."""
+    observing = settings.criterion == OBSERVING
+    if observing and settings.when == "after":
+        raise InputError(
+            f"--criterion {OBSERVING} watches the training: leave out --when after, or choose another criterion"
+        )
+    during = settings.when == "during" or (observing and settings.when is None)
+    without_effect = {
+        "finetune_epochs": "--when during" if during else "",
+        "collect": "" if during else "--when after",
+        "download": "" if settings.data in ("cifar10", "cifar100") else f"--data {settings.data}",
+        **dict.fromkeys(
+            ("relevance_estimator", "drop", "delta"), "" if observing else f"--criterion {settings.criterion}"
+        ),
+    }
+    for name, other in without_effect.items():
+        value = getattr(settings, name)
+        if other and value is not None and value is not False:
+            raise InputError(f"--{name.replace('_', '-')} has no effect with {other}: leave one of them out")
+
+
+def _worked_out(settings: Settings) -> dict[str, Any]:
+    """Give what the options that were left open come to."""
+    observing = settings.criterion == OBSERVING
+    when = settings.when or ("during" if observing else "after")
+    opened: dict[str, Any] = {
+        "when": when,
+        "device": _device(settings.device),
+        "out": settings.out or _folder(settings),
+    }
+    if when == "after":
+        opened["finetune_epochs"] = (
+            (settings.epochs + 1) // 2 if settings.finetune_epochs is None else settings.finetune_epochs
+        )
+    if observing:
+        usual = {"relevance_estimator": "soft", "drop": 0.15, "delta": 0.99}
+        opened |= {name: value for name, value in usual.items() if getattr(settings, name) is None}
+    return opened
+
+
+def _folder(settings: Settings) -> str:
+    parts = (settings.model, settings.data.rstrip("/").rpartition("/")[2], settings.criterion, f"{settings.sparsity:g}")
+    return "runs/" + "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", part).strip("._") for part in parts)
+
+
+def _device(name: str) -> str:
+    """Give the device to compute on; `auto` becomes a GPU where there is one."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    known = ["cpu", "cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    if name not in known:
+        raise UnknownNameError("device", name, [*known, "auto"])
+    if name != "cpu" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: this machine has no usable GPU; give --device cpu")
+    return name
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}"] if value else []
+    return [f"--{name}", str(value)]
+
+
+def _toml_value(value: Any) -> str:
+    """Give a value as TOML; its strings are JSON's, but for one control character that JSON leaves bare."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,107 @@
+"""Look at a model without training it: accuracy and loss, and BatchNorm statistics taken anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from compressor.data import Part
+from compressor.errors import RangeError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good a model is on a part.
+
+    Attributes:
+        accuracy: share of images whose highest score is that of their class, in `[0, 1]`.
+        loss: mean cross-entropy in nats, without label smoothing.
+        n: number of images.
+    """
+
+    accuracy: float
+    loss: float
+    n: int
+
+
+def evaluate(model: nn.Module, part: Part, batch_size: int = 256, device: str | torch.device = "cpu") -> Evaluation:
+    """Give accuracy and loss of a model on a part, in evaluation mode; the model is left as it was.
+
+    Args:
+        model: on `device`; gives `(B, classes)` scores.
+        part: images and their classes, taken in order and not augmented.
+        batch_size: images at a time.
+        device: where the batches are made.
+    """
+    correct = torch.zeros((), dtype=torch.int64, device=device)
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    with in_mode(model, training=False), torch.no_grad():
+        for inputs, targets in part.batches(batch_size, device=device):
+            outputs = model(inputs).float()
+            correct += (outputs.argmax(1) == targets).sum()
+            loss += F.cross_entropy(outputs, targets, reduction="none").double().sum()
+    return Evaluation(int(correct) / len(part), float(loss) / len(part), len(part))
+
+
+def recalibrate(
+    model: nn.Module, part: Part, images: int = 2000, batch_size: int = 100, device: str | torch.device = "cpu"
+) -> None:
+    """Take BatchNorm's running statistics anew, on training images that are not augmented; writes these buffers only.
+
+    After a cut they still describe the inputs of the larger model. The new ones are plain averages over the batches.
+
+    Args:
+        model: on `device`. One without BatchNorm that keeps statistics is left alone.
+        part: the training part; images are drawn from it, the same ones each time.
+        images: how many at most, in whole batches.
+        batch_size: images at a time.
+        device: where the batches are made.
+
+    Raises:
+        RangeError: fewer than two images, of which no variance can be taken.
+    """
+    norms = [norm for norm in model.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
+    norms = [norm for norm in norms if norm.track_running_stats]
+    if not norms:
+        return
+    count = min(images, len(part))
+    size = min(batch_size, count)
+    if size < 2:
+        raise RangeError("images" if count < 2 else "batch_size", size, "2, 3, 4, ...")
+    drawn = part.batches(size, shuffle=torch.Generator().manual_seed(0), device=device)
+    with in_mode(model, training=False), _averaging(norms), torch.no_grad():
+        for inputs, _ in islice(drawn, count // size):
+            model(inputs)
+
+
+@contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Set every module to training or evaluation mode, and each back to its own afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextmanager
+def _averaging(norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
+    """Let BatchNorms begin anew and weigh all batches alike."""
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.training = True
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum

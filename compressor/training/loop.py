@@ -1,0 +1,221 @@
+"""The training loop: steps, epochs, records, and going on from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compressor.data import Data, Progress
+from compressor.errors import InputError, TrainingError
+from compressor.training import checkpoint as checkpoints
+from compressor.training.config import TrainingConfig, learning_rate, make_optimizer
+from compressor.training.evaluation import evaluate, in_mode
+from compressor.training.hooks import HookFactory, PlainStep
+
+Log = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened in a training, in order; a resumed one has the records from before as well.
+
+    Attributes:
+        records: one a finished epoch, with `epoch` (from 1), `step`, `train_loss`, `validation_accuracy` in `[0, 1]`,
+            `validation_loss`, `lr` (of the last step), `seconds` and `params`; and the hook's events between them, with
+            `event`, `epoch` and `step`.
+    """
+
+    records: tuple[dict[str, Any], ...]
+
+    @property
+    def epochs(self) -> tuple[dict[str, Any], ...]:
+        """The records of epochs."""
+        return tuple(record for record in self.records if "event" not in record)
+
+    @property
+    def events(self) -> tuple[dict[str, Any], ...]:
+        """The hook's events."""
+        return tuple(record for record in self.records if "event" in record)
+
+
+def train(
+    model: nn.Module,
+    data: Data,
+    config: TrainingConfig,
+    hook: HookFactory = PlainStep,
+    *,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    on_progress: Progress = lambda step, total_steps: None,
+    log: Log = lambda record: None,
+) -> History:
+    """Train a model in place, on `config.device`, where it stays.
+
+    Seeds torch's global generator, so that dropout is repeatable too.
+
+    Args:
+        model: gives `(B, classes)` scores.
+        data: learns from `data.train` and looks at `data.validation` after every epoch; never at `data.test`.
+        config: how.
+        hook: called as `hook(model, optimizer, total_steps)`, makes what takes part in every step.
+        checkpoint: folder of the checkpoint that is written after every epoch; None writes none.
+        resume: go on from the checkpoint; from the beginning if none was written yet. The model must be built as it was
+            for the first call (its weights do not matter); it is narrowed to what the checkpoint holds before the hook
+            is made, and the hook gets its state back.
+        on_progress: called after every step with the steps done and their total.
+        log: called with every new record when it arises; see `History`. After an interruption, events of the epoch that
+            was cut off arise again.
+
+    Raises:
+        InputError: the model's output does not fit the data; the checkpoint is of a run with other settings.
+        ArtifactError: the checkpoint is damaged or of another model. The model is as it was.
+        TrainingError: the loss became infinite or not a number. The checkpoint of the epoch before stays.
+    """
+    _require_scores(model.to(config.device), data, config)
+    state = checkpoints.read(checkpoint) if checkpoint and resume else None
+    dense = checkpoints.shapes(model)
+    if state and checkpoint:
+        checkpoints.require_fit(state, checkpoint, _about(config, data), dense)
+        checkpoints.restore_model(model, state["tensors"])
+    run = _Run(model, data, config, hook, on_progress, log)
+    if state:
+        run.load_state_dict(state)
+    while run.epoch < config.epochs:
+        run.train_epoch()
+        if checkpoint:
+            checkpoints.write(checkpoint, {**run.state_dict(), "about": _about(config, data), "dense": dense})
+    return History(tuple(run.records))
+
+
+class _Run:
+    """One training: what changes from step to step."""
+
+    def __init__(
+        self, model: nn.Module, data: Data, config: TrainingConfig, hook: HookFactory, on_progress: Progress, log: Log
+    ) -> None:
+        torch.manual_seed(config.seed)
+        if config.channels_last:
+            model.to(memory_format=torch.channels_last)
+        self.epoch, self.step = 0, 0
+        self.records: list[dict[str, Any]] = []
+        self._model, self._data, self._config = model, data, config
+        self._on_progress, self._log = on_progress, log
+        self._device = torch.device(config.device)
+        self._whole = len(data.train) >= config.batch_size  # else there is one incomplete batch, and it counts
+        self._total = config.epochs * (len(data.train) // config.batch_size if self._whole else 1)
+        self._generator = torch.Generator().manual_seed(config.seed)
+        self._loss_fn = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
+        self._optimizer = make_optimizer(model, config)
+        self._hook = hook(model, self._optimizer, self._total)
+
+    def train_epoch(self) -> None:
+        """Go through the training part once, look at the validation part, and record both."""
+        began = perf_counter()
+        self._model.train()
+        loss = self._mean_loss()
+        self.epoch += 1
+        if not math.isfinite(loss):
+            raise TrainingError(loss, self.epoch, self._config.lr)
+        seen = evaluate(self._model, self._data.validation, self._config.batch_size, self._device)
+        record = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "train_loss": loss,
+            "validation_accuracy": seen.accuracy,
+            "validation_loss": seen.loss,
+            "lr": self._optimizer.param_groups[0]["lr"],
+            "seconds": perf_counter() - began,
+            "params": sum(parameter.numel() for parameter in self._model.parameters()),
+        }
+        self._note(record)
+
+    def _mean_loss(self) -> float:
+        """Take every step of an epoch; give the mean loss over its images."""
+        total, images = torch.zeros((), dtype=torch.float64, device=self._device), 0
+        batches = self._data.train.batches(
+            self._config.batch_size,
+            shuffle=self._generator,
+            augment=self._config.augment,
+            device=self._device,
+            drop_last=self._whole,
+        )
+        for inputs, targets in batches:
+            total += self._take_step(inputs, targets).double() * len(targets)
+            images += len(targets)
+        return float(total) / images
+
+    def _take_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        if self._config.channels_last:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._config, self.step, self._total)
+        with self._precision():
+            loss = self._hook.loss(inputs, targets, self._loss_fn)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+        self.step += 1
+        event = self._hook.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        if event is not None:
+            self._note({"event": "update", "epoch": self.epoch + 1, "step": self.step, **event})
+        self._on_progress(self.step, self._total)
+        return loss.detach()
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._config.amp)
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        # NOTE: through JSON, so that a record that could not be read back fails now, and a resumed run's are equal.
+        self.records.append(json.loads(json.dumps(record)))
+        self._log(self.records[-1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give everything that changes."""
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            "records": json.dumps(self.records),
+            "tensors": {name: tensor.detach() for name, tensor in checkpoints.tensors(self._model).items()},
+            "optimizer": self._optimizer.state_dict(),
+            "hook": self._hook.state_dict(),
+            "order": self._generator.get_state(),
+            "random": checkpoints.random_state(self._device),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict()`; the model has its tensors already."""
+        self.epoch, self.step, self.records = state["epoch"], state["step"], json.loads(state["records"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._hook.load_state_dict(state["hook"])
+        self._generator.set_state(state["order"])
+        checkpoints.restore_random_state(state["random"], self._device)
+
+
+def _about(config: TrainingConfig, data: Data) -> dict[str, Any]:
+    """Give what must be the same when a run is resumed; the device may change."""
+    settings = {name: value for name, value in asdict(config).items() if name != "device"}
+    return {**settings, "training images": len(data.train), "classes": list(data.classes)}
+
+
+def _require_scores(model: nn.Module, data: Data, config: TrainingConfig) -> None:
+    """Refuse a model whose output is not one score a class, before a loss on it fails or means something else."""
+    inputs, _ = next(iter(data.validation.batches(1, device=config.device)))
+    with in_mode(model, training=False), torch.no_grad():
+        outputs = model(inputs)
+    got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if got != (1, len(data.classes)):
+        raise InputError(
+            f"{type(model).__name__} gives {got} for one image of {data.name}, which has {len(data.classes)} classes: "
+            f"build it with num_classes={len(data.classes)} so that it gives (1, {len(data.classes)})"
+        )

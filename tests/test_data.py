@@ -1,0 +1,393 @@
+"""Data sets: what is in the parts, what augmentation does to an image, and which folders are refused in which words."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from compressor import data
+from compressor.data import Data, Part, folder, load
+from compressor.data.images import OnDisk, Resident
+from compressor.errors import DataError, InputError, RangeError, UnknownNameError
+
+CLASSES = ("ant", "bee")
+
+
+def paint(path: Path, seed: int, size: tuple[int, int] = (8, 8)) -> np.ndarray[Any, Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return pixels
+
+
+def make_folder(root: Path, parts: tuple[str, ...] = ("train", "test"), each: int = 4, **options: Any) -> Path:
+    """Write `each` images for every part and class; their seeds count up in the order of the parts."""
+    seeds = itertools.count()
+    for part, name, index in itertools.product(parts, CLASSES, range(each)):
+        paint(root / part / name / f"{index}.png", next(seeds), **options)
+    return root
+
+
+def raw(part: Part) -> Tensor:
+    """Take all normalised images of a part back to pixel values."""
+    images = torch.cat([images for images, _ in part.batches(3)])
+    return images * torch.tensor(part.std).view(-1, 1, 1) + torch.tensor(part.mean).view(-1, 1, 1)
+
+
+def labels(part: Part) -> list[int]:
+    return [int(target) for _, targets in part.batches(3) for target in targets]
+
+
+# -- digits
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    return load("digits")
+
+
+def test_digits_is_complete_and_stratified(digits: Data) -> None:
+    from sklearn.datasets import load_digits
+
+    parts = [digits.train, digits.validation, digits.test]
+    assert sorted(int(i) for part in parts for i in part.indices) == list(range(1797))
+    assert (digits.classes, digits.image_shape) == (tuple("0123456789"), (3, 32, 32))
+    whole = np.bincount(load_digits().target)
+    for part, share in zip(parts, (0.75 * 0.9, 0.75 * 0.1, 0.25), strict=True):
+        assert np.abs(np.bincount(part.targets) - share * whole).max() <= 1.5
+        assert part.targets.tolist() == load_digits().target[part.indices].tolist()
+
+
+def test_digits_are_enlarged_not_redrawn(digits: Data) -> None:
+    from sklearn.datasets import load_digits
+
+    small = torch.nn.functional.avg_pool2d(raw(digits.test)[:, 0], 4).numpy()
+    original = load_digits().images[digits.test.indices] * 255 / 16
+    correlations = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(small, original, strict=True)]
+    assert min(correlations) > 0.9
+
+
+def test_training_part_is_normalised(digits: Data) -> None:
+    images = torch.cat([images for images, _ in digits.train.batches(100)]).double()
+    assert images.mean().abs() < 1e-5
+    assert (images.std(unbiased=False) - 1).abs() < 1e-5
+
+
+def test_seed_moves_validation_and_never_test(digits: Data) -> None:
+    other, again = load("digits", seed=1), load("digits")
+    assert other.test.indices.tolist() == digits.test.indices.tolist()
+    assert other.validation.indices.tolist() != digits.validation.indices.tolist()
+    assert again.validation.indices.tolist() == digits.validation.indices.tolist()
+    assert len(load("digits", validation=0.5).validation) == pytest.approx(0.5 * 0.75 * 1797, abs=6)
+
+
+def test_image_size() -> None:
+    assert load("digits", image_size=8).image_shape == (3, 8, 8)
+
+
+# -- batches
+
+
+def test_batches_cover_the_part_once(digits: Data) -> None:
+    sizes = [len(targets) for _, targets in digits.test.batches(64)]
+    assert sizes == [64] * 7 + [2]
+    assert [len(targets) for _, targets in digits.test.batches(64, drop_last=True)] == [64] * 7
+    assert labels(digits.test) == digits.test.targets.tolist()
+    shuffled = [int(t) for _, targets in digits.test.batches(64, shuffle=torch.Generator()) for t in targets]
+    assert shuffled != labels(digits.test)
+    assert sorted(shuffled) == sorted(labels(digits.test))
+
+
+def test_images_and_targets_stay_together_when_shuffled(digits: Data) -> None:
+    plain = {
+        image.numpy().tobytes(): int(t)
+        for images, ts in digits.test.batches(50)
+        for image, t in zip(images, ts, strict=True)
+    }
+    for images, targets in digits.test.batches(50, shuffle=torch.Generator().manual_seed(3)):
+        assert [plain[image.numpy().tobytes()] for image in images] == targets.tolist()
+
+
+def test_generator_state_is_all_the_randomness(digits: Data) -> None:
+    generator = torch.Generator().manual_seed(4)
+    state = generator.get_state()
+    before = torch.get_rng_state()
+    first = list(digits.test.batches(100, shuffle=generator, augment=True))
+    generator.set_state(state)
+    second = list(digits.test.batches(100, shuffle=generator, augment=True))
+    third = list(digits.test.batches(100, shuffle=generator, augment=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    assert not torch.equal(first[0][0], third[0][0])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_augmentation_needs_a_generator(digits: Data) -> None:
+    with pytest.raises(InputError, match=r"pass shuffle=torch.Generator\(\) as well"):
+        next(digits.test.batches(4, augment=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    shift=st.integers(0, 3),
+    mirror=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_augmented_image_is_a_moved_and_perhaps_mirrored_original(
+    height: int, width: int, shift: int, mirror: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(1, 256, (5, 3, height, width), generator=generator, dtype=torch.uint8)
+    part = Part(Resident(pixels), torch.arange(5), torch.arange(5), (0.0,) * 3, (1.0,) * 3, shift, mirror)
+    images, targets = next(part.batches(5, shuffle=generator, augment=True))
+    for image, target in zip(images, targets, strict=True):
+        original = pixels[target].float()
+        versions = [original, original.flip(2)] if mirror else [original]
+        assert any(torch.equal(image, moved) for version in versions for moved in every_move(version, shift))
+
+
+def every_move(image: Tensor, shift: int) -> list[Tensor]:
+    height, width = image.shape[1:]
+    padded = torch.nn.functional.pad(image, [shift] * 4)
+    offsets = itertools.product(range(2 * shift + 1), repeat=2)
+    return [padded[:, y : y + height, x : x + width] for y, x in offsets]
+
+
+def test_every_move_and_mirror_occurs() -> None:
+    pixels = torch.arange(1, 28).to(torch.uint8).view(1, 3, 3, 3).repeat(400, 1, 1, 1)
+    part = Part(Resident(pixels), torch.arange(400), torch.zeros(400), (0.0,) * 3, (1.0,) * 3, shift=1, mirror=True)
+    images, _ = next(part.batches(400, shuffle=torch.Generator().manual_seed(0), augment=True))
+    assert len({image.numpy().tobytes() for image in images}) == 2 * 9
+
+
+def test_natural_images_are_mirrored_and_digits_are_not(digits: Data, tmp_path: Path) -> None:
+    natural = load(f"imagefolder:{make_folder(tmp_path, size=(32, 32))}")
+    assert (natural.train.shift, natural.train.mirror) == (4, True)
+    assert (digits.train.shift, digits.train.mirror) == (2, False)
+
+
+# -- folders
+
+
+def test_folder_gives_its_pixels(tmp_path: Path) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "train/ant/notes.txt").write_text("no image")
+    (tmp_path / "train/ant/._0.png").write_text("no image either")
+    (tmp_path / "train/.cache").mkdir()
+    seen: list[tuple[int, int]] = []
+    found = load(f"imagefolder:{tmp_path}", validation=0.25, on_progress=lambda *done: seen.append(done))
+    assert (found.classes, found.image_shape) == (CLASSES, (3, 8, 8))
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [6, 2, 8]
+    assert labels(found.validation) == [0, 1]
+    assert labels(found.test) == [0] * 4 + [1] * 4
+    written = torch.stack([torch.tensor(paint(tmp_path / "x.png", seed)).permute(2, 0, 1) for seed in range(8, 16)])
+    assert torch.equal(raw(found.test).round().to(torch.uint8), written)
+    assert seen[-1] == (16, 16)
+
+
+def test_folder_normalises_by_what_is_trained_on(tmp_path: Path) -> None:
+    found = load(f"imagefolder:{make_folder(tmp_path)}")
+    pixels = found.train.images.take(found.train.indices, torch.device("cpu")).double()
+    assert found.train.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist())
+    assert found.train.std == pytest.approx(pixels.std((0, 2, 3), unbiased=False).tolist())
+    assert found.test.mean == found.validation.mean == found.train.mean
+
+
+def test_own_validation_part(tmp_path: Path) -> None:
+    found = load(f"imagefolder:{make_folder(tmp_path, ('train', 'test', 'val'), each=3)}")
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [6, 6, 6]
+    assert found.test.indices.tolist() == list(range(6, 12))
+    assert found.validation.indices.tolist() == list(range(12, 18))
+
+
+def test_val_alone_is_the_test_part(tmp_path: Path) -> None:
+    found = load(f"imagefolder:{make_folder(tmp_path, ('train', 'val'))}", validation=0.5)
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [4, 4, 8]
+    assert found.test.indices.tolist() == list(range(8, 16))
+
+
+@pytest.mark.parametrize(
+    ("odd", "asked", "shape"),
+    [((8, 8), None, (3, 8, 8)), ((8, 9), None, (3, 224, 224)), ((8, 9), 16, (3, 16, 16)), ((8, 8), 4, (3, 4, 4))],
+)
+def test_folder_image_size(
+    tmp_path: Path, odd: tuple[int, int], asked: int | None, shape: tuple[int, int, int]
+) -> None:
+    make_folder(tmp_path)
+    paint(tmp_path / "test/bee/odd.png", 0, size=odd)
+    assert load(f"imagefolder:{tmp_path}", image_size=asked).image_shape == shape
+
+
+def test_large_images_of_one_size_are_resized(tmp_path: Path) -> None:
+    found = load(f"imagefolder:{make_folder(tmp_path, each=2, size=(65, 70))}")
+    assert found.image_shape == (3, 224, 224)
+
+
+def test_resize_takes_the_centre(tmp_path: Path) -> None:
+    make_folder(tmp_path, each=2)
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, 18:42] = 200  # a little wider than the square in the middle: resizing looks at neighbours
+    Image.fromarray(pixels).save(tmp_path / "test/ant/wide.png")
+    found = load(f"imagefolder:{tmp_path}", image_size=10)
+    assert (raw(found.test)[2] - 200).abs().max() < 1e-3
+
+
+def test_grey_palette_and_transparent_images_become_rgb(tmp_path: Path) -> None:
+    make_folder(tmp_path, each=2)
+    image = Image.fromarray(np.full((8, 8), 77, np.uint8))
+    for mode in ("L", "P", "1", "RGBA", "LA"):
+        image.convert(mode).save(tmp_path / f"train/ant/{mode}.png")
+    assert load(f"imagefolder:{tmp_path}").image_shape == (3, 8, 8)
+
+
+def test_on_disk_gives_the_same_batches_as_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path)
+    resident = load(f"imagefolder:{tmp_path}")
+    monkeypatch.setattr(folder, "RESIDENT_BYTES", 16 * 3 * 8 * 8 - 1)
+    lazy = load(f"imagefolder:{tmp_path}")
+    assert isinstance(resident.train.images, Resident)
+    assert isinstance(lazy.train.images, OnDisk)
+    runs = [
+        part.batches(4, shuffle=torch.Generator().manual_seed(1), augment=True) for part in (resident.train, lazy.train)
+    ]
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+
+
+def _broken(root: Path) -> None:
+    path = root / "test/bee/3.png"
+    path.write_bytes(path.read_bytes()[:-80])
+
+
+def _no_image(root: Path) -> None:
+    (root / "train/ant/0.png").write_text("not a picture")
+
+
+def _deep(root: Path) -> None:
+    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(root / "train/ant/0.png")
+
+
+def _without(*names: str) -> Callable[[Path], None]:
+    def remove(root: Path) -> None:
+        for name in names:
+            for path in sorted((root / name).rglob("*"), reverse=True):
+                path.unlink() if path.is_file() else path.rmdir()
+            (root / name).rmdir()
+
+    return remove
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_without("train", "test", "."), "there is no data folder {root}: give imagefolder:PATH with train/ and test/"),
+        (
+            _without("train", "test"),
+            "{root} has no train/ (it holds no folders): put one folder a class into {root}/train",
+        ),
+        (_without("train"), "{root} has no train/ (it holds test)"),
+        (_without("test"), "{root} has no test/ or val/ (it holds train)"),
+        (_without("train/ant", "train/bee"), "{root}/train is empty: it must hold one folder of images a class"),
+        (_without("test/ant"), "class folder {root}/train/ant has no counterpart in {root}/test"),
+        (_without("train/ant"), "class folder {root}/test/ant has no counterpart in {root}/train"),
+        (_without("train/ant", "test/ant"), "{root}/train holds one class only (bee)"),
+        (lambda root: (root / "train/cat").mkdir(), "no images in {root}/train/cat: put some there (.bmp, .jpeg"),
+        (_broken, "cannot read image {root}/test/bee/3.png: "),
+        (_no_image, "cannot read image {root}/train/ant/0.png: cannot identify image file"),
+        (_deep, "{root}/train/ant/0.png has more than 8 bits a channel (mode I;16): convert it to 8 bits"),
+    ],
+)
+def test_folder_is_refused(tmp_path: Path, spoil: Callable[[Path], object], message: str) -> None:
+    root = make_folder(tmp_path / "photos")
+    spoil(root)
+    with pytest.raises(DataError) as caught:
+        load(f"imagefolder:{root}")
+    assert message.format(root=root) in str(caught.value)
+
+
+def test_class_with_one_image_cannot_be_split(tmp_path: Path) -> None:
+    make_folder(tmp_path, each=1)
+    with pytest.raises(DataError, match="class 'ant' has 1 training image: it needs 2 or more"):
+        load(f"imagefolder:{tmp_path}")
+
+
+# -- CIFAR
+
+
+class FakeCifar:
+    """What torchvision's CIFAR10 gives, for five images."""
+
+    classes = CLASSES
+
+    def __init__(self, root: Path, train: bool, download: bool) -> None:
+        self.data = np.arange(5 * 32 * 32 * 3, dtype=np.int64).astype(np.uint8).reshape(5, 32, 32, 3)
+        self.targets = [0, 0, 1, 1, 1]
+
+
+def test_cifar_has_channels_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar)
+    found = load("cifar10", validation=0.2)
+    assert (found.classes, found.image_shape) == (CLASSES, (3, 32, 32))
+    assert [len(part) for part in (found.train, found.validation, found.test)] == [3, 2, 5]
+    expected = torch.from_numpy(FakeCifar(Path(), True, False).data).permute(0, 3, 1, 2)
+    assert torch.equal(raw(found.test).round().to(torch.uint8), expected)
+
+
+def test_cifar_is_enlarged_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar)
+    assert load("cifar10", image_size=40).image_shape == (3, 40, 40)
+    monkeypatch.setattr(data, "RESIDENT_BYTES", 5 * 3 * 36 * 36)
+    with pytest.raises(RangeError, match="image_size = 40 is out of range: give image_size in 1 to 36, or larger with"):
+        load("cifar10", image_size=40)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_missing_cifar_says_how_to_get_it(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load(name, root=tmp_path)
+    assert f"{name} cannot be loaded from {tmp_path}" in str(caught.value)
+    assert str(caught.value).endswith("add --download to fetch it")
+
+
+# -- names and ranges
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: load("digit"), UnknownNameError, "unknown data set 'digit': did you mean 'digits'?"),
+        (lambda: load("imagefolder"), UnknownNameError, "did you mean 'imagefolder:PATH'?"),
+        (lambda: load("imagefolder:"), UnknownNameError, "did you mean 'imagefolder:PATH'?"),
+        (lambda: load("digits:here"), UnknownNameError, "did you mean 'digits'"),
+        (lambda: load("mnist"), UnknownNameError, "known: cifar10, cifar100, digits, imagefolder:PATH"),
+        (lambda: load("digits", validation=0), RangeError, "validation = 0 is out of range: give validation in (0, 1)"),
+        (lambda: load("digits", validation=1.0), RangeError, "validation = 1.0"),
+        (lambda: load("digits", image_size=0), RangeError, "image_size = 0"),
+        (lambda: load("digits", download=True), InputError, "download has no effect on digits: leave it out"),
+    ],
+)
+def test_refused(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        call()
+    assert message in str(caught.value)
+
+
+def test_a_user_can_add_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mine(request: data.Request) -> data.Found:
+        part = Part.of(Resident(torch.zeros(6, 1, 4, 4, dtype=torch.uint8)), torch.tensor([0, 1] * 3))
+        return data.Found(CLASSES, part, part)
+
+    monkeypatch.setitem(data.DATASETS, "mine", mine)
+    assert load("mine").image_shape == (1, 4, 4)

@@ -1,0 +1,357 @@
+"""Silence and gates against the definition: a channel that no consumer sees, and autograd one sample at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from conftest import random_keep, relative_error, shake, silenced
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import compressor
+from compressor.errors import InputError, RangeError, UnknownNameError
+from compressor.graph.group import ChannelGraph, ConsumerInput, Group, Member
+from compressor.masks import Gates, observable, silence
+
+
+class Branches(nn.Module):
+    """A concatenation (two groups in one input), a group with two consumers, a flatten and a depthwise convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 5, 3, padding=1)
+        self.deep = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        self.c = nn.Conv2d(9, 6, 3)
+        self.fc, self.last = nn.Linear(6 * 4, 7), nn.Linear(7, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.a(x))
+        x = torch.cat([torch.tanh(self.b(x)), self.deep(x)], dim=1)
+        x = F.max_pool2d(torch.tanh(self.c(x)), 3)
+        return self.last(torch.tanh(self.fc(x.flatten(1))))
+
+
+@pytest.fixture
+def graph() -> ChannelGraph:
+    model = shake(Branches())
+    return compressor.trace(model.train(), images(2))
+
+
+def images(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 9, 9, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def targets(batch: int) -> Tensor:
+    return torch.arange(batch) % 3
+
+
+def ones(graph: ChannelGraph, batch: int) -> Tensor:
+    return torch.ones(batch, sum(graph.sizes().values()), dtype=torch.float64)
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
+
+
+def test_the_groups_are_what_this_file_is_about(graph: ChannelGraph) -> None:
+    """The depthwise convolution shows its input too, but what it hands on is gated behind it."""
+    inputs = {group.name: [seen.module for seen in group.inputs] for group in graph.groups}
+    assert inputs == {"a": ["b", "deep", "c"], "b": ["c"], "c": ["fc"], "fc": ["last"]}
+
+
+# -- silence
+
+
+def test_silence_is_what_the_oracle_of_cuts_does(graph: ChannelGraph) -> None:
+    keep = random_keep(graph)
+    expected = silenced(graph, keep)(images(2))
+    gone = {name: [c for c in range(graph[name].size) if c not in kept.tolist()] for name, kept in keep.items()}
+    silence(graph, gone)
+    assert torch.equal(graph.model(images(2)), expected)
+
+
+@torch.no_grad()
+def test_silence_equals_the_cut(graph: ChannelGraph) -> None:
+    small = compressor.trace(copy.deepcopy(graph.model), images(2))
+    compressor.cut(small, {"a": [1, 3], "c": [0]})
+    silence(graph, {"a": torch.tensor([0, 2]), "c": [1, 2, 3, 4, 5]})
+    assert relative_error(graph.model(images(2)), small.model(images(2))) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("channels", "error", "message"),
+    [
+        ({"a": [0], "bb": [0]}, UnknownNameError, "unknown group 'bb'"),
+        ({"a": [0], "b": [5]}, RangeError, r"channel of group 'b' = 5 is out of range: give .* in \[0, 4\]"),
+        ({"a": [0], "b": [-1]}, RangeError, "channel of group 'b' = -1"),
+        ({"a": [0], "b": torch.ones(5, dtype=torch.bool)}, InputError, r"came as a mask: give their indices"),
+    ],
+)
+def test_silence_refuses_and_writes_nothing(graph: ChannelGraph, channels, error: type, message: str) -> None:
+    before = copy.deepcopy(graph.model.state_dict())
+    with pytest.raises(error, match=message):
+        silence(graph, channels)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in graph.model.state_dict().items())
+
+
+# -- gates forwards
+
+
+def test_gates_of_one_change_no_bit(graph: ChannelGraph) -> None:
+    expected = graph.model(images(5))
+    for towards_mean in (False, True):
+        with Gates(graph).applied(ones(graph, 5), towards_mean) as reached:
+            assert torch.equal(graph.model(images(5)), expected)
+        assert reached == {"b", "c", "fc", "last"}
+
+
+@torch.no_grad()
+def test_gates_of_zero_silence_every_sample_for_itself(graph: ChannelGraph) -> None:
+    gates = (torch.rand(6, 22) < 0.5).double()
+    with Gates(graph).applied(gates):
+        out = graph.model(images(6))
+    for sample in range(6):
+        keep = {name: part.nonzero().flatten() for name, part in Gates(graph).split(gates[sample]).items()}
+        expected = silenced(graph, keep)(images(6)[sample : sample + 1])
+        assert relative_error(out[sample : sample + 1], expected) <= 1e-12
+
+
+@torch.no_grad()
+def test_only_the_chosen_groups_are_gated(graph: ChannelGraph) -> None:
+    gates = Gates(graph, ["b"])
+    assert gates.sizes == {"b": 5}
+    with gates.applied(torch.zeros(2, 5, dtype=torch.float64)):
+        out = graph.model(images(2))
+    expected = silenced(graph, {"b": torch.zeros(0, dtype=torch.int64)})(images(2))
+    assert relative_error(out, expected) <= 1e-12
+
+
+@torch.no_grad()
+def test_exclusion_towards_the_mean_puts_the_running_mean_in_place(graph: ChannelGraph) -> None:
+    seen: list[Tensor] = []
+    graph.model.c.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    graph.model(images(4))
+    gate = torch.ones(4, 5, dtype=torch.float64)
+    gate[1, 2] = 0.0
+    gate[2, 3] = 0.25
+    gates = Gates(graph, ["b"])
+    with gates.applied(gate, towards_mean=True):
+        graph.model(images(4))
+    before, mean = seen[0], seen[0].mean((0, 2, 3))
+    assert gates.means()["c.weight"] == pytest.approx(mean.detach())
+    expected = before.clone()
+    expected[1, 2] = mean[2]
+    expected[2, 3] = mean[3] + 0.25 * (before[2, 3] - mean[3])
+    # The hook of this test was there first: look at what the convolution made of it.
+    with gates.applied(gate, towards_mean=True):
+        out = graph.model.c(before)
+    assert relative_error(out, F.conv2d(expected, graph.model.c.weight, graph.model.c.bias)) <= 1e-12
+
+
+def test_the_mean_is_running_and_that_of_every_position(graph: ChannelGraph) -> None:
+    gates = Gates(graph, half_life=2.0)
+    assert gates.means() == {}
+    for x in (images(4), -images(4)):
+        with gates.applied(ones(graph, 4)):
+            graph.model(x)
+    inputs: list[Tensor] = []
+    graph.model.fc.register_forward_pre_hook(lambda module, h: inputs.append(h[0].mean(0)))
+    graph.model(images(4))
+    graph.model(-images(4))
+    old, decay = inputs[0], 0.5**0.5
+    assert gates.means()["fc.weight"].shape == (24,)
+    assert gates.means()["fc.weight"] == pytest.approx(((decay * old + inputs[1]) / (decay + 1)).detach())
+
+
+# -- gates backwards
+
+
+@pytest.mark.parametrize("towards_mean", [False, True])
+def test_gate_gradients_are_those_of_every_sample_alone(graph: ChannelGraph, towards_mean: bool) -> None:
+    """Sum over space, over several consumers and over shared inputs: against autograd, one sample at a time."""
+    gate = torch.rand(5, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    together = gate.clone().requires_grad_()
+    gates = Gates(graph)
+    with gates.applied(together, towards_mean):
+        F.cross_entropy(graph.model(images(5)), targets(5)).backward()
+    means = gates.means()
+    for sample in range(5):
+        one = gate[sample].clone().requires_grad_()
+        out = by_hand(graph, one, images(5)[sample : sample + 1], means if towards_mean else None)
+        F.cross_entropy(out, targets(5)[sample : sample + 1]).backward()
+        assert relative_error(5 * together.grad[sample], one.grad) <= 1e-12
+
+
+def by_hand(graph: ChannelGraph, gate: Tensor, x: Tensor, means: dict[str, Tensor] | None) -> Tensor:
+    """The forward pass of `Branches` with its gates written out, one sample."""
+    net = graph.model
+    u = dict(zip("abcf", gate.split([4, 5, 6, 7]), strict=True))
+
+    def at(h: Tensor, u: Tensor, weight: str) -> Tensor:
+        shape = (1, -1, 1, 1) if h.dim() == 4 else (1, -1)
+        mean = means[weight].view(shape) if means else 0.0
+        return mean + u.view(shape) * (h - mean)
+
+    a = torch.tanh(net.a(x))
+    b = torch.tanh(net.b(at(a, u["a"], "b.weight")))
+    c = torch.tanh(net.c(at(torch.cat([b, net.deep(a)], 1), torch.cat([u["b"], u["a"]]), "c.weight")))
+    flat = F.max_pool2d(c, 3).flatten(1)
+    return net.last(at(torch.tanh(net.fc(at(flat, u["c"].repeat_interleave(4), "fc.weight"))), u["f"], "last.weight"))
+
+
+def test_parameters_get_the_gradients_of_the_gated_model(graph: ChannelGraph) -> None:
+    gate = torch.rand(1, 22, dtype=torch.float64)
+    with Gates(graph).applied(gate):
+        graph.model(images(1)).sum().backward()
+    gated = [parameter.grad.clone() for parameter in graph.model.parameters()]
+    graph.model.zero_grad()
+    by_hand(graph, gate[0], images(1), None).sum().backward()
+    for mine, parameter in zip(gated, graph.model.parameters(), strict=True):
+        assert relative_error(mine, parameter.grad) <= 1e-12
+
+
+def test_frozen_layers_before_a_consumer_do_not_hide_its_gates(graph: ChannelGraph) -> None:
+    for parameter in graph.model.parameters():
+        parameter.requires_grad_(False)
+    gate = torch.rand(2, 22, dtype=torch.float64).requires_grad_()
+    with Gates(graph).applied(gate):
+        graph.model(images(2)).sum().backward()
+    assert int((gate.grad == 0).sum()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gates_work_under_autocast(dtype: torch.dtype) -> None:
+    model = Branches().train()
+    graph = compressor.trace(model, images(2).float())
+    gate, expected = (torch.full((4, 22), 0.5).requires_grad_() for _ in range(2))
+    with torch.autocast("cpu", dtype=dtype), Gates(graph).applied(gate):
+        out = model(images(4).float())
+    F.cross_entropy(out.float(), targets(4), reduction="sum").backward()
+    with Gates(graph).applied(expected):
+        F.cross_entropy(model(images(4).float()), targets(4), reduction="sum").backward()
+    assert out.dtype == dtype
+    assert gate.grad.dtype == torch.float32
+    assert relative_error(gate.grad, expected.grad) < 0.02
+
+
+def test_channels_last_stays_so(graph: ChannelGraph) -> None:
+    h = torch.randn(2, 9, 8, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    seen = []
+    with Gates(graph).applied(torch.rand(2, 22, dtype=torch.float64)):
+        graph.model.c.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        graph.model.c(h)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    assert not torch.equal(seen[0], h)
+
+
+# -- what is left behind
+
+
+def test_no_masks_in_evaluation_mode(graph: ChannelGraph) -> None:
+    graph.model.eval()
+    expected = graph.model(images(3))
+    gates = Gates(graph)
+    with gates.applied(torch.zeros(2, 22, dtype=torch.float64)) as reached:
+        assert torch.equal(graph.model(images(3)), expected)
+    assert (reached, gates.means()) == (set(), {})
+
+
+def test_hooks_are_gone_after_an_exception(graph: ChannelGraph) -> None:
+    state = copy.deepcopy(graph.model.state_dict())
+    during = 0
+    with contextlib.suppress(RuntimeError), Gates(graph).applied(ones(graph, 2)):
+        during = hooks(graph.model)
+        raise RuntimeError
+    assert (during, hooks(graph.model)) == (4, 0)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in graph.model.state_dict().items())
+
+
+def test_hooks_are_gone_when_the_model_itself_fails(graph: ChannelGraph) -> None:
+    with pytest.raises(InputError, match="'b' cannot be gated"), Gates(graph).applied(ones(graph, 2)):
+        graph.model(images(3))
+    assert hooks(graph.model) == 0
+
+
+# -- cuts and checkpoints
+
+
+def test_means_follow_a_cut(graph: ChannelGraph) -> None:
+    gates = Gates(graph)
+    with gates.applied(ones(graph, 4)):
+        graph.model(images(4))
+    before = gates.means()
+    keep = {"a": torch.tensor([0, 2]), "b": torch.tensor([1, 2, 4]), "c": torch.tensor([5])}
+    compressor.cut(graph, keep)
+    after = gates.narrowed(keep, graph)
+    assert after.sizes == {"a": 2, "b": 3, "c": 1, "fc": 7}
+    assert torch.equal(after.means()["c.weight"], before["c.weight"][[1, 2, 4, 5, 7]])
+    assert torch.equal(after.means()["fc.weight"], before["fc.weight"][20:])
+    assert torch.equal(after.means()["last.weight"], before["last.weight"])
+    with after.applied(ones(graph, 4)):
+        graph.model(images(4))
+
+
+@torch.no_grad()
+def test_means_are_what_a_cut_folds(graph: ChannelGraph) -> None:
+    """For a Linear consumer and a constant channel, folding its mean makes the cut change nothing."""
+    graph.model.fc.weight[2] = 0.0
+    expected = graph.model(images(4))
+    gates = Gates(graph)
+    with gates.applied(ones(graph, 4)):
+        graph.model(images(4))
+    compressor.cut(graph, {"fc": [0, 1, 3, 4, 5, 6]}, means=gates.means())
+    assert relative_error(graph.model(images(4)), expected) <= 1e-12
+
+
+def test_means_resume(graph: ChannelGraph) -> None:
+    gates, resumed = Gates(graph), Gates(graph)
+    with gates.applied(ones(graph, 4)):
+        graph.model(images(4))
+    resumed.load_state_dict(gates.state_dict())
+    for each in (gates, resumed):
+        with each.applied(ones(graph, 2)):
+            graph.model(images(2))
+    assert all(torch.equal(mean, resumed.means()[weight]) for weight, mean in gates.means().items())
+
+
+# -- refusals
+
+
+def by_hand_group(inputs: tuple[ConsumerInput, ...]) -> ChannelGraph:
+    rows = torch.arange(4).unsqueeze(1)
+    members = (Member("a.weight", 0, rows, "producer"), Member("b.weight", 1, rows, "consumer"))
+    return ChannelGraph(Branches(), images(1), (Group("a", 4, members, inputs),), ())
+
+
+def test_a_group_with_an_unseen_consumer_is_not_observable() -> None:
+    rows = torch.arange(4).unsqueeze(1)
+    assert observable(by_hand_group((ConsumerInput("b.weight", -3, rows),))["a"])
+    blind = by_hand_group(())
+    assert not observable(blind["a"])
+    with pytest.raises(InputError, match=r"group 'a' cannot be watched: .*\(b\.weight\).*criterion l1"):
+        Gates(blind, ["a"])
+    with pytest.raises(InputError, match="no group to watch"):
+        Gates(blind)
+
+
+def test_unknown_groups_are_refused(graph: ChannelGraph) -> None:
+    with pytest.raises(UnknownNameError, match="unknown group 'x'"):
+        Gates(graph, ["x"])
+
+
+@pytest.mark.parametrize(
+    ("call", "came"),
+    [
+        (lambda module: module(input=torch.zeros(2, 4, 5, 5)), "NoneType instead of a tensor"),
+        (lambda module: module(torch.zeros(3, 4, 5, 5)), r"shape \(3, 4, 5, 5\), and a batch of 2 samples"),
+        (lambda module: module(torch.zeros(4, 5, 5)), r"shape \(4, 5, 5\)"),
+        (lambda module: module(torch.zeros(2, 3, 5, 5)), "with at least 4 channels on dimension -3"),
+    ],
+)
+def test_inputs_of_another_layout_are_refused(call, came: str) -> None:
+    graph = by_hand_group((ConsumerInput("b.weight", -3, torch.arange(4).unsqueeze(1)),))
+    with Gates(graph).applied(torch.ones(2, 4)), pytest.raises(InputError, match=came):
+        call(graph.model.b)

@@ -1,0 +1,171 @@
+"""The options of a run: written and read back, refused when wrong, worked out when left open."""
+
+import dataclasses
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressor.errors import InputError, RangeError, UnknownNameError
+from compressor.settings import Settings, option_kinds, read_toml
+
+whole = st.integers(min_value=2, max_value=10**9)
+part = st.floats(min_value=0, max_value=0.999)
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+some = st.one_of(
+    st.builds(Settings, model=text, data=text, out=text, sparsity=part, seed=whole, collect=st.none() | whole),
+    st.builds(
+        Settings,
+        criterion=st.sampled_from(["l1", "euclidean", "random"]),
+        epochs=whole,
+        finetune_epochs=st.none() | whole,
+        lr=st.floats(min_value=1e-9, max_value=1e9),
+        data=st.just("cifar10"),
+        download=st.booleans(),
+    ),
+)
+
+
+@given(some)
+def test_toml_gives_back_the_same_settings(settings: Settings) -> None:
+    assert Settings.of(tomllib.loads(settings.toml())) == settings
+
+
+@given(some)
+def test_the_command_gives_back_the_same_settings(settings: Settings) -> None:
+    words = shlex.split(settings.command())
+    assert words[0] == "compress"
+    kinds = option_kinds()
+    typed: dict[str, object] = {}
+    remaining = iter(words[1:])
+    for word in remaining:
+        name = word.removeprefix("--")
+        typed[name] = True if kinds[name] is bool else kinds[name](next(remaining))
+    assert Settings.of(typed) == settings
+
+
+def test_the_command_is_short() -> None:
+    assert Settings().command() == "compress --criterion relevance --model resnet18 --data digits --sparsity 0.6"
+
+
+def test_nothing_is_left_open() -> None:
+    watching, after = Settings(), Settings(criterion="l1", epochs=5)
+    assert (watching.when, watching.finetune_epochs, watching.relevance_estimator) == ("during", None, "soft")
+    assert (after.when, after.finetune_epochs, after.relevance_estimator) == ("after", 3, None)
+    assert watching.device in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("given_", "folder"),
+    [
+        ({}, "runs/resnet18-digits-relevance-0.6"),
+        ({"data": "imagefolder:/some/photos"}, "runs/resnet18-photos-relevance-0.6"),
+        ({"data": "imagefolder:../photos/", "sparsity": 0.25}, "runs/resnet18-photos-relevance-0.25"),
+        ({"model": "my.nets:tiny", "criterion": "l1"}, "runs/my.nets_tiny-digits-l1-0.6"),
+        ({"out": "here"}, "here"),
+    ],
+)
+def test_the_folder_is_named_after_the_run(given_: dict, folder: str) -> None:
+    assert Settings.of(given_).out == folder
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ({"criterion": "relevnce"}, "unknown criterion 'relevnce': did you mean 'relevance'"),
+        ({"criterion": "l3"}, "unknown criterion 'l3': did you mean 'l"),
+        ({"measure": "param"}, "unknown measure 'param': did you mean 'params'"),
+        ({"scope": "globl"}, "unknown scope 'globl': did you mean 'global'"),
+        ({"stem": "cifr"}, "unknown stem 'cifr': did you mean 'cifar'"),
+        ({"when": "afer"}, "unknown when 'afer': did you mean 'after'"),
+        ({"relevance-estimator": "sft"}, "unknown relevance estimator 'sft': did you mean 'soft'"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"sparsty": 0.5}, "unknown option 'sparsty': did you mean 'sparsity'"),
+        ({"round_to": 4}, "unknown option 'round_to': did you mean 'round-to'"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_a_suggestion(given_: dict, message: str) -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        Settings.of(given_)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("sparsity", 1.0),
+        ("sparsity", -0.1),
+        ("sparsity", float("nan")),
+        ("round-to", 0),
+        ("epochs", 0),
+        ("batch-size", 1),
+        ("lr", 0.0),
+        ("lr", float("inf")),
+        ("drop", 0.6),
+        ("delta", 0.0),
+        ("collect", 0),
+        ("seed", -1),
+    ],
+)
+def test_a_number_out_of_range_is_refused(name: str, value: float) -> None:
+    with pytest.raises(RangeError, match=rf"^{name} = {value} is out of range: give {name} in "):
+        Settings.of({name: value})
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ({"when": "after"}, "--criterion relevance watches the training: leave out --when after"),
+        ({"finetune-epochs": 2}, "--finetune-epochs has no effect with --when during"),
+        (
+            {"criterion": "l1", "when": "during", "finetune-epochs": 2},
+            "--finetune-epochs has no effect with --when during",
+        ),
+        ({"criterion": "l1", "drop": 0.1}, "--drop has no effect with --criterion l1"),
+        ({"criterion": "l1", "relevance-estimator": "soft"}, "--relevance-estimator has no effect with --criterion l1"),
+        ({"criterion": "l1", "collect": 5}, "--collect has no effect with --when after"),
+        ({"download": True}, "--download has no effect with --data digits"),
+    ],
+)
+def test_a_setting_without_effect_is_refused(given_: dict, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Settings.of(given_)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("given_", "message"),
+    [
+        ({"epochs": "ten"}, "epochs = 'ten' in exp.toml: give a whole number"),
+        ({"epochs": True}, "epochs = True in exp.toml: give a whole number"),
+        ({"epochs": 1.5}, "epochs = 1.5 in exp.toml: give a whole number"),
+        ({"sparsity": "0.5"}, "sparsity = '0.5' in exp.toml: give a number"),
+        ({"download": 1}, "download = 1 in exp.toml: give true or false"),
+        ({"model": 18}, "model = 18 in exp.toml: give text in quotes"),
+        ({"sparsty": 1}, "unknown option in exp.toml 'sparsty': did you mean 'sparsity'"),
+    ],
+)
+def test_a_wrong_value_in_a_file_names_the_file(given_: dict, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Settings.of(given_, "exp.toml")
+    assert str(caught.value).startswith(message)
+
+
+def test_a_file_that_is_missing_or_no_toml_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("sparsity 0.5")
+    (tmp_path / "latin.toml").write_bytes(b"data = '\xe9'")
+    for name, message in (
+        ("none.toml", "cannot read .*No such file"),
+        ("bad.toml", "no TOML"),
+        ("latin.toml", "no TOML"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_toml(tmp_path / name)
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Settings().epochs = 3  # type: ignore[misc]

@@ -1,0 +1,512 @@
+"""The training loop: what a step is made of, and that a killed run goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from compressor.data import Data, Part
+from compressor.data.images import Resident
+from compressor.errors import ArtifactError, InputError, RangeError, TrainingError, UnknownNameError
+from compressor.graph.trace import trace
+from compressor.surgery import cut
+from compressor.training import History, PlainStep, TrainingConfig, evaluate, learning_rate, recalibrate, train
+
+CONFIG = TrainingConfig(epochs=4, batch_size=8, lr=0.1, label_smoothing=0.1)
+
+
+def make_part(count: int, seed: int) -> Part:
+    """Noise whose brighter half (left or right) is the class."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(count) % 2
+    pixels = torch.randint(0, 156, (count, 3, 8, 8), generator=generator)
+    pixels[targets == 0, :, :, :4] += 100
+    pixels[targets == 1, :, :, 4:] += 100
+    part = Part.of(Resident(pixels.to(torch.uint8)), targets)
+    return replace(part, mean=(128.0,) * 3, std=(64.0,) * 3, shift=1)
+
+
+@pytest.fixture
+def data() -> Data:
+    parts = [make_part(count, seed) for seed, count in enumerate((44, 10, 10))]
+    return Data("halves", ("left", "right"), (3, 8, 8), *parts)
+
+
+def net(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(24, 2),
+    )
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def timeless(history: History) -> list[dict[str, Any]]:
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in history.records]
+
+
+# -- the step
+
+
+def test_it_learns(data: Data) -> None:
+    history = train(net(), data, replace(CONFIG, epochs=8))
+    assert history.epochs[-1]["validation_accuracy"] == 1.0
+    assert history.epochs[-1]["train_loss"] < history.epochs[0]["train_loss"]
+
+
+def test_records_say_what_happened(data: Data) -> None:
+    model, logged, steps = net(), [], []
+    history = train(model, data, CONFIG, log=logged.append, on_progress=lambda *done: steps.append(done))
+    assert list(history.records) == logged
+    assert [record["epoch"] for record in history.epochs] == [1, 2, 3, 4]
+    assert [record["step"] for record in history.epochs] == [5, 10, 15, 20]
+    assert steps == [(step, 20) for step in range(1, 21)]
+    last = history.epochs[-1]
+    seen = evaluate(model, data.validation)
+    assert (last["validation_accuracy"], last["validation_loss"]) == (seen.accuracy, pytest.approx(seen.loss))
+    assert last["params"] == sum(parameter.numel() for parameter in model.parameters())
+    assert last["lr"] == learning_rate(CONFIG, 19, 20)
+    assert last["seconds"] > 0
+
+
+def by_hand(model: nn.Module, data: Data, config: TrainingConfig) -> list[float]:
+    """The same training as PyTorch's tutorials write it, with PyTorch's own scheduler."""
+    torch.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(config, step, 20))
+    losses = []
+    for _ in range(config.epochs):
+        model.train()
+        total = 0.0
+        for x, y in data.train.batches(8, shuffle=generator, augment=True, drop_last=True):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(x), y, label_smoothing=0.1)
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            total += float(loss.detach().double()) * len(y)
+        losses.append(total / 40)
+    return losses
+
+
+def test_against_a_loop_written_by_hand(data: Data) -> None:
+    model = net()
+    expected = by_hand(reference := copy.deepcopy(model), data, CONFIG)
+    history = train(model, data, CONFIG)
+    assert [record["train_loss"] for record in history.epochs] == pytest.approx(expected)
+    assert same(values(model), values(reference))
+
+
+class Watcher(PlainStep):
+    """Notes in which state every call finds the model."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
+        super().__init__(model, optimizer, total_steps)
+        self.model, self.optimizer, self.total_steps = model, optimizer, total_steps
+        self.seen: list[tuple[Any, ...]] = []
+
+    def loss(self, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
+        self.before = self.model[0].weight.detach().clone()
+        self.each = loss_fn(self.model(inputs), targets, reduction="none")
+        clear = all(parameter.grad is None for parameter in self.model.parameters())
+        self.seen.append(("loss", self.model.training, clear, self.each.shape == targets.shape))
+        return self.each.mean()
+
+    def update(self) -> dict[str, Any] | None:
+        moved = not torch.equal(self.before, self.model[0].weight)
+        graded = all(parameter.grad is not None for parameter in self.model.parameters())
+        self.seen.append(("update", moved, graded, self.optimizer.param_groups[0]["lr"]))
+        return {"event": "seen", "pair": (1, 2)} if len(self.seen) == 4 else None
+
+
+def test_order_within_a_step(data: Data) -> None:
+    made: list[Watcher] = []
+
+    def hook(*arguments: Any) -> Watcher:
+        made.append(Watcher(*arguments))
+        return made[0]
+
+    history = train(net(), data, CONFIG, hook)
+    assert made[0].total_steps == 20
+    assert made[0].seen[0::2] == [("loss", True, True, True)] * 20
+    assert made[0].seen[1::2] == [("update", True, True, learning_rate(CONFIG, step, 20)) for step in range(20)]
+    assert history.events == ({"event": "seen", "epoch": 1, "step": 2, "pair": [1, 2]},)
+    assert history.records[0] == history.events[0]
+
+
+def test_fewer_images_than_a_batch_make_one_step(data: Data) -> None:
+    history = train(net(), data, replace(CONFIG, batch_size=100))
+    assert [record["step"] for record in history.epochs] == [1, 2, 3, 4]
+
+
+def test_frozen_parameters_stay(data: Data) -> None:
+    model = net()
+    model[0].weight.requires_grad_(False)
+    before = values(model)
+    train(model, data, CONFIG)
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert not torch.equal(model[3].weight, before["3.weight"])
+
+
+@given(warmup=st.floats(0, 0.99), total=st.integers(1, 300))
+def test_learning_rate_rises_then_falls(warmup: float, total: int) -> None:
+    config = replace(CONFIG, warmup=warmup, lr=0.3)
+    rates = [learning_rate(config, step, total) for step in range(total)]
+    top = rates.index(max(rates))
+    assert min(rates) > 0
+    assert max(rates) <= 0.3
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+
+
+def test_learning_rate_at_known_steps() -> None:
+    config = replace(CONFIG, warmup=0.2, lr=1.0)
+    rates = [learning_rate(config, step, 10) for step in (0, 1, 2, 6)]
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.5])
+
+
+# -- kill and resume
+
+
+class Killed(Exception):
+    """Stands for whatever ends a process."""
+
+
+def killed_at(step: int) -> Callable[[int, int], None]:
+    def on_progress(done: int, total: int) -> None:
+        if done == step:
+            raise Killed
+
+    return on_progress
+
+
+class Narrowing(PlainStep):
+    """Cuts half of the first layer's channels at step 7; the state says how often `update` was called."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
+        super().__init__(model, optimizer, total_steps)
+        self.graph, self.optimizer, self.step = trace(model, torch.zeros(2, 3, 8, 8)), optimizer, 0
+
+    def update(self) -> dict[str, Any] | None:
+        self.step += 1
+        if self.step != 7:
+            return None
+        cut(self.graph, {self.graph.groups[0].name: [0, 2, 5, 7]}, self.optimizer)
+        return {"event": "cut", "kept": 4}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": torch.tensor(self.step)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = int(state["step"])
+
+
+class Drawing(PlainStep):
+    """Draws from Python's and numpy's global generators in every step."""
+
+    def update(self) -> dict[str, Any]:
+        return {"event": "drawn", "python": random.random(), "numpy": np.random.rand()}
+
+
+@pytest.mark.parametrize("killed", [3, 13, 20])
+@pytest.mark.parametrize(
+    ("options", "hook"),
+    [
+        ({}, PlainStep),
+        ({"optimizer": "adamw", "lr": 0.01}, PlainStep),
+        ({"amp": True, "channels_last": True}, PlainStep),
+        ({}, Narrowing),
+        ({"optimizer": "adamw", "lr": 0.01, "channels_last": True}, Narrowing),
+        ({}, Drawing),
+    ],
+)
+def test_resumed_is_bit_identical(
+    data: Data, tmp_path: Path, options: dict[str, Any], hook: type[PlainStep], killed: int
+) -> None:
+    config = replace(CONFIG, **options)
+    random.seed(1)
+    np.random.seed(1)
+    whole = train(reference := net(), data, config, hook, checkpoint=tmp_path / "whole")
+    random.seed(1)
+    np.random.seed(1)
+    with pytest.raises(Killed):
+        train(net(), data, config, hook, checkpoint=tmp_path / "a/b", on_progress=killed_at(killed))
+    if killed > 5:  # a checkpoint was written: everything comes from there
+        random.seed(2)
+        np.random.seed(2)
+        model = net(seed=9)
+    else:
+        random.seed(1)
+        np.random.seed(1)
+        model = net()
+    again = train(model, data, config, hook, checkpoint=tmp_path / "a/b", resume=True)
+    assert timeless(again) == timeless(whole)
+    assert same(values(model), values(reference))
+
+
+def test_narrowed_model_is_whole_after_resume(data: Data, tmp_path: Path) -> None:
+    train(net(), data, CONFIG, Narrowing, checkpoint=tmp_path)
+    model = net(seed=9)
+    parameters = list(model.parameters())
+    history = train(model, data, CONFIG, Narrowing, checkpoint=tmp_path, resume=True)
+    assert (model[0].out_channels, model[1].num_features, model[3].in_channels) == (4, 4, 4)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    assert history.epochs[-1]["params"] == sum(parameter.numel() for parameter in model.parameters())
+    assert history.epochs[-1]["params"] < history.epochs[0]["params"]
+
+
+def test_log_gets_only_what_is_new(data: Data, tmp_path: Path) -> None:
+    first: list[Any] = []
+    second: list[Any] = []
+    with pytest.raises(Killed):
+        train(net(), data, CONFIG, checkpoint=tmp_path, on_progress=killed_at(12), log=first.append)
+    history = train(net(), data, CONFIG, checkpoint=tmp_path, resume=True, log=second.append)
+    assert list(history.records) == first + second
+
+
+def test_finished_training_is_not_repeated(data: Data, tmp_path: Path) -> None:
+    whole = train(reference := net(), data, CONFIG, checkpoint=tmp_path)
+    again = train(model := net(seed=9), data, CONFIG, checkpoint=tmp_path, resume=True, on_progress=killed_at(1))
+    assert again == whole
+    assert same(values(model), values(reference))
+
+
+def test_without_resume_a_checkpoint_is_replaced(data: Data, tmp_path: Path) -> None:
+    train(net(), data, replace(CONFIG, seed=3), checkpoint=tmp_path)
+    with pytest.raises(Killed):
+        train(net(), data, CONFIG, checkpoint=tmp_path, on_progress=killed_at(7))
+    whole = train(net(), data, CONFIG)
+    assert timeless(train(net(), data, CONFIG, checkpoint=tmp_path, resume=True)) == timeless(whole)
+
+
+def test_interrupted_write_leaves_the_checkpoint_before(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_save, written = torch.save, []
+
+    def save(state: Any, path: Path) -> None:
+        written.append(state["epoch"])
+        real_save(state, path)
+        if state["epoch"] == 3:
+            path.write_bytes(path.read_bytes()[:100])
+            raise Killed
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(Killed):
+        train(net(), data, CONFIG, checkpoint=tmp_path)
+    assert written == [1, 2, 3]
+    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+    monkeypatch.undo()
+    again = train(net(), data, CONFIG, checkpoint=tmp_path, resume=True)
+    assert timeless(again) == timeless(train(net(), data, CONFIG))
+
+
+# -- what is refused
+
+
+def other_net() -> nn.Module:
+    model = net()
+    model[0] = nn.Conv2d(3, 8, 5, padding=2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("write", "model", "config", "error", "message"),
+    [
+        (
+            lambda p: p.write_bytes(p.read_bytes()[:500]),
+            net,
+            CONFIG,
+            ArtifactError,
+            "state.pt is damaged (RuntimeError)",
+        ),
+        (lambda p: torch.save(net(), p), net, CONFIG, ArtifactError, "state.pt is damaged (UnpicklingError)"),
+        (lambda p: torch.save(net().state_dict(), p), net, CONFIG, ArtifactError, "is no checkpoint of this version"),
+        (lambda p: None, other_net, CONFIG, ArtifactError, "'0.weight' is (8, 3, 3, 3) there and (8, 3, 5, 5) here"),
+        (
+            lambda p: None,
+            lambda: net()[:3] + net()[6:8] + nn.Sequential(nn.Linear(32, 2)),
+            CONFIG,
+            ArtifactError,
+            "absent",
+        ),
+        (
+            lambda p: None,
+            net,
+            replace(CONFIG, lr=0.2),
+            InputError,
+            "was made with lr = 0.1, not 0.2: resume with the same lr",
+        ),
+        (lambda p: None, net, replace(CONFIG, epochs=5), InputError, "epochs = 4, not 5"),
+    ],
+)
+def test_checkpoint_that_does_not_fit(
+    data: Data,
+    tmp_path: Path,
+    write: Callable[[Path], object],
+    model: Callable[[], nn.Module],
+    config: TrainingConfig,
+    error: type[Exception],
+    message: str,
+) -> None:
+    train(net(), data, CONFIG, checkpoint=tmp_path)
+    write(tmp_path / "state.pt")
+    content = (tmp_path / "state.pt").read_bytes()
+    before = values(built := model())
+    with pytest.raises(error) as caught:
+        train(built, data, config, checkpoint=tmp_path, resume=True)
+    assert message in str(caught.value)
+    assert same(values(built), before)
+    assert (tmp_path / "state.pt").read_bytes() == content
+
+
+def test_checkpoint_of_other_data(data: Data, tmp_path: Path) -> None:
+    train(net(), data, CONFIG, checkpoint=tmp_path)
+    with pytest.raises(InputError, match="training images = 44, not 40"):
+        train(net(), replace(data, train=make_part(40, 0)), CONFIG, checkpoint=tmp_path, resume=True)
+
+
+def test_divergence_is_said_and_the_checkpoint_stays(data: Data, tmp_path: Path) -> None:
+    class Diverging(PlainStep):
+        calls = 0
+
+        def loss(self, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
+            self.calls += 1
+            return super().loss(inputs, targets, loss_fn) * (float("nan") if self.calls == 8 else 1)
+
+    with pytest.raises(TrainingError) as caught:
+        train(net(), data, CONFIG, Diverging, checkpoint=tmp_path)
+    assert str(caught.value) == "the loss became nan in epoch 2: training diverged at lr = 0.1; try 0.03 or less"
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("head", "got"), [(nn.Linear(24, 5), "(1, 5)"), (nn.Unflatten(1, (24, 1)), "(1, 24, 1)"), (nn.LSTM(24, 2), "tuple")]
+)
+def test_model_must_fit_the_data(data: Data, head: nn.Module, got: str) -> None:
+    model = net()
+    model[9] = head
+    with pytest.raises(InputError) as caught:
+        train(model, data, CONFIG)
+    assert f"Sequential gives {got} for one image of halves, which has 2 classes" in str(caught.value)
+
+
+def test_an_event_that_is_no_json_is_refused_at_once(data: Data) -> None:
+    class Odd(PlainStep):
+        def update(self) -> dict[str, Any]:
+            return {"event": "cut", "kept": torch.arange(3)}
+
+    with pytest.raises(TypeError, match="Tensor is not JSON serializable"):
+        train(net(), data, CONFIG, Odd)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("epochs", -1, "epochs = -1 is out of range: give epochs in 0, 1, 2, ..."),
+        ("batch_size", 0, "batch_size = 0"),
+        ("lr", 0.0, "lr = 0.0 is out of range: give lr in (0, inf)"),
+        ("lr", float("nan"), "lr = nan"),
+        ("momentum", 1.0, "momentum = 1.0"),
+        ("weight_decay", -1e-4, "weight_decay = -0.0001"),
+        ("warmup", 1.0, "warmup = 1.0"),
+        ("label_smoothing", 1.0, "label_smoothing = 1.0"),
+    ],
+)
+def test_out_of_range(field: str, value: float, message: str) -> None:
+    with pytest.raises(RangeError) as caught:
+        replace(CONFIG, **{field: value})
+    assert message in str(caught.value)
+
+
+def test_unknown_optimizer() -> None:
+    with pytest.raises(UnknownNameError, match="unknown optimizer 'adam': did you mean 'adamw'"):
+        replace(CONFIG, optimizer="adam")
+
+
+# -- evaluate and recalibrate
+
+
+def test_evaluate_against_one_big_batch(data: Data) -> None:
+    model = net().eval()
+    inputs, targets = next(data.test.batches(10))
+    scores = model(inputs).detach()
+    seen = evaluate(model, data.test, batch_size=3)
+    assert seen.accuracy == float((scores.argmax(1) == targets).float().mean())
+    assert seen.loss == pytest.approx(float(nn.functional.cross_entropy(scores, targets)))
+    assert seen.n == 10
+
+
+@pytest.mark.parametrize("look", [evaluate, recalibrate])
+def test_modes_come_back_even_after_a_failure(data: Data, look: Callable[..., object]) -> None:
+    model = net().train()
+    model[4].eval()
+    modes = [module.training for module in model.modules()]
+    before = values(model)
+    look(model, data.test, batch_size=2)
+    assert [module.training for module in model.modules()] == modes
+    changed = {name for name, tensor in values(model).items() if not torch.equal(tensor, before[name])}
+    statistics = {
+        f"{norm}.{name}" for norm in (1, 4) for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    assert changed == (statistics if look is recalibrate else set())
+    model[6] = nn.Linear(3, 3)  # does not fit: the model fails in the middle
+    with pytest.raises(RuntimeError):
+        look(model, data.test, batch_size=2)
+    assert [module.training for module in model.modules()] == modes
+    assert [model[1].momentum, model[4].momentum] == [0.1, 0.1]
+
+
+def test_recalibration_averages_over_drawn_images(data: Data) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.9), nn.BatchNorm2d(3))
+    model[0].running_mean.fill_(50)
+    recalibrate(model, data.train, images=18, batch_size=6)
+    drawn = list(data.train.batches(6, shuffle=torch.Generator().manual_seed(0)))[:3]
+    means = torch.stack([images.mean((0, 2, 3)) for images, _ in drawn])
+    variances = torch.stack([images.var((0, 2, 3)) for images, _ in drawn])
+    assert torch.allclose(model[0].running_mean, means.mean(0), atol=1e-6)
+    assert torch.allclose(model[0].running_var, variances.mean(0), rtol=1e-5)
+    assert model[2].running_mean.abs().max() < 1e-5  # behind the first one, and behind dropout that does nothing
+    assert (model[2].running_var - 1).abs().max() < 0.02
+
+
+def test_recalibration_takes_what_there_is(data: Data) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    recalibrate(model, data.test, images=1000, batch_size=1000)
+    images, _ = next(data.test.batches(10))
+    assert torch.allclose(model[0].running_mean, images.mean((0, 2, 3)), atol=1e-6)
+    with pytest.raises(RangeError, match="images = 1 is out of range"):
+        recalibrate(model, data.test, images=1)
+
+
+def test_recalibration_without_batchnorm_does_nothing(data: Data) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(7, 7), nn.BatchNorm1d(7, track_running_stats=False))
+    recalibrate(model, data.test)  # would fail if the model ran: 192 inputs
