@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 import compressor
 from compressor.costs import CostModel
+from compressor.criteria import score
 from compressor.intraining.relevance import Relevance
 from compressor.masks import silence
 from compressor.selection import Budget, select
@@ -58,7 +59,7 @@ def scores(name: str, model: nn.Module, graph: compressor.ChannelGraph, size: in
     if name == "taylor":
         F.cross_entropy(model(x), y).backward()
     snapshot = compressor.Snapshot.of(model, torch.Generator().manual_seed(0))
-    found = {group.name: compressor.CRITERIA[name](group, snapshot) for group in graph.groups}
+    found = score(name, graph.groups, snapshot)
     model.zero_grad()
     return found
 

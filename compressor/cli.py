@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from compressor.report import Report
 
-_WIDTH = 110  # of tables that go into a file or a pipe
+_WIDTH = 120  # of tables that go into a file or a pipe
 
 
 class _Commands(TyperGroup):
@@ -52,7 +53,8 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; modules in the present folder can be named as package.module:factory."""
+    sys.path.append(str(Path.cwd()))  # at the end: a file here never hides an installed package
     app(prog_name="compress")
 
 
@@ -157,9 +159,9 @@ def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]],
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(head):
-        table.add_column(name, justify="left" if index in words else "right", overflow="fold")
+        table.add_column(Text(name), justify="left" if index in words else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     _console().print(table)
@@ -179,17 +181,119 @@ def _show(report: Report, folder: Path) -> None:
         typer.echo(f"  {folder / name}")
 
 
+def _show_inspection(found: Mapping[str, Any], model: str) -> None:
+    from compressor.report.tables import count
+
+    groups = [
+        (
+            group["name"],
+            str(group["channels"]),
+            "yes" if group["exact"] else "no",
+            count(group["params_per_channel"]),
+            count(group["macs_per_channel"]),
+            _members(group, "producer"),
+            _members(group, "consumer"),
+        )
+        for group in found["groups"]
+    ]
+    head = ("group", "channels", "exact", "params each", "MACs each", "written by", "read by")
+    _print_table(f"{model}: {count(found['params'])} parameters, {count(found['macs'])} MACs", head, groups, (0, 5, 6))
+    frozen = [(each["tensor"], str(each["dim"]), str(each["count"]), each["reason"]) for each in found["frozen"]]
+    _print_table("frozen", ("tensor", "dim", "positions", "reason"), frozen, (0, 3))
+    for note in found["notes"]:
+        typer.echo(f"note: {note}")
+
+
+def _members(group: Mapping[str, Any], role: str) -> str:
+    return "\n".join(
+        member["tensor"].rpartition(".")[0] or member["tensor"] for member in group["members"] if member["role"] == role
+    )
+
+
+ModelFile = Annotated[Path, typer.Argument(help="A .safetensors file that compress saved.", metavar="FILE")]
+Factory = Annotated[
+    str, typer.Option(help="package.module:factory that the file's model came from. A file alone never runs your code.")
+]
+ImageSize = Annotated[
+    int | None, typer.Option(min=1, help="Height and width of the images. Default: what the file says, else 224.")
+]
+
+
 @app.command("inspect")
 def inspect_(
     model: Annotated[
         str, typer.Argument(help="A torchvision classifier, package.module:factory, or a .safetensors file.")
     ],
-    classes: Annotated[int, typer.Option(help="Number of outputs.")] = 10,
-    stem: Annotated[str, typer.Option(help="imagenet, or cifar for small images.")] = "imagenet",
-    image_size: Annotated[int, typer.Option(help="Height and width of the images, in pixels.")] = 224,
+    classes: Annotated[int, typer.Option(min=1, help="Number of outputs of a model by name.")] = 10,
+    stem: Annotated[str, typer.Option(help="Of a model by name: imagenet, or cifar for small images.")] = "imagenet",
+    factory: Factory = "",
+    image_size: ImageSize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show which channels of a model can be cut together, what each costs, and what is frozen and why."""
+    import torch
+
+    from compressor import models
+    from compressor.graph.trace import trace
+    from compressor.job import saved
+    from compressor.report.inspection import inspection
+
+    if model.endswith(".safetensors"):
+        network, shape = saved.loaded(Path(model), factory, image_size)
+    else:
+        side = image_size or 224
+        network, shape = models.build(model, classes=classes, stem=stem, seed=0), (3, side, side)
+    found = inspection(trace(network, torch.zeros(1, *shape)))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        _show_inspection(found, model)
+
+
+@app.command()
+def export(
+    file: ModelFile,
+    out: Annotated[Path | None, typer.Option(help="The ONNX file. Default: beside FILE, ending in .onnx.")] = None,
+    factory: Factory = "",
+    image_size: ImageSize = None,
+) -> None:
+    """Write a saved model as ONNX, and prove with onnxruntime that it gives the same outputs."""
+    import torch
+
+    from compressor.export import export_onnx
+    from compressor.job import saved
+    from compressor.report.tables import size
+
+    model, shape = saved.loaded(file, factory, image_size)
+    made = export_onnx(model, out or file.with_suffix(".onnx"), torch.zeros(1, *shape))
+    typer.echo(
+        f"{made.path}: {size(made.size_bytes)}, opset {made.opset}; largest difference from PyTorch "
+        f"{made.relative:.1e} of the outputs' scale, {made.images} inputs, {', '.join(made.providers)}"
+    )
+
+
+@app.command()
+def benchmark(
+    files: Annotated[list[Path], typer.Argument(help=".safetensors or .onnx files to time side by side.")],
+    batch_size: Annotated[list[int], typer.Option(min=1, help="Images at once; may be given several times.")] = (1, 32),  # type: ignore[assignment]
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    factory: Factory = "",
+    image_size: ImageSize = None,
+) -> None:
+    """Time models in turns, in one run: .safetensors files in PyTorch, .onnx files in onnxruntime."""
+    from compressor.job import saved
+    from compressor.report.tables import milliseconds
+
+    for size in batch_size:
+        times = saved.timed(files, size, device, threads, factory, image_size)
+        first = next(iter(times.values())).p50_ms
+        rows = [
+            (str(file), *map(milliseconds, (t.p50_ms, t.p90_ms, t.p99_ms)), str(t.n), f"{first / t.p50_ms:.2f}")
+            for file, t in times.items()
+        ]
+        title = f"milliseconds, batch {size}, {device}, {threads} thread{'s' * (threads > 1)}"
+        _print_table(title, ("file", "p50", "p90", "p99", "calls", "times as fast"), rows)
 
 
 @app.command("report")

@@ -209,7 +209,7 @@ def _worked_out(settings: Settings) -> dict[str, Any]:
     when = settings.when or ("during" if observing else "after")
     opened: dict[str, Any] = {
         "when": when,
-        "device": _device(settings.device),
+        "device": usable_device(settings.device),
         "out": settings.out or _folder(settings),
     }
     if when == "after":
@@ -227,8 +227,12 @@ def _folder(settings: Settings) -> str:
     return "runs/" + "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", part).strip("._") for part in parts)
 
 
-def _device(name: str) -> str:
-    """Give the device to compute on; `auto` becomes a GPU where there is one."""
+def usable_device(name: str) -> str:
+    """Give the device to compute on; `auto` becomes a GPU where there is one.
+
+    Raises:
+        UnknownNameError, InputError: there is no such device, here or anywhere.
+    """
     import torch
 
     if name == "auto":

@@ -207,9 +207,16 @@ def test_global_compares_normalised_scores_of_all_groups() -> None:
 
 def test_without_normalising_the_values_count() -> None:
     graph = chain([4, 4])
-    scores = {"0": torch.tensor([1.0, 2.0, 3.0, 4.0]), "1": torch.tensor([-1.0, 9.0, 1.5, 9.0])}
+    scores = {"0": torch.tensor([1.0, 2.0, 3.0, 4.0]), "1": torch.tensor([9.0, 9.0, 2.5, 3.5])}
     made = choose(graph, scores, 0.5, "channels", normalise=False)
-    assert {name: keep.tolist() for name, keep in made.keep.items()} == {"0": [2, 3], "1": [1, 3]}
+    assert {name: keep.tolist() for name, keep in made.keep.items()} == {"0": [3], "1": [0, 1, 3]}
+
+
+def test_signed_scores_are_normalised_by_their_magnitude() -> None:
+    graph = chain([4, 4])
+    # By 2.5 and 1: -1.6, 0.8, 0.8, 0.8 and 1, 1, 1, 1. One channel of a group always stays.
+    made = choose(graph, {"0": torch.tensor([-4.0, 2.0, 2.0, 2.0]), "1": torch.ones(4)}, 0.5, "channels")
+    assert {name: keep.tolist() for name, keep in made.keep.items()} == {"0": [3], "1": [1, 2, 3]}
 
 
 def test_ties_go_by_group_and_then_by_position() -> None:
@@ -239,7 +246,7 @@ def test_the_asked_share_is_taken_as_typed() -> None:
 )
 def test_kept_counts_are_the_nearest_that_are_allowed(size: int, round_to: int, expected: dict[int, int]) -> None:
     allowed = {size} | {n for n in range(1, size + 1) if n % round_to == 0 and n >= 0.1 * size}
-    of_group = _Widths.of([Group("0", size, ())], round_to, 0.1)
+    of_group = _Widths.of([Group("0", size, ())], round_to, 0.1, {})
     for count in range(1, size + 1):
         nearest = min(allowed, key=lambda n: (abs(n - count), -n))
         assert of_group.nearest(np.array([count])).tolist() == [nearest]
@@ -250,7 +257,8 @@ def test_kept_counts_are_the_nearest_that_are_allowed(size: int, round_to: int, 
 
 
 def test_an_unreachable_budget_removes_what_it_can_and_says_why() -> None:
-    graph = chain([20, 40, 6], frozen=(Frozen("head.weight", 0, "model output (weight shape (5, 6))", 5),))
+    inputs, outputs = Frozen("first.weight", 1, "model input", 3), Frozen("head.weight", 0, "model output", 5)
+    graph = chain([20, 40, 6], frozen=(inputs, outputs))
     scores = random_scores(graph, 0)
     del scores["0"]
     made = choose(graph, scores, 0.95, round_to=8)
@@ -261,7 +269,7 @@ def test_an_unreachable_budget_removes_what_it_can_and_says_why() -> None:
         "groups at their floor (10% of the channels, in multiples of 8): '1' keeps 8 of 40, '2' keeps 6 of 6",
         "groups without scores, which stay whole: '0' (20 channels)",
         "5 of 1,135 params belong to no group",
-        "frozen: 'head.weight': model output (weight shape (5, 6))",
+        "frozen: 'head.weight': model output, 'first.weight': model input",
     )
 
 

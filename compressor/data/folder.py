@@ -44,7 +44,7 @@ def _folders(folder: Path) -> dict[str, Path]:
     if "test" not in there and "val" not in there:
         raise DataError(f"{folder} has no test/ or val/ ({listed}): one of them must hold the test images")
     if "test" not in there:
-        return {"train": folder / "train", "test": folder / "train"}
+        return {"train": folder / "train", "test": folder / "val"}
     names = {"train": "train", "test": "test", **({"validation": "val"} if "val" in there else {})}
     return {part: folder / name for part, name in names.items()}
 

@@ -1,0 +1,93 @@
+"""Models in files, taken up again: what `compress inspect`, `export` and `benchmark` begin with."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compressor import models
+from compressor.artifact import Description, describe, load
+from compressor.errors import ArtifactError, InputError
+from compressor.latency import Latency, Runner, measure, onnx_runner, torch_runner
+from compressor.runtime import open_session
+from compressor.settings import usable_device
+
+Shape = tuple[int, ...]  # of one image, (C, H, W)
+
+
+def loaded(path: Path, factory: str = "", image_size: int | None = None) -> tuple[nn.Module, Shape]:
+    """Give the model in a .safetensors file, in evaluation mode, and the shape of its images.
+
+    Args:
+        path: a file that compressor saved.
+        factory: `package.module:factory` that gives the dense model, where the file names no torchvision model.
+        image_size: height and width; by default what the run that made the file had, else 224.
+
+    Raises:
+        ArtifactError: the file cannot be used.
+        InputError: the factory is missing or does not work.
+    """
+    description = describe(path)
+    built_by = (description.spec or {}).get("factory", "")
+    if not factory and (not built_by or ":" in built_by):
+        named = f" (it names {built_by})" if built_by else ""
+        raise InputError(
+            f"{path} needs the factory of its model, and no file decides what is imported: "
+            f"give --factory package.module:factory{named}"
+        )
+    make = partial(models.build, factory, classes=_classes(description)) if factory else None
+    known = description.extra.get("image_shape", (3, 224, 224))
+    return load(path, factory=make), (known[0], image_size or known[1], image_size or known[2])
+
+
+def timed(
+    files: list[Path], batch_size: int, device: str, threads: int, factory: str, image_size: int | None
+) -> dict[str, Latency]:
+    """Time models in files in turns: .safetensors files in PyTorch, .onnx files in onnxruntime.
+
+    Raises:
+        InputError: files of another kind, or a device that cannot be used.
+        ArtifactError: a file that cannot be read.
+    """
+    makers = {".safetensors": partial(_in_torch, factory=factory), ".onnx": partial(_in_onnxruntime, threads=threads)}
+    for file in files:
+        if file.suffix not in makers:
+            raise InputError(f"{file} is no model file: give one that ends in {' or '.join(makers)}")
+    device, before = usable_device(device), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        runners = {str(file): makers[file.suffix](file, batch_size, device, image_size) for file in files}
+        return measure(runners)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _in_torch(file: Path, batch_size: int, device: str, image_size: int | None, *, factory: str) -> Runner:
+    model, shape = loaded(file, factory, image_size)
+    return torch_runner(model.to(device), torch.randn(batch_size, *shape))
+
+
+def _in_onnxruntime(file: Path, batch_size: int, device: str, image_size: int | None, *, threads: int) -> Runner:
+    channels, *sides = _image_shape(file)
+    size = [image_size or side for side in sides]
+    return onnx_runner(file, torch.randn(batch_size, channels, *size), device, threads=threads)
+
+
+def _image_shape(file: Path) -> list[Any]:
+    """Read from an ONNX file which images it takes."""
+    if not file.is_file():
+        raise ArtifactError(f"there is no file {file}: give a model that compress exported")
+    try:
+        return list(open_session(file).get_inputs()[0].shape[1:])
+    except Exception as error:  # onnxruntime's own exceptions share no base class of their own
+        raise ArtifactError(f"{file} is no ONNX file that onnxruntime can read: {error}") from error
+
+
+def _classes(description: Description) -> int:
+    """Give the number of outputs that a file's model was built with."""
+    built = (description.spec or {}).get("classes")
+    return int(built or len(description.extra.get("classes", ())) or 1000)

@@ -1,0 +1,455 @@
+"""Relevance against enumeration and planted truths; and what a training loop may rely on."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import compressor
+from compressor.errors import InputError, RangeError, UnknownNameError
+from compressor.graph.group import ChannelGraph, ConsumerInput, Group, Member
+from compressor.intraining.estimators import ESTIMATORS, Step
+from compressor.intraining.relevance import Relevance
+from compressor.intraining.statistics import RunningMean
+from compressor.masks import Gates
+
+NAMES = list(ESTIMATORS)
+
+
+def squared_error(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    losses = (outputs - targets).square().flatten(1).sum(1)
+    return losses if reduction == "none" else losses.mean()
+
+
+def small() -> tuple[nn.Module, Tensor, Tensor]:
+    """The 2-4-1 network: small enough to try every subset of its hidden channels."""
+    generator = torch.Generator().manual_seed(3)
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    x = torch.randn(240, 2, generator=generator, dtype=torch.float64)
+    return model, x, model(x).detach()
+
+
+def digits_like(samples: int = 64, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Images whose class is the quarter in which they are bright."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.arange(samples) % 4
+    x = torch.randn(samples, 1, 8, 8, generator=generator)
+    for image, quarter in zip(x, targets.tolist(), strict=True):
+        image[0, 4 * (quarter // 2) :, 4 * (quarter % 2) :][:4, :4] += 1.5
+    return x, targets
+
+
+def convolutional() -> nn.Module:
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()]
+    layers += [nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.AvgPool2d(4), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(64, 4))
+
+
+def watching(estimator: str = "soft", **settings: object) -> tuple[nn.Module, Relevance]:
+    model = convolutional().train()
+    return model, Relevance(compressor.trace(model, digits_like(2)[0]), estimator=estimator, **settings)
+
+
+def observe(model: nn.Module, relevance: Relevance, steps: int, first: int = 0, batch: int = 64) -> None:
+    for step in range(first, first + steps):
+        relevance.loss(model, *digits_like(batch, seed=step), F.cross_entropy).backward()
+        relevance.update()
+
+
+# -- enumeration
+
+
+def losses_without(model: nn.Module, x: Tensor, y: Tensor, gate: Tensor, mean: bool) -> Tensor:
+    """The mean loss with hidden channels gated, by hand."""
+    h = model[1](model[0](x))
+    centre = h.mean(0) if mean else 0.0
+    return squared_error(model[2](centre + gate * (h - centre)), y)
+
+
+def semivalue(model: nn.Module, x: Tensor, y: Tensor, channel: int) -> float:
+    """Loss out minus loss in, over all subsets of the other channels, each in or out with equal chance."""
+    total = 0.0
+    for others in itertools.product([0.0, 1.0], repeat=3):
+        gate = torch.tensor([*others[:channel], 0.0, *others[channel:]], dtype=torch.float64)
+        out = losses_without(model, x, y, gate, mean=True)
+        gate[channel] = 1.0
+        total += float(out - losses_without(model, x, y, gate, mean=True)) / 8
+    return total
+
+
+def soft_effect(model: nn.Module, x: Tensor, y: Tensor, channel: int, partners: list[int]) -> float:
+    """Loss out minus loss in, averaged over one partner drawn along, whose gate is uniform (Simpson: exact here)."""
+    effects = []
+    for partner in partners:
+        for at, weight in ((0.0, 1 / 6), (0.5, 4 / 6), (1.0, 1 / 6)):
+            gate = torch.ones(4, dtype=torch.float64)
+            gate[partner], gate[channel] = at, 0.0
+            out = losses_without(model, x, y, gate, mean=False)
+            gate[channel] = 1.0
+            effects.append(weight * float(out - losses_without(model, x, y, gate, mean=False)))
+    return sum(effects) / len(partners)
+
+
+def estimated(estimator: str, drop: float, steps: int, seed: int) -> Tensor:
+    """What an estimator measures on the 2-4-1 network, `(4,)` or `(4 + D,)`, in units of the loss."""
+    model, x, y = small()
+    graph = compressor.trace(model.train(), x[:2])
+    relevance, mean = Relevance(graph, estimator=estimator, drop=drop, seed=seed), None
+    for step in range(steps):
+        with relevance.observing(len(x)) as observation:
+            losses = squared_error(model(x), y, reduction="none")
+            observation.credit(losses)
+        losses.mean().backward()
+        gradients = observation.gradients() if estimator == "soft" else observation.gates
+        losses = losses.detach()
+        shown = ESTIMATORS[estimator].measure(Step(losses, losses.mean() * 0, observation.draw, gradients))
+        mean = mean or RunningMean(len(shown.totals))
+        mean.add(step, shown)
+    return mean.mean()
+
+
+@pytest.mark.parametrize(("drop", "drawn_along"), [(0.25, 0), (0.5, 1)])
+def test_soft_meets_the_enumerated_effect_without_bias(drop: float, drawn_along: int) -> None:
+    """Also where the network fits perfectly, so that every gate gradient at 1 is zero."""
+    model, x, y = small()
+    graph = compressor.trace(model.train(), x[:2])
+    ones = torch.ones(len(x), 4, dtype=torch.float64, requires_grad=True)
+    with Gates(graph).applied(ones):
+        squared_error(model(x), y).backward()
+    assert float(ones.grad.abs().max()) == 0.0
+
+    runs = torch.stack([estimated("soft", drop, steps=20, seed=seed) for seed in range(10)])
+    with torch.no_grad():
+        others = [[o for o in range(4) if o != c] if drawn_along else [c] for c in range(4)]
+        expected = torch.tensor([soft_effect(model, x, y, c, others[c]) for c in range(4)])
+    error = runs.std(0) / math.sqrt(len(runs))
+    assert float(((runs.mean(0) - expected) / error).abs().max()) < 3
+    assert float((error / expected).max()) < 0.03
+
+
+def test_losses_meet_the_enumerated_semivalue_without_bias() -> None:
+    runs = torch.stack([estimated("loss", 0.5, steps=60, seed=seed) for seed in range(10)])
+    runs = runs[:, :4] - runs[:, 4:].mean(1, keepdim=True)
+    model, x, y = small()
+    with torch.no_grad():
+        expected = torch.tensor([semivalue(model, x, y, channel) for channel in range(4)])
+    error = runs.std(0) / math.sqrt(len(runs))
+    assert float(((runs.mean(0) - expected) / error).abs().max()) < 3
+    assert float(error.max()) < 0.02 * float(expected.max())
+
+
+# -- planted truths
+
+
+def judged() -> ChannelGraph:
+    """Four channels that reach the output at once: two useful, one harmful, one disconnected."""
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 1, bias=False)).train()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(4))
+        model[1].weight.copy_(torch.tensor([[1.0, 1.0, 0.7, 0.0]]))
+    rows = torch.arange(4).unsqueeze(1)
+    members = (Member("0.weight", 0, rows, "producer"), Member("1.weight", 1, rows, "consumer"))
+    group = Group("0", 4, members, (ConsumerInput("1.weight", -1, rows),))
+    return ChannelGraph(model, torch.zeros(1, 4), (group,), ())
+
+
+@pytest.mark.parametrize(("estimator", "steps"), [("soft", 60), ("gate", 60), ("loss", 150), ("source", 3000)])
+def test_useful_is_above_zero_and_harmful_below(estimator: str, steps: int) -> None:
+    graph, generator = judged(), torch.Generator().manual_seed(0)
+    relevance = Relevance(graph, estimator=estimator, drop=0.25, half_life=1e9)
+    for _ in range(steps):
+        x = torch.randn(64, 4, generator=generator)
+        relevance.loss(graph.model, x, x[:, :2].sum(1, keepdim=True), squared_error).backward()
+        relevance.update()
+    p = relevance.p_values()["0"]
+    assert (p[:2] > 0.99).tolist() == [True, True]
+    assert float(p[2]) < 0.01
+    assert 0.01 < float(p[3]) < 0.99
+    scores = relevance.scores()["0"]
+    if estimator == "gate":
+        assert float(scores[3]) == 0.0
+    else:
+        assert (scores[:3] > 0).tolist() == [True, True, False]
+        assert int((scores - scores[3]).abs().argmin()) == 3
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """A small network, trained, of whose channels every second was made useless afterwards."""
+    torch.manual_seed(0)
+    model = convolutional().train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for step in range(60):
+        F.cross_entropy(model(digits_like(64, seed=step)[0]), digits_like(64, seed=step)[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        model[3].weight[:, 1::2] = 0.0  # disconnected from all that follows
+        noise = torch.randn(8, 8, 3, 3, generator=torch.Generator().manual_seed(9))
+        model[3].weight[1::2] = noise  # these see noise and pass it on a little
+        model[8].weight.view(4, 16, 4)[:, 1::2] *= 0.02
+    return model
+
+
+@pytest.mark.parametrize(("estimator", "steps"), [("soft", 40), ("gate", 20), ("loss", 150)])
+def test_useless_channels_rank_lowest(trained: nn.Module, estimator: str, steps: int) -> None:
+    model = copy.deepcopy(trained)
+    relevance = Relevance(compressor.trace(model, digits_like(2)[0]), estimator=estimator, half_life=1e9)
+    observe(model, relevance, steps)
+    scores = relevance.scores()
+    for name, size in (("0", 8), ("3", 16)):
+        lowest = set(scores[name].argsort()[: size // 2].tolist())
+        hits = len(lowest & set(range(1, size, 2))) / (size // 2)
+        assert hits >= 0.75
+    assert min(relevance.reliability().values()) > 0.3
+
+
+def test_without_any_effect_few_channels_pass() -> None:
+    """End to end: losses that know nothing of the gates."""
+    passed, seen = 0, 0
+    for seed in range(4):
+        model, relevance = watching("loss", seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(30):
+            with relevance.observing(32) as observation:
+                model(digits_like(32)[0])
+                observation.credit(torch.randn(32, generator=generator))
+            relevance.update()
+        p = torch.cat(list(relevance.p_values().values()))
+        passed, seen = passed + int((p > 0.99).sum()), seen + len(p)
+    assert (seen, passed <= 5) == (96, True)
+
+
+# -- what a training loop may rely on
+
+
+@pytest.mark.parametrize("estimator", NAMES)
+def test_everything_that_is_known_has_its_shape(estimator: str) -> None:
+    model, relevance = watching(estimator)
+    before = [relevance.scores(), relevance.p_values()]
+    assert all(float(values.abs().sum()) in (0.0, 4.0, 8.0) for each in before for values in each.values())
+    observe(model, relevance, 4)
+    for values in (relevance.scores(), relevance.p_values()):
+        assert {name: (tuple(v.shape), v.dtype) for name, v in values.items()} == {
+            "0": ((8,), torch.float32),
+            "3": ((16,), torch.float32),
+        }
+        assert all(bool(v.isfinite().all()) for v in values.values())
+    assert {name: tuple(mean.shape) for name, mean in relevance.means().items()} == {
+        "3.weight": (8,),
+        "8.weight": (64,),
+    }
+    assert all(-1 <= value <= 1 for value in relevance.reliability().values())
+    record = json.loads(json.dumps(relevance.record(), allow_nan=False))
+    assert set(record["3"]) == {"r", "p", "n", "dummies_mean", "dummies_spread", "reliability"}
+    assert (len(record["3"]["r"]), len(record["0"]["p"])) == (16, 8)
+    assert relevance.steps == 4
+
+
+def test_n_counts_the_samples_that_drew_a_channel() -> None:
+    model, relevance = watching(drop=0.25, half_life=1e9)
+    observe(model, relevance, 3)
+    assert relevance.record()["0"]["n"] == pytest.approx(3 * 64 / 4, abs=0.1)
+
+
+def test_the_seed_decides_and_global_random_state_is_left_alone() -> None:
+    torch.manual_seed(5)
+    model, relevance = watching(seed=1)
+    start = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    observe(model, relevance, 3)
+    assert torch.equal(torch.get_rng_state(), state)
+    results = []
+    for seed in (1, 1, 2):
+        model.load_state_dict(start)
+        other = Relevance(compressor.trace(model, digits_like(2)[0]), seed=seed)
+        observe(model, other, 3)
+        results.append(other.scores()["3"])
+    assert torch.equal(results[0], results[1])
+    assert not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("estimator", ["soft", "gate"])
+def test_a_scaled_or_accumulated_loss_gives_the_same_relevance(estimator: str) -> None:
+    """A gradient scaler multiplies the loss, accumulation divides it: relevance is that of the losses."""
+    model = convolutional().train()
+    graph, found = compressor.trace(model, digits_like(2)[0]), []
+    for factor in (1.0, 512.0, 0.5):
+        relevance = Relevance(graph, estimator=estimator)
+        for step in range(0, 4, 2):
+            for part in (step, step + 1):
+                (factor * relevance.loss(model, *digits_like(seed=part), F.cross_entropy)).backward()
+            relevance.update()
+        assert relevance.steps == 4
+        found.append(relevance.scores()["3"])
+    assert found[1:] == [pytest.approx(found[0], rel=1e-4, abs=1e-6)] * 2
+
+
+def test_overflow_in_one_step_leaves_no_trace() -> None:
+    model, relevance = watching()
+    observe(model, relevance, 2)
+    before = relevance.scores()
+    (relevance.loss(model, *digits_like(), F.cross_entropy) * math.inf).backward()
+    relevance.update()
+    after = relevance.scores()
+    assert all(after[name] == pytest.approx(scores, rel=1e-4) for name, scores in before.items())
+
+
+def test_training_is_that_of_the_gated_model_and_leaves_no_hook() -> None:
+    model, relevance = watching()
+    loss = relevance.loss(model, *digits_like(), F.cross_entropy)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert (loss.dim(), loss.requires_grad) == (0, True)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert not any("gate" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("estimator", NAMES)
+def test_a_resumed_run_goes_on_bit_for_bit(estimator: str) -> None:
+    model, relevance = watching(estimator)
+    observe(model, relevance, 3)
+    state = copy.deepcopy(relevance.state_dict())
+    start = copy.deepcopy(model.state_dict())
+    observe(model, relevance, 3, first=3)
+    model.load_state_dict(start)
+    resumed = Relevance(compressor.trace(model, digits_like(2)[0]), estimator=estimator, seed=77)
+    resumed.load_state_dict(state)
+    observe(model, resumed, 3, first=3)
+    assert resumed.record() == relevance.record()
+    assert all(torch.equal(mean, resumed.means()[name]) for name, mean in relevance.means().items())
+
+
+def test_the_state_is_a_copy_that_loads_without_code(tmp_path) -> None:
+    model, relevance = watching()
+    observe(model, relevance, 2)
+    torch.save(relevance.state_dict(), tmp_path / "state.pt")
+    state, scores = relevance.state_dict(), relevance.scores()["0"]
+    observe(model, relevance, 2)
+    for each in (state, torch.load(tmp_path / "state.pt", weights_only=True)):
+        relevance.load_state_dict(each)
+        assert torch.equal(relevance.scores()["0"], scores)
+
+
+@pytest.mark.parametrize("estimator", NAMES)
+def test_statistics_follow_a_cut(estimator: str) -> None:
+    model, relevance = watching(estimator)
+    graph = relevance._graph
+    observe(model, relevance, 6)
+    scores, p, means = relevance.scores(), relevance.p_values(), relevance.means()
+    keep = {"0": torch.tensor([1, 4, 6])}
+    compressor.cut(graph, keep)
+    relevance.narrow(keep, graph)
+    assert torch.equal(relevance.scores()["0"], scores["0"][keep["0"]])
+    assert torch.equal(relevance.scores()["3"], scores["3"])
+    assert torch.equal(relevance.p_values()["0"], p["0"][keep["0"]])
+    assert torch.equal(relevance.means()["3.weight"], means["3.weight"][keep["0"]])
+    observe(model, relevance, 2, first=6)
+    assert {name: len(each) for name, each in relevance.scores().items()} == graph.sizes()
+
+
+@pytest.mark.parametrize("estimator", ["soft", "loss"])
+def test_statistics_go_on_without_a_group_that_was_frozen(estimator: str) -> None:
+    model, relevance = watching(estimator)
+    observe(model, relevance, 3)
+    scores, p = relevance.scores(), relevance.p_values()
+    relevance._graph.freeze(["0"], "a test")
+    relevance.narrow({}, relevance._graph)
+    assert relevance.scores().keys() == {"3"}
+    assert torch.equal(relevance.scores()["3"], scores["3"])
+    assert torch.equal(relevance.p_values()["3"], p["3"])
+    state = relevance.state_dict()
+    resumed = Relevance(compressor.trace(model, digits_like(2)[0]), estimator=estimator)
+    resumed.load_state_dict(state)
+    assert resumed._graph.sizes() == {"3": 16}
+    assert torch.equal(resumed.p_values()["3"], p["3"])
+    observe(model, resumed, 1)
+
+
+def test_groups_that_no_module_shows_are_frozen() -> None:
+    graph = judged()
+    rows = torch.arange(2).unsqueeze(1)
+    members = (Member("x", 0, rows, "producer"), Member("y", 1, rows, "consumer"))
+    graph.groups = (*graph.groups, Group("blind", 2, members))
+    assert Relevance(graph).scores().keys() == {"0"}
+    assert graph.sizes() == {"0": 4}
+    assert "no module sees these channels" in graph.frozen[0].reason
+
+
+# -- refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"estimator": "sofd"}, UnknownNameError, "unknown relevance estimator 'sofd': did you mean 'soft'"),
+        ({"drop": 0.0}, RangeError, r"drop = 0.0 is out of range: give drop in \(0, 0\.5\]"),
+        ({"drop": 0.6}, RangeError, "drop = 0.6"),
+        ({"dummies": 9}, RangeError, "dummies = 9"),
+        ({"half_life": 0.0}, RangeError, r"half_life = 0\.0 is out of range: give half_life in \(0, inf\) steps"),
+    ],
+)
+def test_settings_out_of_range(settings: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        watching(**settings)
+
+
+def test_update_needs_a_batch_and_a_backward_pass() -> None:
+    model, relevance = watching()
+    with pytest.raises(InputError, match=r"update\(\) came without a batch"):
+        relevance.update()
+    relevance.loss(model, *digits_like(), F.cross_entropy)
+    with pytest.raises(InputError, match=r"update\(\) came before backward\(\)"):
+        relevance.update()
+    observe(model, relevance, 1)
+
+
+def test_a_loss_must_be_one_per_sample() -> None:
+    model, relevance = watching()
+    with pytest.raises(InputError, match=r"losses of shape \(\) came for 64 samples: .*reduction='none'"):
+        relevance.loss(model, *digits_like(), lambda out, y, reduction: F.cross_entropy(out, y))
+    observe(model, relevance, 1)
+
+
+def test_a_model_that_does_not_pass_the_gates_is_refused() -> None:
+    model, relevance = watching()
+    with pytest.raises(InputError, match=r"did not run under the gates: call model\.train\(\)"):
+        relevance.loss(copy.deepcopy(model), *digits_like(), F.cross_entropy)
+    model.eval()
+    with pytest.raises(InputError, match="did not run under the gates"):
+        relevance.loss(model, *digits_like(), F.cross_entropy)
+
+
+@pytest.mark.parametrize("other", [{"estimator": "gate"}, {"dummies": 50}])
+def test_a_state_of_other_settings_is_refused(other: dict) -> None:
+    _, relevance = watching()
+    _, different = watching(**other)
+    with pytest.raises(InputError, match=r"this state is of (estimator|dummies) (gate|50), not"):
+        relevance.load_state_dict(different.state_dict())
+
+
+def test_a_cut_that_is_not_the_one_of_the_graph_is_refused() -> None:
+    model, relevance = watching()
+    observe(model, relevance, 1)
+    before = relevance.state_dict()["sizes"]
+    with pytest.raises(InputError, match="keep leaves 2 channels of group '0', the graph has 8"):
+        relevance.narrow({"0": torch.tensor([0, 1])}, relevance._graph)
+    with pytest.raises(InputError, match="group '0' was not watched before the cut"):
+        Relevance(judged_without_first()).narrow({}, relevance._graph)
+    assert relevance.state_dict()["sizes"] == before
+
+
+def judged_without_first() -> ChannelGraph:
+    graph = judged()
+    graph.groups = tuple(Group("other", each.size, each.members, each.inputs) for each in graph.groups)
+    return graph
