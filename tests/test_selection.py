@@ -273,6 +273,13 @@ def test_an_unreachable_budget_removes_what_it_can_and_says_why() -> None:
     )
 
 
+@pytest.mark.parametrize(("whole", "width"), [(None, 2), ({"0": 80}, 8), ({"0": 300}, 20), ({"1": 80}, 2)])
+def test_the_floor_is_a_share_of_the_width_before_earlier_cuts(whole: dict[str, int] | None, width: int) -> None:
+    graph = chain([20])
+    made = choose(graph, random_scores(graph, 0), 0.99, whole=whole)
+    assert widths(graph, made) == {"0": width}
+
+
 def test_many_blockers_are_counted_not_listed() -> None:
     graph = chain([4] * 8)
     (floor, *_) = choose(graph, random_scores(graph, 0), 0.99, "channels", floor=0.5).blocked
