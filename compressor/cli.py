@@ -98,9 +98,16 @@ def compress(
     asked = {**(read_toml(config) if config else {}), **given}
     source = str(config) if config else ""
     settings = job.resumed(asked, source) if resume else Settings.of(asked, source)
-    with _progress() as on_progress:
-        report = job.run(settings, resume=resume, overwrite=overwrite, on_progress=on_progress)
+    try:
+        with _progress() as on_progress:
+            report = job.run(settings, resume=resume, overwrite=overwrite, on_progress=on_progress)
+    except KeyboardInterrupt:
+        typer.echo(f"compress: stopped; go on with: compress --resume --out {settings.out}", err=True)
+        raise typer.Exit(130) from None
     _show(report, Path(settings.out))
+    if report.goal.reached < report.goal.asked:
+        typer.echo("compress: the asked sparsity was not reached, see the notes above", err=True)
+        raise typer.Exit(1)
 
 
 def _flags(**values: object) -> list[str]:

@@ -298,7 +298,8 @@ class Pruner:
     def _scores(self) -> dict[str, Tensor]:
         if self._observer:
             price = CostModel(self.graph).per_channel(self.budget.measure, self.graph.sizes())
-            scores = {name: seen / price[name] for name, seen in self._observer.scores().items() if name in price}
+            usual = sum(price.values()) / max(len(price), 1)
+            scores = {name: _per_cost(seen, price[name] / usual) for name, seen in self._observer.scores().items()}
             return _protected(scores, self._observer.p_values(), self._delta)
         assert self._judge
         return score(self._judge, self.graph.groups, Snapshot.of(self.model, self._generator))
@@ -357,6 +358,12 @@ def _observer(graph: ChannelGraph, seed: int, observing: Mapping[str, Any]) -> R
     from compressor.intraining.relevance import Relevance
 
     return Relevance(graph, seed=seed, **observing)
+
+
+def _per_cost(relevance: Tensor, price: float) -> Tensor:
+    """Give relevance per cost: of two useful channels the cheaper stays, of two harmful ones the dearer goes first."""
+    relevance = relevance.double()  # one line of ranks is made of all groups' scores: keep their order exact
+    return torch.where(relevance > 0, relevance / price, relevance * price)
 
 
 def _protected(scores: Mapping[str, Tensor], p_values: Mapping[str, Tensor], delta: float) -> dict[str, Tensor]:

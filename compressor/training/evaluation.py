@@ -76,7 +76,7 @@ def recalibrate(
         raise RangeError("images" if count < 2 else "batch_size", size, "2, 3, 4, ...")
     drawn = part.batches(size, shuffle=torch.Generator().manual_seed(0), device=device)
     with in_mode(model, training=False), _averaging(norms), torch.no_grad():
-        for inputs, _ in islice(drawn, count // size + 1):
+        for inputs, _ in islice(drawn, count // size):
             model(inputs)
 
 

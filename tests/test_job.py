@@ -1,0 +1,282 @@
+"""The main job: what lies in the run folder is what was trained, and a killed run goes on as if it had not been."""
+
+import json
+import math
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from user_models import tiny
+
+from compressor import data as datasets
+from compressor import job, report
+from compressor.artifact import describe, load
+from compressor.errors import BudgetError, InputError, RunFolderError
+from compressor.job import folder as folders
+from compressor.job import stages
+from compressor.report import Report
+from compressor.runtime import open_session
+from compressor.settings import Settings
+from compressor.training import evaluate
+
+DURING = {"model": "user_models:tiny", "epochs": 3, "round-to": 4, "collect": 9}
+AFTER = {"model": "user_models:tiny", "epochs": 2, "finetune-epochs": 2, "round-to": 4, "criterion": "l1"}
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module", params=[DURING, AFTER], ids=["during", "after"])
+def finished(request, tmp_path_factory) -> tuple[Settings, Report, list[tuple[str, int, int]]]:
+    torch.set_num_threads(1)
+    settings = Settings.of({**request.param, "out": str(tmp_path_factory.mktemp("runs") / "run")})
+    progress: list[tuple[str, int, int]] = []
+    return settings, job.run(settings, on_progress=lambda *step: progress.append(step)), progress
+
+
+def test_the_run_folder_holds_what_it_should_and_nothing_else(finished) -> None:
+    settings, made, _ = finished
+    folder = Path(settings.out)
+    names = {path.name for path in folder.iterdir()}
+    assert names == {*folders.MODELS, *folders.RECORDS, *folders.REPORTS, "checkpoint"}
+    assert made.files == {name: (folder / name).stat().st_size for name in made.files}
+    assert report.read(folder) == made
+
+
+def test_config_toml_makes_the_same_settings(finished) -> None:
+    settings, _, _ = finished
+    assert Settings.of(tomllib.loads((Path(settings.out) / "config.toml").read_text())) == settings
+
+
+def test_the_saved_models_have_the_reported_size_and_accuracy(finished) -> None:
+    settings, made, _ = finished
+    data = datasets.load("digits")
+    for name, figures in (("model", made.pruned), ("dense", made.dense)):
+        model = load(Path(settings.out) / f"{name}.safetensors", factory=lambda: tiny(10))
+        assert sum(parameter.numel() for parameter in model.parameters()) == figures.params
+        assert evaluate(model, data.test).accuracy == figures.accuracy
+        assert figures.images == len(data.test)
+
+
+def test_the_onnx_files_give_the_saved_models_outputs(finished) -> None:
+    settings, made, _ = finished
+    images, _ = next(iter(datasets.load("digits").test.batches(5)))
+    for name in ("model", "dense"):
+        session = open_session(Path(settings.out) / f"{name}.onnx")
+        [given] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        model = load(Path(settings.out) / f"{name}.safetensors", factory=lambda: tiny(10))
+        assert torch.allclose(torch.from_numpy(given), model(images), atol=1e-4)
+    assert [check.file for check in made.parity] == ["dense.onnx", "model.onnx"]
+    assert all(check.images > 100 for check in made.parity)
+
+
+def test_the_target_is_reached_and_the_costs_agree(finished) -> None:
+    settings, made, _ = finished
+    assert made.goal.asked == settings.sparsity
+    assert made.goal.reached == 1 - made.pruned.params / made.dense.params
+    assert made.goal.reached >= settings.sparsity
+    assert made.pruned.macs == made.pruned.fvcore_macs
+    assert made.dense.macs == made.dense.fvcore_macs
+    assert made.pruned.channels == sum(layer.after for layer in made.layers)
+    assert all(layer.after % settings.round_to == 0 for layer in made.layers)
+
+
+def test_both_models_are_trained_equally_long_on_equal_terms(finished) -> None:
+    settings, made, _ = finished
+    epochs = {stage: [e for e in made.epochs if e.stage == stage] for stage in ("train", "dense", "pruned")}
+    assert len(epochs["train"]) == (settings.epochs if settings.when == "after" else 0)
+    assert [e.lr for e in epochs["dense"]] == [e.lr for e in epochs["pruned"]]
+    assert [e.step for e in epochs["dense"]] == [e.step for e in epochs["pruned"]]
+    assert {e.params for e in epochs["dense"]} == {made.dense.params}
+    assert epochs["pruned"][-1].params == made.pruned.params
+
+
+def test_the_cuts_add_up_to_what_is_gone(finished) -> None:
+    _, made, _ = finished
+    assert sum(cut.channels for cut in made.cuts) == made.dense.channels - made.pruned.channels
+    assert made.cuts[-1].params == made.pruned.params
+    assert {cut.stage for cut in made.cuts} == {"pruned"}
+
+
+def test_metrics_are_the_records_of_the_report(finished) -> None:
+    settings, made, _ = finished
+    lines = [json.loads(line) for line in (Path(settings.out) / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in lines if "event" not in line] == [vars(epoch) for epoch in made.epochs]
+    assert sum(line.get("event") == "cut" for line in lines) == len(made.cuts)
+
+
+def test_latency_is_measured_in_every_place(finished) -> None:
+    _, made, _ = finished
+    places = {(t.model, t.backend, t.batch_size) for t in made.timings}
+    wanted = {(m, b, n) for m in ("dense", "pruned") for b in ("torch", "onnxruntime") for n in (1, 32)}
+    assert places == wanted
+    for t in made.timings:
+        spread = [t.min_ms, t.p10_ms, t.p25_ms, t.p50_ms, t.p75_ms, t.p90_ms, t.p99_ms, t.max_ms]
+        assert spread == sorted(spread)
+
+
+def test_progress_comes_to_its_end(finished) -> None:
+    _, _, progress = finished
+    last = {what: (done, total) for what, done, total in progress}
+    assert {"training: dense", "training: pruned", "ONNX", "latency"} <= last.keys()
+    assert all(done == total for done, total in last.values())
+
+
+def test_a_saved_model_says_what_it_needs_to_be_used(finished) -> None:
+    settings, _, _ = finished
+    about = describe(Path(settings.out) / "model.safetensors")
+    assert about.extra == {"data": "digits", "classes": [str(n) for n in range(10)], "image_shape": [3, 32, 32]}
+    assert about.cut
+
+
+def test_a_finished_run_is_not_repeated(finished, monkeypatch) -> None:
+    settings, made, _ = finished
+    before = files_in(Path(settings.out))
+    monkeypatch.setattr(stages, "train", None)
+    assert job.run(settings, resume=True) == made
+    assert files_in(Path(settings.out)) == before
+
+
+class Killed(BaseException):
+    """As by a signal: no handler of exceptions sees it."""
+
+
+def killer(stage: str, step: int) -> Callable[[str, int, int], None]:
+    def on_progress(what: str, done: int, total: int) -> None:
+        if (what, done) == (f"training: {stage}", step):
+            raise Killed
+
+    return on_progress
+
+
+def outcome(settings: Settings, monkeypatch, *kills: tuple[str, int]) -> tuple[list[dict], dict, dict]:
+    """Run, killed and resumed once for each of `kills`; give the records without times, and both models' tensors."""
+    monkeypatch.setattr(job, "finish", lambda settings, data, trained, *rest: trained)
+    for number, kill in enumerate(kills):
+        with pytest.raises(Killed):
+            job.run(settings, resume=number > 0, on_progress=killer(*kill))
+    trained = job.run(settings, resume=bool(kills))
+    lines = [json.loads(line) for line in (Path(settings.out) / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line.pop("seconds", None)
+    return lines, trained.dense.state_dict(), trained.pruned.state_dict()
+
+
+# 18 steps an epoch, cuts every 9 steps from 10 % of the training on
+@pytest.mark.parametrize(
+    ("options", "kills"),
+    [
+        (DURING, [("dense", 20), ("pruned", 40)]),
+        (DURING, [("pruned", 1), ("pruned", 20), ("pruned", 37)]),
+        (AFTER, [("train", 20), ("dense", 20), ("pruned", 20)]),
+    ],
+    ids=["during", "during, thrice", "after"],
+)
+def test_a_killed_run_goes_on_bit_for_bit(options, kills, tmp_path: Path, monkeypatch) -> None:
+    whole = outcome(Settings.of({**options, "out": str(tmp_path / "whole")}), monkeypatch)
+    killed = outcome(Settings.of({**options, "out": str(tmp_path / "killed")}), monkeypatch, *kills)
+    assert killed[0] == whole[0]
+    for there, here in zip(killed[1:], whole[1:], strict=True):
+        assert there.keys() == here.keys()
+        assert all(torch.equal(there[name], here[name]) for name in here)
+
+
+def test_gradients_that_a_criterion_needs_are_there_and_gone_before_training(tmp_path: Path, monkeypatch) -> None:
+    settings = Settings.of(
+        {**AFTER, "criterion": "taylor", "epochs": 1, "finetune-epochs": 0, "out": str(tmp_path / "t")}
+    )
+    _, _, pruned = outcome(settings, monkeypatch)
+    assert sum(tensor.numel() for tensor in pruned.values()) > 0
+    trained = job.run(settings, resume=True)
+    assert trained.result.reached
+    assert all(parameter.grad is None for parameter in trained.pruned.parameters())
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path, monkeypatch) -> None:
+    short = {**AFTER, "epochs": 1, "finetune-epochs": 1}
+    first, again, other = (
+        outcome(Settings.of({**short, "seed": seed, "out": str(tmp_path / name)}), monkeypatch)[0]
+        for name, seed in (("first", 3), ("again", 3), ("other", 4))
+    )
+    assert first == again
+    assert first != other
+
+
+def test_sparsity_that_cannot_be_reached_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    settings = Settings.of({**DURING, "sparsity": 0.99, "out": str(tmp_path / "run")})
+    with pytest.raises(BudgetError, match=r"cannot remove 99\.0% of the params: at most [\d.]+% can go"):
+        job.run(settings)
+    assert not (tmp_path / "run").exists()
+
+
+# -- the folder
+
+
+def test_overwrite_clears_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
+    settings = Settings.of({**DURING, "out": str(tmp_path)})
+    folders.start(tmp_path, settings)
+    (tmp_path / "checkpoint").mkdir()
+    for name in ("report.json", "model.onnx", "checkpoint/state.pt", "my notes.txt"):
+        (tmp_path / name).write_text("old")
+    folders.require_usable(tmp_path, resume=False, overwrite=True)
+    folders.start(tmp_path, settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml", "my notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        ({"config.toml": 'criterion = "l1"\n'}, {}, "is there already: --resume goes on with it, --overwrite replaces"),
+        ({"notes.txt": "mine"}, {}, "is no run folder of compress: give another --out"),
+        ({"notes.txt": "mine"}, {"overwrite": True}, "is no run folder of compress: give another --out"),
+        ({"config.toml": 'title = "a web site"\n'}, {"overwrite": True}, "is no run folder of compress"),
+        ({"config.toml": "no toml"}, {"overwrite": True}, "is no run folder of compress"),
+    ],
+)
+def test_a_folder_that_holds_something_is_refused(tmp_path: Path, content: dict, flags: dict, message: str) -> None:
+    for name, text in content.items():
+        (tmp_path / name).write_text(text)
+    before = files_in(tmp_path)
+    with pytest.raises(RunFolderError, match=message):
+        job.run(Settings.of({**DURING, "out": str(tmp_path)}), **flags)
+    assert files_in(tmp_path) == before
+
+
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(RunFolderError, match="is a file: give another --out"):
+        job.run(Settings.of({**DURING, "out": str(tmp_path / "run")}))
+
+
+def test_resume_and_overwrite_contradict_each_other(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--resume and --overwrite contradict each other"):
+        job.run(Settings.of({**DURING, "out": str(tmp_path)}), resume=True, overwrite=True)
+
+
+def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"holds no run to go on with .*leave --resume out"):
+        job.run(Settings.of({**DURING, "out": str(tmp_path)}), resume=True)
+
+
+def test_a_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
+    folders.start(tmp_path, Settings.of({**DURING, "out": str(tmp_path)}))
+    assert job.resumed({"out": str(tmp_path)}) == Settings.of({**DURING, "out": str(tmp_path)})
+    assert job.resumed({"out": str(tmp_path), "epochs": 3, "device": "auto"}).epochs == 3
+    with pytest.raises(RunFolderError, match=r"has --epochs 3, not 4: leave it out to go on, or give another --out"):
+        job.resumed({"out": str(tmp_path), "epochs": 4})
+    with pytest.raises(RunFolderError, match=r"has --criterion relevance, not l1"):
+        job.resumed({"out": str(tmp_path), "criterion": "l1"})
+
+
+def test_metrics_of_a_stage_that_is_over_take_the_place_of_what_came_while_it_ran(tmp_path: Path) -> None:
+    metrics = folders.Metrics(tmp_path / "metrics.jsonl")
+    metrics.settle([{"epoch": 1}])
+    metrics.append({"epoch": 2})
+    metrics.append({"epoch": 2, "again": True})
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    metrics.settle([{"epoch": 2, "loss": math.pi}])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"epoch": 1}, {"epoch": 2, "loss": math.pi}]
