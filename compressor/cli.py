@@ -184,7 +184,7 @@ def _show(report: Report, folder: Path) -> None:
     for note in (*report.goal.blocked, *report.notes):
         typer.echo(f"note: {note}")
     typer.echo("files:")
-    for name in report.files:
+    for name in (*report.files, "report.html", "report.md", "report.json"):
         typer.echo(f"  {folder / name}")
 
 

@@ -90,8 +90,8 @@ def prune(
     def scores() -> dict[str, Tensor]:
         return score(judge, graph.groups, Snapshot.of(model, generator))
 
-    made = _cut_to(graph, scores, budget, scope=scope, round_to=round_to, optimizer=optimizer)
-    return ledger.result(budget, made.blocked)
+    made = _cut_to(ledger, scores, budget, scope=scope, round_to=round_to, optimizer=optimizer)
+    return ledger.result(budget, made.blocked if made else ())
 
 
 class Ledger:
@@ -112,10 +112,18 @@ class Ledger:
         }
 
     def remaining(self, budget: Budget) -> Budget | None:
-        """Give the budget, a share of the whole model, as a share of what is left; None where it is met."""
-        goal = (1 - budget.sparsity) * self.before[budget.measure]
-        share = 1 - goal / self._counts()[budget.measure]
-        return Budget(share, budget.measure) if share > 0 else None
+        """Give the budget, a share of the whole model, as a share of what can still go; None where it is met.
+
+        Groups that were frozen meanwhile count as channels of the whole model, but can lose none.
+        """
+        sizes = self.graph.sizes()
+        stuck = sum(width for name, width in self.widths.items() if name not in sizes)
+        goal = budget.goal(self.before[budget.measure]) - (stuck if budget.measure == "channels" else 0)
+        now = CostModel(self.graph).dense[budget.measure]
+        if now <= goal:
+            return None
+        share = (now - goal) / now * (1 - 1e-12)  # not one more because of a rounded last digit
+        return Budget(min(share, 1 - 1e-9), budget.measure)
 
     def result(self, budget: Budget, blocked: Sequence[str] = ()) -> PruneResult:
         """Balance the books."""
@@ -123,7 +131,7 @@ class Ledger:
         pairs = {measure: (self.before[measure], now[measure]) for measure in now}
         whole = self.before[budget.measure]
         removed = 1 - now[budget.measure] / whole if whole else 0.0
-        reached = removed >= budget.sparsity
+        reached = now[budget.measure] <= budget.goal(whole)
         refused = [f"{name}: its cut was refused" for name in self.widths if name not in sizes]
         return PruneResult(
             reached=reached,
@@ -137,28 +145,31 @@ class Ledger:
 
 
 def _cut_to(
-    graph: ChannelGraph,
+    ledger: Ledger,
     scores: Callable[[], Mapping[str, Tensor]],
     budget: Budget,
     *,
     scope: str,
     round_to: int,
     optimizer: Optimizer | Iterable[Optimizer] | None,
-    whole: Mapping[str, int] | None = None,
     means: Mapping[str, Tensor] | None = None,
     normalise: bool = True,
-) -> Selection:
-    """Select and cut; a group that refuses is frozen with the reason, and the selection is made again without it."""
-    while True:
+) -> Selection | None:
+    """Select and cut; a group that refuses is frozen with the reason, and the selection is made again without it.
+
+    Gives the selection that was cut, None where the budget was met before.
+    """
+    graph = ledger.graph
+    while remaining := ledger.remaining(budget):
         costs = CostModel(graph)
         selection = select(
             graph,
             scores(),
-            budget,
+            remaining,
             costs=costs,
             scope=scope,
             round_to=round_to,
-            whole=whole,
+            whole=ledger.widths,
             normalise=normalise,
         )
         try:
@@ -168,6 +179,7 @@ def _cut_to(
             if not refusal.groups:
                 raise
             graph.freeze(refusal.groups, refusal.reason)
+    return None
 
 
 # -- while training
@@ -274,22 +286,20 @@ class Pruner:
         return self._schedule(min(step / self._total, 1.0))
 
     def _cut(self, target: Budget) -> dict[str, Any] | None:
-        remaining = self._ledger.remaining(target)
-        if remaining is None:
-            return None
         widths = self.graph.sizes()
         seen = self._observer.record() if self._observer else None
         made = _cut_to(
-            self.graph,
+            self._ledger,
             self._scores,
-            remaining,
+            target,
             scope=self._scope,
             round_to=self._round_to,
             optimizer=self._optimizers,
-            whole=self._ledger.widths,
             means=self._observer.means() if self._observer else None,
             normalise=self._observer is None,
         )
+        if made is None:
+            return None
         if self._observer:
             self._observer.narrow(made.keep, self.graph)
         self._blocked = made.blocked

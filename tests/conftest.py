@@ -6,9 +6,14 @@ import copy
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor, nn
 
 from compressor.graph.group import ChannelGraph
+
+# These machines are shared: how long an example takes says nothing about the code.
+settings.register_profile("shared", deadline=None)
+settings.load_profile("shared")
 
 
 @pytest.fixture(autouse=True)

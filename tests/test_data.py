@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,11 @@ def make_folder(root: Path, parts: tuple[str, ...] = ("train", "test"), each: in
     for part, name, index in itertools.product(parts, CLASSES, range(each)):
         paint(root / part / name / f"{index}.png", next(seeds), **options)
     return root
+
+
+def painted(seeds: Iterable[int], scratch: Path) -> Tensor:
+    """Give the pixels that `paint` writes for these seeds."""
+    return torch.stack([torch.tensor(paint(scratch / "scratch.png", seed)).permute(2, 0, 1) for seed in seeds])
 
 
 def raw(part: Part) -> Tensor:
@@ -191,8 +196,7 @@ def test_folder_gives_its_pixels(tmp_path: Path) -> None:
     assert [len(part) for part in (found.train, found.validation, found.test)] == [6, 2, 8]
     assert labels(found.validation) == [0, 1]
     assert labels(found.test) == [0] * 4 + [1] * 4
-    written = torch.stack([torch.tensor(paint(tmp_path / "x.png", seed)).permute(2, 0, 1) for seed in range(8, 16)])
-    assert torch.equal(raw(found.test).round().to(torch.uint8), written)
+    assert torch.equal(raw(found.test).round().to(torch.uint8), painted(range(8, 16), tmp_path))
     assert seen[-1] == (16, 16)
 
 
@@ -214,7 +218,7 @@ def test_own_validation_part(tmp_path: Path) -> None:
 def test_val_alone_is_the_test_part(tmp_path: Path) -> None:
     found = load(f"imagefolder:{make_folder(tmp_path, ('train', 'val'))}", validation=0.5)
     assert [len(part) for part in (found.train, found.validation, found.test)] == [4, 4, 8]
-    assert found.test.indices.tolist() == list(range(8, 16))
+    assert torch.equal(raw(found.test).round().to(torch.uint8), painted(range(8, 16), tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -227,6 +231,21 @@ def test_folder_image_size(
     make_folder(tmp_path)
     paint(tmp_path / "test/bee/odd.png", 0, size=odd)
     assert load(f"imagefolder:{tmp_path}", image_size=asked).image_shape == shape
+
+
+def test_small_images_need_not_be_square(tmp_path: Path) -> None:
+    found = load(f"imagefolder:{make_folder(tmp_path, size=(5, 9))}")
+    assert found.image_shape == (3, 5, 9)
+    expected = torch.tensor(paint(tmp_path / "scratch.png", 8, size=(5, 9))).permute(2, 0, 1)
+    assert torch.equal(raw(found.test)[0].round().to(torch.uint8), expected)
+
+
+def test_constant_channel_stays_finite(tmp_path: Path) -> None:
+    make_folder(tmp_path, each=2)
+    for path in tmp_path.rglob("*.png"):
+        Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(path)
+    images, _ = next(load(f"imagefolder:{tmp_path}").train.batches(2))
+    assert images.abs().max() == 0
 
 
 def test_large_images_of_one_size_are_resized(tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ ROWS = [
     ["export"],
     ["report", "settings"],
     ["job"],
-    ["cli", "__main__"],
+    ["cli"],
+    ["__main__"],
 ]
 FREE = {"", "graph"}  # the packages' own lists of names
 

@@ -11,11 +11,11 @@ import torch
 from user_models import tiny
 
 from compressor import data as datasets
-from compressor import job, report
+from compressor import job, latency, report
 from compressor.artifact import describe, load
 from compressor.errors import BudgetError, InputError, RunFolderError
 from compressor.job import folder as folders
-from compressor.job import stages
+from compressor.job import results, stages
 from compressor.report import Report
 from compressor.runtime import open_session
 from compressor.settings import Settings
@@ -170,10 +170,10 @@ def outcome(settings: Settings, monkeypatch, *kills: tuple[str, int]) -> tuple[l
     ("options", "kills"),
     [
         (DURING, [("dense", 20), ("pruned", 40)]),
-        (DURING, [("pruned", 1), ("pruned", 20), ("pruned", 37)]),
+        ({**DURING, "sparsity": 0.85}, [("pruned", 1), ("pruned", 20), ("pruned", 53)]),
         (AFTER, [("train", 20), ("dense", 20), ("pruned", 20)]),
     ],
-    ids=["during", "during, thrice", "after"],
+    ids=["during", "during, thrice, once narrow", "after"],
 )
 def test_a_killed_run_goes_on_bit_for_bit(options, kills, tmp_path: Path, monkeypatch) -> None:
     whole = outcome(Settings.of({**options, "out": str(tmp_path / "whole")}), monkeypatch)
@@ -210,6 +210,18 @@ def test_sparsity_that_cannot_be_reached_is_refused_before_anything_is_written(t
     with pytest.raises(BudgetError, match=r"cannot remove 99\.0% of the params: at most [\d.]+% can go"):
         job.run(settings)
     assert not (tmp_path / "run").exists()
+
+
+def test_latency_goes_without_onnxruntime_where_it_cannot_use_the_device(tmp_path: Path, monkeypatch) -> None:
+    def compare(models, shape, *, onnx_files=None, **how):
+        if onnx_files:
+            raise InputError("onnxruntime cannot run on 'cuda' here")
+        return latency.LatencyReport((), 1, {})
+
+    monkeypatch.setattr(results.latency, "compare", compare)
+    settings, data = Settings.of(DURING), datasets.load("digits")
+    timings, notes = results._timings(settings, data, {}, tmp_path, lambda *step: None)
+    assert (timings, notes) == ((), ("onnxruntime cannot run on 'cuda' here",))
 
 
 # -- the folder

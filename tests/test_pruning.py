@@ -66,6 +66,20 @@ def test_prune_goes_on_without_a_group_that_refuses_and_says_so() -> None:
     assert any("aten.view in the model does not follow the cut" in line for line in result.blocked)
 
 
+@pytest.mark.parametrize("sparsity", [0.07, 0.08, 0.09, 0.5, 0.29])
+def test_a_share_that_is_gone_to_the_digit_is_reached(sparsity: float) -> None:
+    model = nn.Sequential(nn.Linear(3, 100), nn.ReLU(), nn.Linear(100, 2)).double()
+    result = compressor.prune(model, torch.randn(1, 3, dtype=torch.float64), sparsity=sparsity, measure="channels")
+    assert result.reached
+    assert result.channels == (100, 100 - round(100 * sparsity))
+
+
+def test_the_share_is_of_the_whole_model_also_where_a_group_refuses() -> None:
+    model = Baked().double()  # 8 channels that cannot go, 6 that can
+    result = compressor.prune(model, X, sparsity=0.3, measure="channels")
+    assert (result.reached, result.channels) == (True, (14, 9))
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

@@ -40,8 +40,10 @@ class Member:
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Give what each channel holds of `tensor`, one channel a row: `(C, K * numel / size(dim))`."""
-        picked = tensor.movedim(self.dim, 0).flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
-        return picked[self.positions.to(tensor.device)].flatten(1)
+        lines = tensor.movedim(self.dim, 0).flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
+        if torch.equal(self.positions.flatten(), torch.arange(len(lines))):
+            return lines.reshape(len(self.positions), -1)  # everything in order: nothing to pick, nothing to copy
+        return lines[self.positions.to(tensor.device)].flatten(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,16 +93,17 @@ class Group:
     def rows(self, tensors: Mapping[str, Tensor], role: Role = "producer") -> Tensor:
         """Give each channel's values in all members of a role, one channel a row: `(C, F)`.
 
-        This is the geometry that no criterion has to know. Members whose tensor is missing from `tensors`, and
-        one-dimensional producers (biases) beside a weight, are left out.
+        This is the geometry that no criterion has to know. Members whose tensor is missing from `tensors` are left out.
 
         Args:
             tensors: values (or gradients) by name.
-            role: which members; a group without any of this role gives its followers' rows instead.
+            role: which members; a group without any of this role gives the rows of all its members instead.
         """
         chosen = [member for member in self.of_role(role) if member.tensor in tensors]
         chosen = chosen or [member for member in self.members if member.tensor in tensors]
         rows = [member.rows(tensors[member.tensor]).float() for member in chosen]
+        if len(rows) == 1:
+            return rows[0]
         return torch.cat(rows, dim=1) if rows else torch.zeros(self.size, 0)
 
 

@@ -1,0 +1,344 @@
+"""The command line: what it prints, and that bad input gets one clear line, exit code 2, and changes nothing."""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from sample_report import sample
+from typer.testing import CliRunner
+from user_models import tiny
+
+import compressor
+from compressor import cli, job, models, report
+from compressor.artifact import save
+from compressor.errors import CompressorError
+from compressor.report import Goal, Report
+from compressor.settings import Settings, option_kinds
+from compressor.surgery import cut
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+def compress(*words: str):
+    result = CliRunner().invoke(cli.app, list(words), prog_name="compress")
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def images(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), "red").save(folder / name)
+
+
+# -- help
+
+
+def test_help_does_not_import_torch_or_the_plotting_and_data_libraries() -> None:
+    line = [sys.executable, "-X", "importtime", "-m", "compressor", "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, check=True)
+    imported = {row.rpartition("|")[2].strip() for row in done.stderr.splitlines()}
+    assert "compressor.cli" in imported
+    assert not imported & {"torch", "numpy", "torchvision", "onnx", "onnxruntime", "sklearn", "jinja2"}
+    assert "--criterion" in done.stdout
+
+
+def test_help_names_every_option_and_command() -> None:
+    shown = compress("--help").stdout
+    for name in [*option_kinds(), "config", "resume", "overwrite"]:
+        assert f"--{name} " in shown
+    for name in ("inspect", "export", "benchmark", "report"):
+        assert f" {name} " in shown
+
+
+def test_without_arguments_there_is_help_and_nothing_is_run(tmp_path: Path) -> None:
+    result = compress()
+    assert "Usage" in result.output
+    assert files_in(tmp_path) == {}
+
+
+# -- the main job
+
+
+class Called(Exception):
+    """Stands in for the job, and carries what it was asked for."""
+
+
+def asked(monkeypatch, *words: str) -> tuple[Settings, dict]:
+    def run(settings: Settings, **how: object) -> Report:
+        raise Called(settings, how)
+
+    monkeypatch.setattr(job, "run", run)
+    with pytest.raises(Called) as caught:
+        compress(*words)
+    return caught.value.args
+
+
+def test_options_become_settings(monkeypatch) -> None:
+    settings, how = asked(
+        monkeypatch,
+        "--criterion",
+        "l1",
+        "--sparsity",
+        "0.4",
+        "--round-to",
+        "1",
+        "--epochs",
+        "7",
+        "--out",
+        "here",
+        "--overwrite",
+    )
+    wanted = {"criterion": "l1", "sparsity": 0.4, "round-to": 1, "epochs": 7, "out": "here"}
+    assert settings == Settings.of(wanted)
+    assert (how["resume"], how["overwrite"]) == (False, True)
+
+
+def test_the_command_in_the_report_is_understood(monkeypatch) -> None:
+    settings = Settings(data="cifar10", download=True, criterion="l2", model="a b", lr=1e-5, finetune_epochs=0)
+    assert asked(monkeypatch, *shlex.split(settings.command())[1:])[0] == settings
+
+
+def test_options_on_the_line_win_over_the_file(monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "exp.toml").write_text('criterion = "l1"\nepochs = 7\nlr = 0.1\n')
+    settings, _ = asked(monkeypatch, "--config", "exp.toml", "--epochs", "2")
+    assert settings == Settings.of({"criterion": "l1", "epochs": 2, "lr": 0.1})
+
+
+def test_resume_takes_the_settings_of_the_run(monkeypatch, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text('criterion = "l1"\nepochs = 7\nlr = 0.1\n')
+    settings, how = asked(monkeypatch, "--resume", "--out", "run")
+    assert settings == Settings.of({"criterion": "l1", "epochs": 7, "lr": 0.1, "out": "run"})
+    assert how["resume"]
+
+
+def test_the_result_is_a_table_a_sentence_and_where_the_files_are(monkeypatch) -> None:
+    monkeypatch.setattr(job, "run", lambda settings, **how: sample())
+    result = compress("--out", "runs/demo")
+    assert result.exit_code == 0
+    for shown in ("dense", "pruned", "98.00%", "97.00%", "-60.0%", "2.00 times as fast", "note: ran on one core"):
+        assert shown in result.stdout
+    assert "60.0% of the params removed, 60.0% asked" in result.stdout
+    assert "runs/demo/model.safetensors" in result.stdout
+    assert "runs/demo/report.html" in result.stdout
+
+
+def test_a_target_that_was_not_reached_is_an_exit_code(monkeypatch) -> None:
+    missed = Report(**{**vars(sample()), "goal": Goal("params", 0.6, 0.5, ("conv1 is at its floor",))})
+    monkeypatch.setattr(job, "run", lambda settings, **how: missed)
+    result = compress("--out", "here")
+    assert result.exit_code == 1
+    assert "note: conv1 is at its floor" in result.stdout
+    assert "not reached" in result.stderr
+
+
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch) -> None:
+    def run(settings: Settings, **how: object) -> Report:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "run", run)
+    result = compress("--out", "here")
+    assert result.exit_code == 130
+    assert result.stderr == "compress: stopped; go on with: compress --resume --out here\n"
+
+
+# -- bad input: one clear line, exit code 2, nothing changed
+
+
+def nothing(folder: Path) -> None:
+    """Lay nothing out."""
+
+
+def data_without_images(folder: Path) -> None:
+    (folder / "photos" / "train" / "cat").mkdir(parents=True)
+    images(folder / "photos", "test/cat/1.png", "train/dog/1.png", "test/dog/1.png")
+
+
+def data_with_a_broken_image(folder: Path) -> None:
+    names = [f"{part}/{kind}/{n}.png" for part in ("train", "test") for kind in ("cat", "dog") for n in range(3)]
+    images(folder / "photos", *names)
+    (folder / "photos/train/dog/1.png").write_bytes(b"no image")
+
+
+def weights_of_another_model(folder: Path) -> None:
+    save_file(models.build("resnet34", classes=10, seed=0).state_dict(), folder / "other.safetensors")
+
+
+def damaged_weights(folder: Path) -> None:
+    (folder / "other.safetensors").write_bytes(b"\x08\x00")
+
+
+def a_run(folder: Path) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "config.toml").write_text('criterion = "l1"\n')
+    (folder / "run" / "model.onnx").write_text("old")
+
+
+def a_folder_of_mine(folder: Path) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "thesis.tex").write_text("mine")
+
+
+def a_config_with_a_typing_error(folder: Path) -> None:
+    (folder / "exp.toml").write_text("sparsty = 0.4\n")
+
+
+BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "criterion": (nothing, "--criterion relevanse", "unknown criterion 'relevanse': did you mean 'relevance'"),
+    "model": (nothing, "--model resnet81", "unknown model 'resnet81': did you mean 'resnet18'"),
+    "own model": (nothing, "--model nowhere:net", "cannot import 'nowhere' for nowhere:net"),
+    "data": (nothing, "--data digit", "unknown data set 'digit': did you mean 'digits'"),
+    "sparsity 1": (nothing, "--sparsity 1", "sparsity = 1.0 is out of range: give sparsity in [0, 1)"),
+    "sparsity -0.1": (nothing, "--sparsity -0.1", "sparsity = -0.1 is out of range"),
+    "measure": (nothing, "--measure flops", "unknown measure 'flops'"),
+    "device": (nothing, "--device cuda:99", "unknown device 'cuda:99'"),
+    "no folder": (nothing, "--data imagefolder:photos", "there is no data folder photos"),
+    "no images": (data_without_images, "--data imagefolder:photos", "no images in photos/train/cat"),
+    "broken image": (data_with_a_broken_image, "--data imagefolder:photos", "cannot read image photos/train/dog/1.png"),
+    "not downloaded": (nothing, "--data cifar10", "cifar10 cannot be loaded"),
+    "weights": (weights_of_another_model, "--weights other.safetensors", "other.safetensors belongs to another model"),
+    "damaged weights": (damaged_weights, "--weights other.safetensors", "other.safetensors cannot be read"),
+    "no weights": (nothing, "--weights none.pt", "there is no weights file none.pt"),
+    "run there": (a_run, "--out run", "run folder run is there already: --resume goes on with it, --overwrite"),
+    "mine": (a_folder_of_mine, "--out run", "run is there and is no run folder of compress"),
+    "overwrite mine": (a_folder_of_mine, "--out run --overwrite", "run is there and is no run folder of compress"),
+    "resume mine": (a_folder_of_mine, "--out run --resume", "run holds no run to go on with"),
+    "resume other": (a_run, "--out run --resume --criterion l2", "the run in run has --criterion l1, not l2"),
+    "both": (a_run, "--out run --resume --overwrite", "--resume and --overwrite contradict each other"),
+    "config": (a_config_with_a_typing_error, "--config exp.toml", "unknown option in exp.toml 'sparsty': did you mean"),
+    "no config": (nothing, "--config none.toml", "cannot read none.toml"),
+    "no effect": (nothing, "--criterion l1 --drop 0.2", "--drop has no effect with --criterion l1"),
+    "cannot be reached": (nothing, "--model user_models:baked --sparsity 0.5", "cannot remove 50.0% of the params"),
+    "too much": (nothing, "--model user_models:tiny --sparsity 0.99", "cannot remove 99.0% of the params: at most"),
+    "misplaced": (nothing, "--sparsity 0.4 report run", "--sparsity before 'report' has no effect"),
+    "inspect": (nothing, "inspect resnet81", "unknown model 'resnet81': did you mean 'resnet18'"),
+    "inspect file": (nothing, "inspect none.safetensors", "none.safetensors is missing"),
+    "export": (damaged_weights, "export other.safetensors", "other.safetensors is damaged, or no safetensors file"),
+    "benchmark": (nothing, "benchmark none.onnx", "there is no file none.onnx"),
+    "benchmark kind": (a_run, "benchmark run/config.toml", "run/config.toml is no model file"),
+    "benchmark damaged": (a_run, "benchmark run/model.onnx", "run/model.onnx is no ONNX file"),
+    "report": (a_run, "report run", "run holds no report.json; give the folder of a finished run"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_message_exit_code_2_and_nothing_changed(case: str, tmp_path: Path) -> None:
+    lay_out, line, message = BAD[case]
+    lay_out(tmp_path)
+    before = files_in(tmp_path)
+    result = compress(*line.split())
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"compress: {message}")
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert files_in(tmp_path) == before
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sparsity_that_cannot_be_reached_says_what_blocks_it() -> None:
+    result = compress("--model", "user_models:tiny", "--sparsity", "0.99")
+    first, *blocked = result.stderr.splitlines()
+    assert "ask for --sparsity 0." in first
+    assert blocked
+    assert all(line.startswith("  - ") for line in blocked)
+
+
+@pytest.mark.parametrize("words", [["--sparsity", "much"], ["--sparsty", "0.5"], ["inspekt", "resnet18"], ["export"]])
+def test_what_cannot_be_parsed_is_exit_code_2(words: list[str], tmp_path: Path) -> None:
+    result = compress(*words)
+    assert result.exit_code == 2
+    assert "Error" in result.stderr
+    assert files_in(tmp_path) == {}
+
+
+def test_any_error_of_ours_is_caught_and_no_other(monkeypatch) -> None:
+    def fail(error: Exception) -> Callable[..., Report]:
+        def run(settings: Settings, **how: object) -> Report:
+            raise error
+
+        return run
+
+    monkeypatch.setattr(job, "run", fail(CompressorError("so it is")))
+    assert compress("--out", "here").stderr == "compress: so it is\n"
+    monkeypatch.setattr(job, "run", fail(ZeroDivisionError("a fault of the program")))
+    with pytest.raises(ZeroDivisionError):
+        compress("--out", "here")
+
+
+# -- the parts
+
+
+def test_inspect_shows_groups_and_frozen_dimensions() -> None:
+    result = compress("inspect", "user_models:tiny", "--image-size", "32")
+    assert result.exit_code == 0
+    graph = compressor.trace(tiny(10), torch.zeros(1, 3, 32, 32))
+    for word in [*(group.name for group in graph.groups), *(each.tensor for each in graph.frozen)]:
+        assert word in result.stdout
+
+
+def test_inspect_as_json_is_the_channel_graph() -> None:
+    found = json.loads(compress("inspect", "user_models:tiny", "--image-size", "32", "--json").stdout)
+    model = tiny(10)
+    graph = compressor.trace(model, torch.zeros(1, 3, 32, 32))
+    assert found["params"] == sum(parameter.numel() for parameter in model.parameters())
+    assert {group["name"]: group["channels"] for group in found["groups"]} == graph.sizes()
+    assert [each["reason"] for each in found["frozen"]] == [each.reason for each in graph.frozen]
+    # one channel of the first convolution: its kernel, BatchNorm's scale and shift, and the next kernel's slices
+    assert found["groups"][0]["params_per_channel"] == 3 * 9 + 2 + 32 * 9
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    model = models.build("user_models:tiny", classes=10, seed=0)
+    graph = compressor.trace(model, torch.zeros(1, 3, 32, 32))
+    cut(graph, {graph.groups[0].name: [0, 3, 5, 6]})
+    path = tmp_path / "small.safetensors"
+    save(model, path, extra={"image_shape": [3, 32, 32]})
+    return path
+
+
+def test_a_file_is_opened_only_with_the_factory_that_the_caller_names(saved: Path) -> None:
+    refused = compress("inspect", "small.safetensors")
+    assert refused.exit_code == 2
+    assert "give --factory package.module:factory (it names user_models:tiny)" in refused.stderr
+    shown = compress("inspect", "small.safetensors", "--factory", "user_models:tiny", "--json")
+    assert json.loads(shown.stdout)["groups"][0]["channels"] == 4
+
+
+def test_export_and_benchmark_take_what_was_saved(saved: Path, tmp_path: Path) -> None:
+    result = compress("export", "small.safetensors", "--factory", "user_models:tiny")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("small.onnx: ")
+    words = "benchmark small.onnx small.safetensors --factory user_models:tiny --batch-size 1 --batch-size 3"
+    shown = compress(*words.split()).stdout
+    assert "batch 1, cpu, 1 thread" in shown
+    assert "batch 3, cpu, 1 thread" in shown
+    assert shown.count("small.onnx") == shown.count("small.safetensors") == 2
+
+
+def test_report_renders_again_what_is_in_the_json(tmp_path: Path) -> None:
+    report.write(sample(), tmp_path)
+    before = files_in(tmp_path)
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.md").write_text("old")
+    result = compress("report", ".")
+    assert result.exit_code == 0
+    assert result.stdout.split() == ["report.html", "report.md"]
+    assert files_in(tmp_path) == before
