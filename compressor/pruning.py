@@ -112,7 +112,7 @@ class Ledger:
         }
 
     def remaining(self, budget: Budget) -> Budget | None:
-        """Give the budget, a share of the whole model, as a share of what can still go; None where it is met.
+        """Give the budget, a share of the whole model, as a share of what is left; None where it is met or nothing is left to cut.
 
         Groups that were frozen meanwhile count as channels of the whole model, but can lose none.
         """
@@ -120,7 +120,7 @@ class Ledger:
         stuck = sum(width for name, width in self.widths.items() if name not in sizes)
         goal = budget.goal(self.before[budget.measure]) - (stuck if budget.measure == "channels" else 0)
         now = CostModel(self.graph).dense[budget.measure]
-        if now <= goal:
+        if now <= goal or not now:
             return None
         share = (now - goal) / now * (1 - 1e-12)  # not one more because of a rounded last digit
         return Budget(min(share, 1 - 1e-9), budget.measure)

@@ -60,7 +60,7 @@ class Settings:
 
     relevance_estimator: str | None = _option(None, "Relevance", "source, loss, soft or gate.", "soft")
     drop: float | None = _option(None, "Relevance", "Share of channels drawn in each sample, in (0, 0.5].", "0.15")
-    delta: float | None = _option(None, "Relevance", "Cut only channels whose p is at most this, in (0, 1].", "0.99")
+    delta: float | None = _option(None, "Relevance", "Channels whose p is above this are cut last, in (0, 1].", "0.99")
     collect: int | None = _option(None, "Relevance", "Training steps between two cuts.", "a twentieth of the training")
 
     seed: int = _option(0, "Run", "Seed of everything that draws.")

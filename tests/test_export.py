@@ -354,11 +354,21 @@ def test_a_session_does_not_fall_back_to_the_cpu(tmp_path: Path, capfd: pytest.C
 def test_a_file_is_there_in_full_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     with written_beside(path) as part:
-        part.write_text("new")
+        part.write_text("old")
         assert not path.exists()
-        assert part.parent == path.parent
-    assert path.read_text() == "new"
-    with pytest.raises(ZeroDivisionError), written_beside(path) as part:
-        part.write_text(f"newer {1 / 0}")
-    assert path.read_text() == "new"
+    with path.open() as reader:  # one who reads it goes on reading the old one
+        with written_beside(path) as part:
+            part.write_text("new")
+        assert (reader.read(), path.read_text()) == ("old", "new")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_half_a_file_is_taken_away(tmp_path: Path) -> None:
+    def fail() -> None:
+        with written_beside(tmp_path / "file") as part:
+            part.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []

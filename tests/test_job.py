@@ -220,7 +220,7 @@ def test_latency_goes_without_onnxruntime_where_it_cannot_use_the_device(tmp_pat
 
     monkeypatch.setattr(results.latency, "compare", compare)
     settings, data = Settings.of(DURING), datasets.load("digits")
-    timings, notes = results._timings(settings, data, {}, tmp_path, lambda *step: None)
+    timings, notes = results._timings(settings, data, {"dense": tiny(10)}, tmp_path, lambda *step: None)
     assert (timings, notes) == ((), ("onnxruntime cannot run on 'cuda' here",))
 
 

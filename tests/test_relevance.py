@@ -183,6 +183,44 @@ def test_useful_is_above_zero_and_harmful_below(estimator: str, steps: int) -> N
         assert int((scores - scores[3]).abs().argmin()) == 3
 
 
+def test_equally_useful_channels_are_useful_although_their_losses_do_not_differ() -> None:
+    """Whoever is out, equally many are: only the dummies, drawn along, show what every channel saves."""
+    rows = torch.arange(64).unsqueeze(1)
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 1, bias=False)).train()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(64))
+        model[1].weight.fill_(1.0)
+    members = (Member("0.weight", 0, rows, "producer"), Member("1.weight", 1, rows, "consumer"))
+    graph = ChannelGraph(
+        model, torch.zeros(1, 64), (Group("0", 64, members, (ConsumerInput("1.weight", -1, rows),)),), ()
+    )
+    relevance = Relevance(graph, estimator="loss", drop=0.5, dummies=10, half_life=1e9)
+    for _ in range(100):
+        x = torch.randn(64, 64)
+        relevance.loss(model, x, x.sum(1, keepdim=True), squared_error).backward()
+        relevance.update()
+    contrast = torch.tensor(relevance.record()["0"]["r"])
+    assert 0 < 2 * float(contrast.mean()) < float(relevance.scores()["0"].mean())
+
+
+@pytest.mark.parametrize("estimator", NAMES)
+def test_the_level_of_the_loss_does_not_matter(estimator: str) -> None:
+    found = []
+    for level in (0.0, 50.0):
+        graph = judged()
+        relevance = Relevance(graph, estimator=estimator)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(20):
+            x = torch.randn(32, 4, generator=generator)
+            y = x[:, :2].sum(1, keepdim=True)
+            relevance.loss(
+                graph.model, x, y, lambda o, t, reduction, up=level: squared_error(o, t, reduction) + up
+            ).backward()
+            relevance.update()
+        found.append(relevance.scores()["0"])
+    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-3)
+
+
 @pytest.fixture(scope="module")
 def trained() -> nn.Module:
     """A small network, trained, of whose channels every second was made useless afterwards."""
@@ -408,9 +446,12 @@ def test_update_needs_a_batch_and_a_backward_pass() -> None:
     model, relevance = watching()
     with pytest.raises(InputError, match=r"update\(\) came without a batch"):
         relevance.update()
+    before = copy.deepcopy(relevance.state_dict()["means"])
     relevance.loss(model, *digits_like(), F.cross_entropy)
     with pytest.raises(InputError, match=r"update\(\) came before backward\(\)"):
         relevance.update()
+    for name, sums in relevance.state_dict()["means"].items():
+        assert torch.equal(sums["weights"], before[name]["weights"])
     observe(model, relevance, 1)
 
 

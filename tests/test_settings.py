@@ -141,6 +141,7 @@ def test_a_setting_without_effect_is_refused(given_: dict, message: str) -> None
     [
         ({"epochs": "ten"}, "epochs = 'ten' in exp.toml: give a whole number"),
         ({"epochs": True}, "epochs = True in exp.toml: give a whole number"),
+        ({"lr": True}, "lr = True in exp.toml: give a number"),
         ({"epochs": 1.5}, "epochs = 1.5 in exp.toml: give a whole number"),
         ({"sparsity": "0.5"}, "sparsity = '0.5' in exp.toml: give a number"),
         ({"download": 1}, "download = 1 in exp.toml: give true or false"),

@@ -56,9 +56,9 @@ def test_a_block_of_samples_draws_every_channel_once() -> None:
 def test_every_channel_is_drawn_equally_often() -> None:
     """Also where neither the channels nor the samples can be dealt out evenly."""
     dice, times = generator(), torch.zeros(5)
-    for _ in range(6000):
-        times += drawn(torch.zeros(5, dtype=torch.int64), 3, 4, dice).sum(0)
-    assert times / 24000 == pytest.approx(torch.full((5,), 1 / 3), abs=0.01)
+    for _ in range(2000):
+        times += drawn(torch.zeros(5, dtype=torch.int64), 3, 1, dice)[0]
+    assert times / 2000 == pytest.approx(torch.full((5,), 1 / 3), abs=0.04)
 
 
 def test_other_channels_are_drawn_along_in_every_block() -> None:

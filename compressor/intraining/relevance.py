@@ -168,6 +168,7 @@ class Relevance:
         """Bring one batch into units of the running deviation, and the deviation up to date."""
         assert observation.losses is not None
         losses = observation.losses.to(self._dtype)
+        gradients = observation.gradients() if self._how.soft else torch.zeros_like(observation.gates)
         level = self._means["level"]
         surprise = torch.where(level.weights[0] > 0, losses.mean() - level.mean(), 0.0)
         self._add("level", _sum(losses.mean()))
@@ -176,8 +177,7 @@ class Relevance:
         self._add("variance", Increment(centred.square().sum(), torch.as_tensor(freedom, device=losses.device)))
         deviation = self._means["variance"].mean().sqrt()
         unit = torch.where(deviation > 0, 1 / deviation, 0.0)
-        gradients = observation.gradients() * unit if self._how.soft else observation.gates
-        return Step(losses * unit, surprise * unit, observation.draw, gradients)
+        return Step(losses * unit, surprise * unit, observation.draw, gradients * unit)
 
     # -- what is known
 
