@@ -8,7 +8,6 @@ The file has a dynamic batch size, holds its weights itself, and knows nothing o
 from __future__ import annotations
 
 import io
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -166,14 +165,9 @@ def _exported(model: nn.Module, inputs: Any, names: list[str], opset: int) -> An
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's warnings, logs and dumps of graphs to itself; what goes wrong is in its exception."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _refuse_surprises(name: str, exported: Any, opset: int) -> None:

@@ -112,7 +112,9 @@ class Ledger:
         }
 
     def remaining(self, budget: Budget) -> Budget | None:
-        """Give the budget, a share of the whole model, as a share of what is left; None where it is met or nothing is left to cut.
+        """Give the budget, a share of the whole model, as a share of what is left.
+
+        None where it is met, or nothing is left to cut.
 
         Groups that were frozen meanwhile count as channels of the whole model, but can lose none.
         """

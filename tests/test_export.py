@@ -18,7 +18,7 @@ from compressor.export import export_onnx
 from compressor.files import written_beside
 from compressor.graph.trace import trace
 from compressor.parity import Parity, UnequalError
-from compressor.runtime import open_session
+from compressor.runtime import evaluating, open_session
 from compressor.surgery import cut
 
 HERE = str(Path(__file__).parent.parent)
@@ -157,6 +157,15 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     export_onnx(model, tmp_path / "m.onnx", inputs)
     assert tables_of(model) == before
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_running_a_model_leaves_the_random_state_and_records_no_gradients() -> None:
+    model, random = Residual().train(), torch.get_rng_state()
+    with evaluating(model):
+        assert not model.norm.training
+        assert not model(torch.randn(1, 3, 8, 8)).requires_grad
+    assert model.norm.training
     assert torch.equal(torch.get_rng_state(), random)
 
 

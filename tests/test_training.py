@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,17 @@ def test_records_say_what_happened(data: Data) -> None:
     assert last["seconds"] > 0
 
 
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "sgd": partial(torch.optim.SGD, momentum=0.8, nesterov=True, weight_decay=1e-3),
+    "adamw": partial(torch.optim.AdamW, betas=(0.8, 0.999), weight_decay=1e-3),
+}
+
+
 def by_hand(model: nn.Module, data: Data, config: TrainingConfig) -> list[float]:
     """The same training as PyTorch's tutorials write it, with PyTorch's own scheduler."""
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.SGD(model.parameters(), 1.0, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = OPTIMIZERS[config.optimizer](model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(config, step, 20))
     losses = []
     for _ in range(config.epochs):
@@ -117,10 +124,12 @@ def by_hand(model: nn.Module, data: Data, config: TrainingConfig) -> list[float]
     return losses
 
 
-def test_against_a_loop_written_by_hand(data: Data) -> None:
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_against_a_loop_written_by_hand(data: Data, optimizer: str) -> None:
+    config = replace(CONFIG, optimizer=optimizer, momentum=0.8, weight_decay=1e-3, lr=0.02)
     model = net()
-    expected = by_hand(reference := copy.deepcopy(model), data, CONFIG)
-    history = train(model, data, CONFIG)
+    expected = by_hand(reference := copy.deepcopy(model), data, config)
+    history = train(model, data, config)
     assert [record["train_loss"] for record in history.epochs] == pytest.approx(expected)
     assert same(values(model), values(reference))
 
@@ -154,7 +163,7 @@ def test_order_within_a_step(data: Data) -> None:
         made.append(Watcher(*arguments))
         return made[0]
 
-    history = train(net(), data, CONFIG, hook)
+    history = train(net().eval(), data, CONFIG, hook)
     assert made[0].total_steps == 20
     assert made[0].seen[0::2] == [("loss", True, True, True)] * 20
     assert made[0].seen[1::2] == [("update", True, True, learning_rate(CONFIG, step, 20)) for step in range(20)]
@@ -281,6 +290,11 @@ def test_narrowed_model_is_whole_after_resume(data: Data, tmp_path: Path) -> Non
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert history.epochs[-1]["params"] == sum(parameter.numel() for parameter in model.parameters())
     assert history.epochs[-1]["params"] < history.epochs[0]["params"]
+
+
+def test_device_may_change_between_kill_and_resume(data: Data, tmp_path: Path) -> None:
+    train(net(), data, CONFIG, checkpoint=tmp_path)
+    train(net(), data, replace(CONFIG, device="cpu:0"), checkpoint=tmp_path, resume=True)
 
 
 def test_log_gets_only_what_is_new(data: Data, tmp_path: Path) -> None:

@@ -80,8 +80,8 @@ def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
-    """Give the optimizer of all parameters that are to be trained."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Give the optimizer of all parameters."""
+    parameters = model.parameters()
     if config.optimizer == "adamw":
         betas = (config.momentum, 0.999)
         return AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
