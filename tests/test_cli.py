@@ -133,7 +133,7 @@ def test_the_result_is_a_table_a_sentence_and_where_the_files_are(monkeypatch) -
     monkeypatch.setattr(job, "run", lambda settings, **how: sample())
     result = compress("--out", "runs/demo")
     assert result.exit_code == 0
-    for shown in ("dense", "pruned", "98.00%", "97.00%", "-60.0%", "2.00 times as fast", "note: ran on one core"):
+    for shown in ("dense", "pruned", "98.00%", "97.00%", "-60.0%", "2.00× as fast", "note: ran on one core"):
         assert shown in result.stdout
     assert "60.0% of the params removed, 60.0% asked" in result.stdout
     assert "runs/demo/model.safetensors" in result.stdout
@@ -227,6 +227,8 @@ BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "no effect": (nothing, "--criterion l1 --drop 0.2", "--drop has no effect with --criterion l1"),
     "cannot be reached": (nothing, "--model user_models:baked --sparsity 0.5", "cannot remove 50.0% of the params"),
     "too much": (nothing, "--model user_models:tiny --sparsity 0.99", "cannot remove 99.0% of the params: at most"),
+    "criterion blind": (nothing, "--model user_models:plain --criterion bn_scale", "no usable scores for group '0'"),
+    "classes": (a_run, "--model user_models:seven --out run --overwrite", "Sequential gives (1, 7) for one image"),
     "misplaced": (nothing, "--sparsity 0.4 report run", "--sparsity before 'report' has no effect"),
     "inspect": (nothing, "inspect resnet81", "unknown model 'resnet81': did you mean 'resnet18'"),
     "inspect file": (nothing, "inspect none.safetensors", "none.safetensors is missing"),

@@ -184,6 +184,16 @@ def test_a_killed_run_goes_on_bit_for_bit(options, kills, tmp_path: Path, monkey
         assert all(torch.equal(there[name], here[name]) for name in here)
 
 
+def test_a_resumed_run_repeats_no_finished_epoch(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(job, "finish", lambda settings, data, trained, *rest: trained)
+    settings = Settings.of({**DURING, "epochs": 2, "out": str(tmp_path / "run")})
+    with pytest.raises(Killed):
+        job.run(settings, on_progress=killer("pruned", 20))
+    steps: list[tuple[str, int]] = []
+    job.run(settings, resume=True, on_progress=lambda what, done, total: steps.append((what, done)))
+    assert [step for step in steps if "training" in step[0]] == [("training: pruned", n) for n in range(19, 37)]
+
+
 def test_gradients_that_a_criterion_needs_are_there_and_gone_before_training(tmp_path: Path, monkeypatch) -> None:
     settings = Settings.of(
         {**AFTER, "criterion": "taylor", "epochs": 1, "finetune-epochs": 0, "out": str(tmp_path / "t")}

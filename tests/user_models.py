@@ -25,3 +25,15 @@ class Baked(nn.Module):
 
 def baked(num_classes: int) -> nn.Module:
     return Baked(num_classes)
+
+
+def plain(num_classes: int) -> nn.Module:
+    """A network without BatchNorm, which `bn_scale` cannot judge."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)
+    )
+
+
+def seven() -> nn.Module:
+    """A network with as many outputs as it likes."""
+    return tiny(7)

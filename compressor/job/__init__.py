@@ -20,8 +20,7 @@ from compressor import models, report
 from compressor.graph.trace import trace
 from compressor.job.folder import require_usable, resumed, start
 from compressor.job.results import finish
-from compressor.job.stages import Progress, Stages, budget
-from compressor.pruning import require_reachable
+from compressor.job.stages import Progress, Stages
 from compressor.settings import Settings
 
 __all__ = ["Progress", "resumed", "run"]
@@ -47,7 +46,8 @@ def run(
 
     Raises:
         RunFolderError: the folder cannot be used so.
-        UnknownNameError, InputError, DataError, ArtifactError: the data, the model or the weights cannot be used.
+        UnknownNameError, InputError, DataError, ArtifactError, TraceError: the data, the model, its weights or the
+            criterion cannot be used.
         BudgetError: the sparsity cannot be reached, whatever is cut.
         ExportError, ParityError: the finished model has no ONNX file that gives its outputs; the models are saved.
     """
@@ -62,10 +62,10 @@ def run(
     )
     model = _initial(settings, data)
     graph = trace(model, torch.zeros(1, *data.image_shape))
-    require_reachable(graph, budget(settings), settings.scope, settings.round_to)
-    if not resume:
-        start(folder, settings)
     stages = Stages(settings, data, folder, resume, on_progress)
+    if not resume:
+        stages.rehearse(model)
+        start(folder, settings)
     trained = stages.during(model) if settings.when == "during" else stages.after(model)
     return finish(settings, data, trained, graph, stages.metrics.records, on_progress)
 

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from compressor.data import Data
+from compressor.errors import BudgetError
 from compressor.job.folder import Metrics, checkpoint
 from compressor.pruning import Pruner, PruneResult, prune
 from compressor.selection import Budget
 from compressor.settings import OBSERVING, Settings
-from compressor.training import HookFactory, PlainStep, TrainingConfig, recalibrate, train
+from compressor.training import HookFactory, PlainStep, TrainingConfig, recalibrate, require_scores, train
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
@@ -31,11 +32,6 @@ class Trained:
     dense: nn.Module
     pruned: nn.Module
     result: PruneResult
-
-
-def budget(settings: Settings) -> Budget:
-    """Give what is to be removed."""
-    return Budget(settings.sparsity, settings.measure)
 
 
 @dataclass
@@ -51,6 +47,26 @@ class Stages:
     def __post_init__(self) -> None:
         """Open the records."""
         self.metrics = Metrics(self.folder / "metrics.jsonl")
+
+    def rehearse(self, model: nn.Module) -> None:
+        """Find out on copies whether the pruning can work, before the training whose end would tell.
+
+        Raises:
+            InputError: the model does not fit the data, or the criterion cannot judge it.
+            BudgetError: the sparsity cannot be reached, whatever the scores are.
+        """
+        settings, double = self.settings, copy.deepcopy(model).to(self.settings.device)
+        require_scores(double, self.data, settings.device)
+        if settings.criterion == OBSERVING:
+            watched = copy.deepcopy(double)
+            pruner = self._pruner(watched, SGD(watched.parameters()), total_steps=1)
+            inputs, targets = next(iter(self.data.validation.batches(2, device=settings.device)))
+            pruner.loss(inputs, targets, F.cross_entropy)
+        for parameter in double.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        result = self._cut(double, "random" if settings.criterion == OBSERVING else settings.criterion)
+        if not result.reached:
+            raise BudgetError(result.measure, result.asked, result.removed, result.blocked)
 
     def during(self, model: nn.Module) -> Trained:
         """Train the dense model, and another from the same weights that gets smaller on its way."""
@@ -106,7 +122,7 @@ class Stages:
             model,
             self._example(),
             settings.criterion,
-            budget(settings),
+            Budget(settings.sparsity, settings.measure),
             optimizer=optimizer,
             total_steps=total_steps,
             collect=settings.collect,
@@ -121,19 +137,23 @@ class Stages:
         settings = self.settings
         if settings.criterion == "taylor":
             self._sum_gradients(model)
-        result = prune(
+        result = self._cut(model, settings.criterion)
+        model.zero_grad(set_to_none=True)
+        recalibrate(model, self.data.train, device=settings.device)
+        return result
+
+    def _cut(self, model: nn.Module, criterion: str) -> PruneResult:
+        settings = self.settings
+        return prune(
             model,
             self._example(),
-            settings.criterion,
+            criterion,
             settings.sparsity,
             settings.measure,
             scope=settings.scope,
             round_to=settings.round_to,
             seed=settings.seed,
         )
-        model.zero_grad(set_to_none=True)
-        recalibrate(model, self.data.train, device=settings.device)
-        return result
 
     def _sum_gradients(self, model: nn.Module) -> None:
         """Leave the gradient of the loss over the training part on the model's parameters."""

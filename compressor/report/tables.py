@@ -41,10 +41,10 @@ def comparison(report: Report) -> list[Row]:
 
 
 def pairs(timings: Iterable[Timing]) -> list[tuple[str, tuple[Timing, Timing]]]:
-    """Give (place, (dense, pruned)) for every place in which both models were timed."""
+    """Give (place, (dense, pruned)) for every place in which both models were timed, on the run's one device."""
     places: dict[str, dict[str, Timing]] = {}
     for timing in timings:
-        places.setdefault(f"{timing.backend}, {timing.device}, batch {timing.batch_size}", {})[timing.model] = timing
+        places.setdefault(f"{timing.backend}, batch {timing.batch_size}", {})[timing.model] = timing
     return [(place, (both["dense"], both["pruned"])) for place, both in places.items() if len(both) == 2]
 
 
@@ -118,13 +118,12 @@ def _row(label: str, dense: float, pruned: float, show: Callable[[float], str]) 
 
 
 def _latency_row(place: str, dense: Timing, pruned: Timing) -> Row:
-    ratio = dense.p50_ms / pruned.p50_ms
-    change = f"{ratio:.2f} times as fast"
-    return Row(f"latency {place}: p50 / p90 ms", _latency(dense), _latency(pruned), change)
+    change = f"{dense.p50_ms / pruned.p50_ms:.2f}× as fast"
+    return Row(f"{place}: p50/p90 ms", _latency(dense), _latency(pruned), change)
 
 
 def _latency(timing: Timing) -> str:
-    return f"{milliseconds(timing.p50_ms)} / {milliseconds(timing.p90_ms)}"
+    return f"{milliseconds(timing.p50_ms)}/{milliseconds(timing.p90_ms)}"
 
 
 def _three_digits(value: float) -> str:

@@ -8,7 +8,7 @@ A run with a checkpoint folder can be killed at any moment; resumed on a CPU, it
 from compressor.training.config import TrainingConfig, learning_rate
 from compressor.training.evaluation import Evaluation, evaluate, recalibrate
 from compressor.training.hooks import HookFactory, PlainStep, StepHook
-from compressor.training.loop import History, train
+from compressor.training.loop import History, require_scores, train
 
 __all__ = [
     "Evaluation",
@@ -20,5 +20,6 @@ __all__ = [
     "evaluate",
     "learning_rate",
     "recalibrate",
+    "require_scores",
     "train",
 ]

@@ -82,7 +82,7 @@ def train(
         ArtifactError: the checkpoint is damaged or of another model. The model is as it was.
         TrainingError: the loss became infinite or not a number. The checkpoint of the epoch before stays.
     """
-    _require_scores(model.to(config.device), data, config)
+    require_scores(model.to(config.device), data, config.device)
     state = checkpoints.read(checkpoint) if checkpoint and resume else None
     dense = checkpoints.shapes(model)
     if state and checkpoint:
@@ -208,9 +208,13 @@ def _about(config: TrainingConfig, data: Data) -> dict[str, Any]:
     return {**settings, "training images": len(data.train), "classes": list(data.classes)}
 
 
-def _require_scores(model: nn.Module, data: Data, config: TrainingConfig) -> None:
-    """Refuse a model whose output is not one score a class, before a loss on it fails or means something else."""
-    inputs, _ = next(iter(data.validation.batches(1, device=config.device)))
+def require_scores(model: nn.Module, data: Data, device: str) -> None:
+    """Refuse a model whose output is not one score a class, before a loss on it fails or means something else.
+
+    Raises:
+        InputError: what the model, which is on `device`, gives for an image of the data does not fit its classes.
+    """
+    inputs, _ = next(iter(data.validation.batches(1, device=device)))
     with in_mode(model, training=False), torch.no_grad():
         outputs = model(inputs)
     got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
