@@ -23,7 +23,10 @@ def written_beside(path: Path) -> Iterator[Path]:
         raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # what the user's umask gives; some libraries write files that only they can read
         yield part
+        part.chmod(mode)
         part.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; free space or give another place") from error

@@ -306,3 +306,9 @@ def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"module '0' \(Odd\) has state that is no tensor"):
         save(nn.Sequential(Odd(2, 2)), tmp_path / "m.safetensors")
+
+
+def test_the_file_can_be_read_by_whom_the_users_umask_lets(tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    save(nn.Linear(2, 2), tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
