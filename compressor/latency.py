@@ -278,12 +278,13 @@ def _check_comparison(
 def _makers(
     models: Mapping[str, nn.Module], onnx_files: Mapping[str, str | Path] | None, device: str, threads: int
 ) -> dict[str, Callable[[str, Any], Runner]]:
-    """Give, by backend, what makes the runner of a model for some inputs."""
+    """Give, by backend, what makes the runner of a model for some inputs; files that cannot run fail here."""
     makers: dict[str, Callable[[str, Any], Runner]] = {
         "torch": lambda name, inputs: torch_runner(models[name], inputs),
     }
     if onnx_files:
-        makers["onnxruntime"] = lambda name, inputs: onnx_runner(onnx_files[name], inputs, device, threads=threads)
+        sessions = {name: open_session(Path(path), device, threads=threads) for name, path in onnx_files.items()}
+        makers["onnxruntime"] = lambda name, inputs: _bound(sessions[name], inputs, torch.device(device))
     return makers
 
 

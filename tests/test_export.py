@@ -282,10 +282,15 @@ def test_the_top_class_must_be_the_same_unless_it_ties() -> None:
 
 
 def test_full_precision_is_asked_for_and_given_back() -> None:
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    with parity._full_precision():
-        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (False, False)
-    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cublas.allow_tf32
+    try:
+        cudnn.allow_tf32 = cublas.allow_tf32 = True
+        with parity._full_precision():
+            assert (cudnn.allow_tf32, cublas.allow_tf32) == (False, False)
+        assert (cudnn.allow_tf32, cublas.allow_tf32) == (True, True)
+    finally:
+        cudnn.allow_tf32, cublas.allow_tf32 = before
 
 
 # -- what cannot be exported

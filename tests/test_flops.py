@@ -19,7 +19,7 @@ class Mixed(nn.Module):
 
     def forward(self, image: Tensor, weight: Tensor) -> Tensor:
         x = self.depthwise(self.norm(self.first(image)).relu())
-        return self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)) @ weight
+        return (self.head(nn.functional.adaptive_avg_pool2d(x, 1).flatten(1)) @ weight).softmax(1)
 
 
 MACS = 10 * 10 * 8 * 27 + 8 * 8 * 8 * 9 + 8 * 5 + 5 * 6
