@@ -1,4 +1,4 @@
-"""Our groups against Torch-Pruning's, where it is right: the same layers must be cut together."""
+"""Peers: our groups against Torch-Pruning's, where it is right, and our MACs against fvcore's count."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import torchvision
 from torch import Tensor, nn
 
 import compressor
+from compressor.costs import CostModel
+from compressor.flops import fvcore_macs
 
 LAYERS = (nn.Conv2d, nn.Linear)
 
@@ -43,3 +45,11 @@ def test_the_same_layers_are_cut_together(name: str) -> None:
     model = torchvision.models.get_model(name, weights=None, num_classes=10).eval()
     x = torch.randn(1, 3, 64, 64)
     assert ours(model, x) == theirs(model, x)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg11", "vgg11_bn", "mobilenet_v2", "densenet121", "googlenet"])
+def test_fvcore_counts_the_same_macs(name: str) -> None:
+    extra = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
+    model = torchvision.models.get_model(name, weights=None, num_classes=10, **extra).eval()
+    x = torch.randn(1, 3, 64, 64)
+    assert CostModel(compressor.trace(model, x)).dense["macs"] == fvcore_macs(model, x)
