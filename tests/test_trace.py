@@ -227,3 +227,18 @@ def test_tracing_allocates_no_activations() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert compressor.trace(model, x).sizes() == {"0": 64}
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_mean_is_not_folded_into_a_batch_norm_that_is_not_the_only_reader(shared: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1, bias=False)
+            self.bn, self.c = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.b(self.a(x))
+            return self.c(self.bn(h) + h if shared else self.bn(h))
+
+    assert ("b.weight" in compressor.trace(Net(), torch.randn(1, 3, 4, 4)).offsets) == (not shared)

@@ -71,6 +71,7 @@ class Flow:
     costs: list[Cost] = field(default_factory=list)
     offsets: dict[str, Offset] = field(default_factory=dict)
     kernels: set[Source] = field(default_factory=set)
+    normalised: dict[str, Tensor] = field(default_factory=dict)
     op: str = ""
     module: str = ""
     _known: dict[int, Known] = field(default_factory=dict)
@@ -191,9 +192,10 @@ class Flow:
                 constant *= size
         self.costs.append(Cost(constant, tuple(arrays)))
 
-    def uses(self, tensor: Tensor) -> int:
-        """Give how many operations have read a tensor so far."""
-        return self._uses.get(id(tensor), 0)
+    def sure_offsets(self) -> dict[str, Offset]:
+        """Give the offsets, less running means behind a result that something else than the BatchNorm reads too."""
+        shared = {weight for weight, result in self.normalised.items() if self._uses.get(id(result), 0) > 1}
+        return {weight: offset for weight, offset in self.offsets.items() if weight not in shared or offset.sign > 0}
 
     def use(self, tensors: Iterable[Tensor]) -> None:
         """Count one more reader for each of these tensors."""

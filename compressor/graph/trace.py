@@ -67,7 +67,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         frozen=found.frozen,
         params=found.params,
         macs=found.macs,
-        offsets=flow.offsets,
+        offsets=flow.sure_offsets(),
         notes=tuple(notes),
         trail=trail,
     )

@@ -28,6 +28,7 @@ def _remember_running_mean(flow: Flow, x: Tensor, rest: tuple[object, ...]) -> N
     made_by, mean = flow.known(x).made_by, rest[2] if len(rest) > 2 else None
     if made_by and isinstance(mean, Tensor) and (name := flow.weight(mean)):
         flow.offsets.setdefault(made_by, Offset(name, -1))
+        flow.normalised[made_by] = x
 
 
 def layer_norm(flow: Flow, out: Sequence[Tensor], x: Tensor, shape: Sequence[int], *rest: object) -> list[Axes]:
