@@ -7,7 +7,7 @@ copies that refer to them carry on.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -30,6 +30,7 @@ def cut(
     keep: Mapping[str, Tensor | Sequence[int]],
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     means: Mapping[str, Tensor] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> None:
     """Remove every channel that is not kept, in place; writes the model, the optimizers' state and the graph.
 
@@ -40,6 +41,7 @@ def cut(
         optimizer: optimizers whose state is to be sliced along.
         means: by consuming weight, the mean of its input per channel, `(channels of that input,)`. Where given, what
             the removed channels contribute on average is folded into the next bias or running mean.
+        check: called when the model is cut and verified; what it raises takes the cut back.
 
     Raises:
         UnknownNameError: a group that is not in the graph.
@@ -61,6 +63,8 @@ def cut(
             transaction.narrow(name, dim, positions)
         refit(graph.model)
         trail = _verified(graph, kept)
+        if check:
+            check()
     except BaseException:
         transaction.undo()
         raise
