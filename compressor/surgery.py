@@ -8,8 +8,7 @@ copies that refer to them carry on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor.errors import CutError, InputError, UnknownNameError
-from compressor.graph.group import ChannelGraph, ConsumerInput, Group, Member
-from compressor.graph.trace import retrace
+from compressor.graph.group import ChannelGraph, Group
+from compressor.graph.retrace import retrace
+from compressor.graph.table import Table
 from compressor.graph.trail import Mismatch, Trail
-
-Place = tuple[str, int]
-T = TypeVar("T", Member, ConsumerInput)
 
 
 def cut(
@@ -49,18 +46,21 @@ def cut(
         CutError: the cut model does not do what the trace says it should (a size baked into Python code, say), or an
             optimizer's state cannot follow. The model, the optimizers and the graph are as they were.
     """
-    kept = {name: _checked(graph, name, indices) for name, indices in keep.items()}
-    kept = {name: indices for name, indices in kept.items() if len(indices) < graph[name].size}
+    sizes = graph.sizes()
+    kept = {name: _checked(sizes, name, indices) for name, indices in keep.items()}
+    kept = {name: indices for name, indices in kept.items() if len(indices) < sizes[name]}
     if not kept:
         return
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     transaction = _Transaction(graph.model, optimizers)
-    lost = _lost_positions(graph, kept)
+    table: Table = graph.table
+    gone = table.gone(kept)
     try:
         if means:
             _fold(graph, kept, means, transaction)
-        for (name, dim), positions in lost.items():
-            transaction.narrow(name, dim, positions)
+        for place, positions in table.stays(gone).items():
+            if place.role:
+                transaction.narrow(place.tensor, place.dim, positions)
         refit(graph.model)
         trail = _verified(graph, kept)
         if check:
@@ -68,11 +68,14 @@ def cut(
     except BaseException:
         transaction.undo()
         raise
-    _renumber(graph, kept, lost, trail)
+    graph.table, graph.trail = table.without(gone), trail
+    exact = {group.name: group.exact for group in graph.groups}
+    graph.groups = tuple(
+        group for group in graph.table.groups([exact.get(name, True) for name in table.names]) if group.name in exact
+    )
 
 
-def _checked(graph: ChannelGraph, name: str, indices: Tensor | Sequence[int]) -> Tensor:
-    sizes = graph.sizes()
+def _checked(sizes: Mapping[str, int], name: str, indices: Tensor | Sequence[int]) -> Tensor:
     if name not in sizes:
         raise UnknownNameError("group", name, sizes, hint="`graph.groups` lists them")
     chosen = torch.as_tensor(indices).detach().cpu()
@@ -100,28 +103,19 @@ def removed_channels(group: Group, kept: Tensor) -> Tensor:
     return gone.nonzero().flatten()
 
 
-def _lost_positions(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> dict[Place, Tensor]:
-    """Give, for every tensor dimension that narrows, the positions that go."""
-    lost: dict[Place, list[Tensor]] = {}
-    for name, indices in kept.items():
-        gone = removed_channels(graph[name], indices)
-        for member in graph[name].members:
-            lost.setdefault((member.tensor, member.dim), []).append(member.positions[gone].flatten())
-    return {place: torch.cat(positions) for place, positions in lost.items()}
-
-
 def _verified(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> Trail:
     """Run the cut model without data and hold it against the trace."""
     trail: Trail = graph.trail
-    removed = np.zeros(int(trail.of.max(initial=-1)) + 1, dtype=bool)
+    removed = np.zeros(trail.classes, dtype=bool)
     for name, indices in kept.items():
         removed[trail.channels[name][removed_channels(graph[name], indices).numpy()]] = True
     try:
         return retrace(graph, removed)
     except Mismatch as mismatch:
-        at = min(mismatch.step, len(trail.steps) - 1)
-        step = trail.steps[at]
-        guilty = trail.groups_at([step], removed) or trail.groups_at(trail.steps[max(at - 1, 0) : at], removed)
+        steps = trail.script.steps
+        at = min(mismatch.step, len(steps) - 1)
+        step = steps[at]
+        guilty = trail.groups_at([step], removed) or trail.groups_at(steps[max(at - 1, 0) : at], removed)
         where = f"{step.op} in {step.module or 'the model'}"
         raise CutError(f"{where} does not follow the cut: {mismatch}", guilty or sorted(kept)) from mismatch
 
@@ -168,13 +162,11 @@ class _Transaction:
         self._state: list[tuple[dict[str, Any], str, Any]] = []
         self._attributes = [(module, dict(_sizes(module))) for module in model.modules()]
 
-    def narrow(self, name: str, dim: int, lost: Tensor) -> None:
-        """Take positions away along one dimension of a tensor, its gradient and its optimizer state."""
+    def narrow(self, name: str, dim: int, stays: Tensor) -> None:
+        """Leave only some positions along one dimension of a tensor, its gradient and its optimizer state."""
         tensor = self.tensors[name]
         self._remember(name)
-        stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
-        stays[lost] = False
-        index = stays.nonzero().flatten().to(tensor.device)
+        index = stays.to(tensor.device)
         gradient, shape = tensor.grad, tensor.shape
         tensor.grad = None
         self._narrow_state(name, tensor, shape, dim, index)
@@ -296,37 +288,3 @@ def _conv_sizes(conv: nn.modules.conv._ConvNd, weight: Tensor) -> dict[str, int]
     if groups > 1 and groups == conv.in_channels:
         groups = weight.shape[0] // (conv.out_channels // groups)
     return {"in_channels": weight.shape[1] * groups, "out_channels": weight.shape[0], "groups": groups}
-
-
-# -- the graph afterwards
-
-
-def _renumber(graph: ChannelGraph, kept: Mapping[str, Tensor], lost: Mapping[Place, Tensor], trail: Trail) -> None:
-    """Make the graph describe the smaller model: fewer channels, positions counted anew."""
-    unseen = _lost_inputs(graph, kept)
-    groups = []
-    for group in graph.groups:
-        stays = kept.get(group.name, torch.arange(group.size))
-        members = tuple(_moved(member, stays, lost.get((member.tensor, member.dim))) for member in group.members)
-        inputs = tuple(_moved(seen, stays, unseen.get((seen.weight, seen.dim))) for seen in group.inputs)
-        groups.append(replace(group, size=len(stays), members=members, inputs=inputs))
-    channels = {group.name: trail.channels[group.name] for group in graph.groups}
-    trail.channels = {name: channels[name][kept[name].numpy()] if name in kept else channels[name] for name in channels}
-    graph.groups, graph.trail = tuple(groups), trail
-
-
-def _lost_inputs(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> dict[Place, Tensor]:
-    lost: dict[Place, list[Tensor]] = {}
-    for name, indices in kept.items():
-        gone = removed_channels(graph[name], indices)
-        for seen in graph[name].inputs:
-            lost.setdefault((seen.weight, seen.dim), []).append(seen.positions[gone].flatten())
-    return {place: torch.cat(positions) for place, positions in lost.items()}
-
-
-def _moved(place: T, stays: Tensor, lost: Tensor | None) -> T:
-    """Keep the rows of the channels that stay, and count positions without those that are gone."""
-    positions = place.positions[stays]
-    if lost is not None and lost.numel():
-        positions = positions - torch.searchsorted(lost.sort().values, positions)
-    return replace(place, positions=positions)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -17,6 +17,7 @@ from compressor.graph.axes import FIXED, FREE, Axis, IntArray, Labels, blank
 from compressor.graph.group import Offset, Role
 
 Axes = tuple[Axis, ...]
+Origin: TypeAlias = tuple[Any, ...]
 Rule = Callable[..., Axes | list[Axes]]
 
 
@@ -61,7 +62,21 @@ class Known:
 
 @dataclass(eq=False)
 class Flow:
-    """The notebook of one trace."""
+    """The notebook of one trace.
+
+    Attributes:
+        labels: all labels, and what is known of them.
+        sources: the labels of every dimension of a parameter or buffer.
+        parameters: the axes of every parameter and buffer that was used, by name.
+        roles: which sources are an output or an input side of a weight.
+        sites: where consumers see channels.
+        costs: multiply-adds.
+        offsets: by weight name, where a constant on its output can be put.
+        kernels: sources that are no channels at all.
+        normalised: by weight name, its result, where a BatchNorm reads it.
+        origins: by `id` of a tensor, where it comes from: an input, a parameter or constant, or a step of the trail.
+        op, module: what runs now.
+    """
 
     labels: Labels = field(default_factory=Labels)
     sources: dict[Source, IntArray] = field(default_factory=dict)
@@ -72,6 +87,7 @@ class Flow:
     offsets: dict[str, Offset] = field(default_factory=dict)
     kernels: set[Source] = field(default_factory=set)
     normalised: dict[str, Tensor] = field(default_factory=dict)
+    origins: dict[int, Origin] = field(default_factory=dict)
     op: str = ""
     module: str = ""
     _known: dict[int, Known] = field(default_factory=dict)
@@ -79,6 +95,7 @@ class Flow:
     _starts: list[int] = field(default_factory=list)
     _ordered: list[Source] = field(default_factory=list)
     _uses: dict[int, int] = field(default_factory=dict)
+    _sighted: set[str] = field(default_factory=set)
 
     # -- tensors
 
@@ -178,8 +195,10 @@ class Flow:
 
     def see(self, weight: str | None, dim: int, axis: Axis) -> None:
         """Note that the module that owns `weight`, and is running now, sees these channels on dimension `dim`."""
-        seen = any(site.weight == weight for site in self.sites)
-        if weight and not seen and weight.rpartition(".")[0] == self.module and isinstance(axis, np.ndarray):
+        if not weight or weight in self._sighted or weight.rpartition(".")[0] != self.module:
+            return
+        if isinstance(axis, np.ndarray):
+            self._sighted.add(weight)
             self.sites.append(Site(weight, dim, axis))
 
     def cost(self, constant: int, axes: Iterable[tuple[Axis, int]]) -> None:

@@ -9,7 +9,7 @@ Shape letters: C channels of a group; K positions that one channel holds along a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -82,8 +82,8 @@ class Group:
 
     name: str
     size: int
-    members: tuple[Member, ...]
-    inputs: tuple[ConsumerInput, ...] = ()
+    members: Sequence[Member]
+    inputs: Sequence[ConsumerInput] = ()
     exact: bool = True
 
     def of_role(self, role: Role) -> tuple[Member, ...]:
@@ -160,6 +160,7 @@ class ChannelGraph:
         params, macs: terms whose sum is the number of parameters, and of multiply-adds for the example inputs.
         offsets: by weight name, where the mean of a removed input channel can be folded.
         notes: what the user should know about the trace (a fall-back to real tensors, say).
+        table: all members of all groups as arrays, which a cut narrows (`compressor.graph.table.Table`).
         trail: every operation of the trace, against which a cut is held (`compressor.graph.trail.Trail`).
     """
 
@@ -171,14 +172,15 @@ class ChannelGraph:
     macs: tuple[Term, ...] = ()
     offsets: Mapping[str, Offset] = field(default_factory=lambda: MappingProxyType({}))
     notes: tuple[str, ...] = ()
+    table: Any = None
     trail: Any = None
+    _named: tuple[Sequence[Group], dict[str, Group]] = field(default=((), {}), init=False, repr=False)
 
     def __getitem__(self, name: str) -> Group:
         """Give the group called `name`; KeyError if there is none."""
-        for group in self.groups:
-            if group.name == name:
-                return group
-        raise KeyError(name)
+        if self._named[0] is not self.groups:
+            self._named = (self.groups, {group.name: group for group in self.groups})
+        return self._named[1][name]
 
     def sizes(self) -> dict[str, int]:
         """Give the number of channels of every group, by name."""

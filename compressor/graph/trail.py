@@ -1,59 +1,145 @@
-"""What a trace leaves behind so that a cut can be held against it: every operation, and the channels on its results."""
+"""What a trace leaves behind so that a cut can be held against it: every operation, and the channels on its results.
+
+The trail is a script that never changes (operations, and which axis stands where) and the axes themselves, one array of
+channel classes each. A cut takes positions out of the arrays; what the cut model must do follows from that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from compressor.graph.axes import FIXED, Axis, BoolArray, IntArray, Labels
-from compressor.graph.flow import Axes, Flow, Known, Source
+from compressor.graph.axes import FIXED, Axis, Blank, BoolArray, IntArray, Labels
+from compressor.graph.flow import Axes, Flow, Known, Origin, Source
+
+Slot: TypeAlias = int | Blank
+
+
+class Form(NamedTuple):
+    """What a result looked like: its axes, sizes, type, and the order of its dimensions in memory (None: any other)."""
+
+    slots: tuple[Slot, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    order: tuple[int, ...] | None
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One operation: its name, the module it ran in, the axes of its inputs and results, and the results' shapes."""
+    """One operation.
 
+    Attributes:
+        func: the operation itself; `op` is its plain name, `module` where it ran.
+        plain: its arguments that are no tensors, in order.
+        inputs: where its tensors came from, in order.
+        taken: the axes of its tensors.
+        results: the form of each result.
+        written: whether its result is its first argument, written in place.
+        steady: whether channels that are gone from its tensors are gone from its results in the same way, whatever
+            they are; its results are known then without running it.
+    """
+
+    func: Any
     op: str
     module: str
-    inputs: tuple[Axes, ...]
-    results: tuple[Axes, ...]
-    shapes: tuple[tuple[int, ...], ...]
+    plain: tuple[Any, ...]
+    inputs: tuple[Origin, ...]
+    taken: tuple[tuple[Slot, ...], ...]
+    results: tuple[Form, ...]
+    written: bool
+    steady: bool
 
 
-@dataclass(eq=False)
-class Trail:
-    """All steps of a trace.
+class Script:
+    """Everything of a trail that no cut changes.
 
     Attributes:
         steps: in the order in which they ran.
         journal: every axis that was handed out, in order.
-        of: the class of each label that steps and journal use.
         parameters: the axes of every parameter and buffer that was used, by name.
-        channels: by group name, the class of each channel, `(C,)`.
+        arrays: the labelled axes as they were recorded, by slot.
         meta: whether the model ran on tensors without data.
     """
 
-    steps: list[Step] = field(default_factory=list)
-    journal: list[list[Axis]] = field(default_factory=list)
-    parameters: dict[str, Axes] = field(default_factory=dict)
-    of: IntArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    channels: dict[str, IntArray] = field(default_factory=dict)
-    meta: bool = True
+    def __init__(self, meta: bool) -> None:
+        self.steps: list[Step] = []
+        self.journal: list[tuple[Slot, ...]] = []
+        self.parameters: dict[str, tuple[Slot, ...]] = {}
+        self.arrays: list[IntArray] = []
+        self.meta = meta
+        self._slots: dict[int, int] = {}
 
-    def after(self, axis: Axis, removed: BoolArray) -> Axis:
-        """Give an axis as it must be when the removed classes are gone."""
-        if not isinstance(axis, np.ndarray):
-            return axis
-        classes = self.of[axis]
-        return classes[~removed[classes]]
+    def slots(self, axes: Iterable[Axis]) -> tuple[Slot, ...]:
+        """Give the slot of each axis; an array seen for the first time gets the next one, and is kept alive."""
+        return tuple(self._slot(axis) if isinstance(axis, np.ndarray) else axis for axis in axes)
+
+    def _slot(self, axis: IntArray) -> int:
+        found = self._slots.get(id(axis))
+        if found is None:
+            found = self._slots[id(axis)] = len(self.arrays)
+            self.arrays.append(axis)
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Trail:
+    """A script, and the axes as they are now.
+
+    Attributes:
+        script: what ran.
+        flat: the channel classes of all axes, one behind the other; slot `s` is `flat[starts[s]:starts[s + 1]]`.
+        starts: `(slots + 1,)`.
+        channels: by group name, the class of each channel, `(C,)`.
+        classes: how many classes there are.
+    """
+
+    script: Script
+    flat: IntArray
+    starts: IntArray
+    channels: Mapping[str, IntArray]
+    classes: int
+    sizes: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Compute the length of every axis once."""
+        object.__setattr__(self, "sizes", np.diff(self.starts).tolist())
+
+    @staticmethod
+    def of(script: Script, of: IntArray, channels: Mapping[str, IntArray]) -> Trail:
+        """Make the trail of a trace, from the class of each label."""
+        starts = np.cumsum([0, *map(len, script.arrays)])
+        flat = of[np.concatenate([*script.arrays, np.empty(0, dtype=np.int64)])]
+        return Trail(script, flat, starts, channels, int(of.max(initial=-1)) + 1)
+
+    def without(self, removed: BoolArray) -> Trail:
+        """Give the trail of the model from which these classes, `(classes,)`, were removed."""
+        stays = ~removed[self.flat]
+        before = np.concatenate([[0], np.cumsum(stays)])
+        channels = {name: each[~removed[each]] for name, each in self.channels.items()}
+        return replace(self, flat=self.flat[stays], starts=before[self.starts], channels=channels)
+
+    def axis(self, slot: Slot) -> Axis:
+        """Give the axis in a slot, as classes."""
+        return slot if isinstance(slot, Blank) else self.flat[self.starts[slot] : self.starts[slot + 1]]
+
+    def shape(self, form: Form) -> list[int]:
+        """Give the shape that a result has now. Sizes of FREE axes are as they were."""
+        return [
+            size if isinstance(slot, Blank) else self.sizes[slot]
+            for slot, size in zip(form.slots, form.shape, strict=True)
+        ]
 
     def groups_at(self, steps: Sequence[Step], removed: BoolArray) -> list[str]:
         """Give the names of groups that lose channels and stand on an axis of one of these steps."""
-        axes = [axis for step in steps for each in (*step.inputs, *step.results) for axis in each]
-        arrays = [self.of[axis] for axis in axes if isinstance(axis, np.ndarray)]
+        slots = [
+            slot for step in steps for each in (*step.taken, *(form.slots for form in step.results)) for slot in each
+        ]
+        arrays = [self.axis(slot) for slot in slots if not isinstance(slot, Blank)]
         here = np.zeros_like(removed)
         here[np.concatenate([*arrays, np.empty(0, dtype=np.int64)])] = True
         here &= removed
@@ -69,20 +155,23 @@ class Mismatch(Exception):
 
 
 class ReplayLabels(Labels):
-    """Hands out what the journal says, less the removed channels, and finds nothing out anew."""
+    """Hands out what the journal says, as it is after the cut, and finds nothing out anew."""
 
-    def __init__(self, trail: Trail, removed: BoolArray, here: Callable[[], int]) -> None:
+    def __init__(self, trail: Trail, here: Callable[[], int]) -> None:
         super().__init__()
-        self._trail, self._removed, self._here = trail, removed, here
+        self._trail, self._here, self._read = trail, here, 0
 
     def _next(self, sizes: Sequence[int]) -> list[Axis]:
-        if len(self.journal) >= len(self._trail.journal):
+        journal = self._trail.script.journal
+        if self._read >= len(journal):
             raise Mismatch("the cut model does more than the whole one did", self._here())
-        found = [self._trail.after(axis, self._removed) for axis in self._trail.journal[len(self.journal)]]
+        found = [self._trail.axis(slot) for slot in journal[self._read]]
+        if len(found) != len(sizes):
+            raise Mismatch(f"a view into {tuple(sizes)} has other dimensions than before the cut", self._here())
         for axis, size in zip(found, sizes, strict=True):
             if isinstance(axis, np.ndarray) and len(axis) != size:
                 raise Mismatch(f"a size of {size} stands where the cut leaves {len(axis)}", self._here())
-        self.journal.append(found)
+        self._read += 1
         return found
 
     def fresh(self, size: int) -> IntArray:
@@ -95,8 +184,6 @@ class ReplayLabels(Labels):
 
     def part(self, axis: IntArray, sizes: Sequence[int]) -> list[Axis]:
         """Give what was given here the first time, less the removed channels."""
-        if len(sizes) != len(self._trail.journal[min(len(self.journal), len(self._trail.journal) - 1)]):
-            raise Mismatch(f"a view into {tuple(sizes)} has other dimensions than before the cut", self._here())
         return self._next(sizes)
 
     def tie(self, first: IntArray, second: IntArray) -> None:
@@ -115,18 +202,34 @@ class ReplayLabels(Labels):
 
 
 class ReplayFlow(Flow):
-    """A notebook that follows a trail; roles, sites and costs are known already."""
+    """A notebook that follows a trail; roles, sites and costs are known already.
 
-    def __init__(self, trail: Trail, removed: BoolArray) -> None:
-        self.steps: list[Step] = []
-        super().__init__(ReplayLabels(trail, removed, lambda: len(self.steps)))
-        self._trail, self._removed = trail, removed
+    Attributes:
+        at: the number of the step that comes next.
+    """
+
+    def __init__(self, trail: Trail) -> None:
+        self.at = 0
+        super().__init__(ReplayLabels(trail, lambda: self.at))
+        self._trail = trail
 
     def enter(self, tensor: Tensor, name: str, shape: Sequence[int]) -> None:
-        """Give the labels that this parameter had, less the removed channels."""
-        axes = tuple(self._trail.after(axis, self._removed) for axis in self._trail.parameters[name])
-        self.parameters[name] = axes
+        """Give the labels that this parameter has left."""
+        axes = tuple(self._trail.axis(slot) for slot in self._trail.script.parameters[name])
         self.know(tensor, Known(axes, weight=name))
+
+    def known(self, tensor: Tensor) -> Known:
+        """Give what is known of a tensor; the axes of a result that was not run stand in the script."""
+        found = self._known.get(id(tensor))
+        origin = self.origins.get(id(tensor))
+        if found is None and origin and origin[0] == "step":
+            form = self._trail.script.steps[origin[1]].results[origin[2]]
+            found = Known(tuple(self._trail.axis(slot) for slot in form.slots))
+        return found or super().known(tensor)
+
+    def forget(self, tensor: Tensor) -> None:
+        """Know of a tensor only where it comes from."""
+        self._known.pop(id(tensor), None)
 
     def source(self, axis: Axis) -> Source | None:
         """Roles are known already."""
@@ -136,23 +239,24 @@ class ReplayFlow(Flow):
         """Nothing is found out anew."""
 
 
-def compare(trail: Trail, index: int, step: Step, removed: BoolArray) -> None:
-    """Hold one step of the cut model against the same step of the whole one. Raises Mismatch."""
-    if index >= len(trail.steps):
+def compare(trail: Trail, index: int, op: str, axes: Sequence[Axes], results: Sequence[Tensor]) -> None:
+    """Hold what an operation of the cut model gave against the trail of the cut. Raises Mismatch."""
+    if index >= len(trail.script.steps):
         raise Mismatch("the cut model runs more operations than the whole one did", index)
-    before = trail.steps[index]
-    if before.op != step.op or len(before.results) != len(step.results):
-        raise Mismatch(f"{step.op} runs where {before.op} ran before the cut", index)
-    for axes, shape, now, size in zip(before.results, before.shapes, step.results, step.shapes, strict=True):
-        for dim, axis in enumerate(axes):
-            wanted = trail.after(axis, removed)
-            if not _same(wanted, shape[dim], now[dim] if dim < len(now) else FIXED, size[dim]):
-                left = len(wanted) if isinstance(wanted, np.ndarray) else shape[dim]
-                found = "other channels" if size[dim] == left else f"a size of {size[dim]}"
-                raise Mismatch(f"dimension {dim} of its result has {found} where the cut leaves {left}", index)
+    before = trail.script.steps[index]
+    if before.op != op or len(before.results) != len(results):
+        raise Mismatch(f"{op} runs where {before.op} ran before the cut", index)
+    for form, now, result in zip(before.results, axes, results, strict=True):
+        for dim, (slot, size) in enumerate(zip(form.slots, form.shape, strict=True)):
+            wanted = trail.axis(slot)
+            found = result.shape[dim] if dim < result.dim() else None
+            if not _same(wanted, size, now[dim] if dim < len(now) else FIXED, found):
+                left = len(wanted) if isinstance(wanted, np.ndarray) else size
+                shown = "other channels" if found == left else f"a size of {found}"
+                raise Mismatch(f"dimension {dim} of its result has {shown} where the cut leaves {left}", index)
 
 
-def _same(wanted: Axis, before: int, now: Axis, size: int) -> bool:
+def _same(wanted: Axis, before: int, now: Axis, size: int | None) -> bool:
     if isinstance(wanted, np.ndarray):
         return np.array_equal(wanted, now) if isinstance(now, np.ndarray) else len(wanted) == size == 1
     return wanted is not FIXED or size == before
@@ -161,8 +265,3 @@ def _same(wanted: Axis, before: int, now: Axis, size: int) -> bool:
 def _array(axis: Axis) -> IntArray:
     assert isinstance(axis, np.ndarray)
     return axis
-
-
-def shapes_of(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    """Give the shapes of tensors as plain tuples."""
-    return tuple(tuple(tensor.shape) for tensor in tensors)

@@ -12,12 +12,26 @@ Teach an operation:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 
 from compressor.graph.flow import Rule
 from compressor.graph.rules import contract, norm, pointwise, reduce, shape
 
 RULES: dict[str, Rule] = {**pointwise.RULES, **contract.RULES, **norm.RULES, **reduce.RULES, **shape.RULES}
+
+# Operations that treat positions alike whatever they are: with the same other arguments, a channel that is gone from
+# their tensors is gone from their results, and nothing else changes.
+STEADY: Mapping[str, Rule] = MappingProxyType(
+    {
+        **{name: rule for name, rule in pointwise.RULES.items() if rule is not pointwise.filled},
+        **contract.RULES,
+        **{name: rule for name, rule in norm.RULES.items() if rule is not norm.group_norm},
+        **{name: rule for name, rule in reduce.RULES.items() if rule is not reduce.ordering},
+        **{f"aten.{name}": shape.RULES[f"aten.{name}"] for name in ("permute", "transpose", "t", "unsqueeze")},
+        **{f"aten.{name}": shape.RULES[f"aten.{name}"] for name in ("cat", "stack", "flip", "glu")},
+    }
+)
 
 IGNORED = MappingProxyType(
     {

@@ -154,7 +154,8 @@ def attention(
     flow.cost(q.shape[2] * k.shape[2], [*shape, (axes[0][3], q.shape[3])])
     flow.cost(q.shape[2] * k.shape[2], [*shape, (axes[2][3], v.shape[3])])
     first: Axes = (batch, heads, FIXED, axes[2][3])
-    return [first, *([tuple(blank(s) for s in t.shape) for t in out[1:] if isinstance(t, Tensor)])]
+    rest = [tensor for tensor in out[1:] if isinstance(tensor, Tensor)]
+    return [first, *((batch, heads, FIXED) if t.dim() == 3 else tuple(blank(s) for s in t.shape) for t in rest)]
 
 
 RULES: dict[str, Rule] = {

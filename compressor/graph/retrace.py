@@ -1,0 +1,113 @@
+"""Run a model after a cut and hold every operation against the trail of the trace.
+
+Where an operation treats positions alike whatever they are (a convolution, a sum), and its tensors come from where they
+came from before, with the same arguments, its result follows from the trail and is not computed again. Where sizes or
+positions stand in arguments (a view, a slice) the operation runs and its rule is applied anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressor.graph.axes import BoolArray
+from compressor.graph.flow import Axes, Origin
+from compressor.graph.group import ChannelGraph
+from compressor.graph.recorder import Call, Recorder, leaves
+from compressor.graph.trail import Form, Mismatch, ReplayFlow, Step, Trail, compare
+
+_META = torch.device("meta")
+
+
+def retrace(graph: ChannelGraph, removed: BoolArray) -> Trail:
+    """Run the model after a cut and hold every operation against the trace: the same channels, less the removed ones.
+
+    Args:
+        graph: the graph as it was before the cut, of the model that is cut already.
+        removed: `(number of classes,)`, which classes the cut took away.
+
+    Returns:
+        The trail of the cut model, for the next cut.
+
+    Raises:
+        Mismatch: an operation does not carry what the cut should leave; its `step` is the number of the operation.
+    """
+    trail: Trail = graph.trail.without(removed)
+    flow = ReplayFlow(trail)
+    follower = Follower(graph.model, flow, trail.script, trail=trail)
+    try:
+        follower.check_parameters()
+        follower.run(graph.example_inputs)
+    except Mismatch:
+        raise
+    except Exception as failure:
+        raise Mismatch(f"{type(failure).__name__}: {failure}", flow.at) from failure
+    if flow.at < len(trail.script.steps):
+        raise Mismatch("the cut model stops before this operation", flow.at)
+    return trail
+
+
+@dataclass(eq=False)
+class Follower(Recorder):  # type: ignore[no-untyped-call]
+    """A recorder that writes nothing, and compares."""
+
+    flow: ReplayFlow
+    trail: Trail = field(kw_only=True)
+    _alive: list[Tensor] = field(default_factory=list)
+
+    def check_parameters(self) -> None:
+        """Raise Mismatch for a parameter or buffer that has not the shape that the cut should leave."""
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        for name, slots in self.script.parameters.items():
+            wanted = self.trail.shape(Form(slots, tuple(tensors[name].shape), torch.float32, None))
+            if list(tensors[name].shape) != wanted:
+                raise Mismatch(f"{name!r} has shape {tuple(tensors[name].shape)}, not {tuple(wanted)}", 0)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Give an operation's result, from the trail where that is sure."""
+        steps, at = self.script.steps, self.flow.at
+        if at < len(steps) and steps[at].steady and steps[at].func is func:
+            tensors, plain = leaves((args, kwargs or {}))
+            if self._as_before(steps[at], tensors, plain):
+                return self._result(steps[at], tensors)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _as_before(self, step: Step, tensors: list[Tensor], plain: list[Any]) -> bool:
+        """Tell whether an operation gets what it got before the cut, less what was removed."""
+        origins = self.flow.origins
+        return tuple(plain) == step.plain and all(
+            (origins.get(id(tensor)) or self._origin(tensor)) == origin
+            for tensor, origin in zip(tensors, step.inputs, strict=True)
+        )
+
+    def _result(self, step: Step, tensors: list[Tensor]) -> Any:
+        made = [tensors[0]] if step.written else [self._made(form) for form in step.results]
+        for index, tensor in enumerate(made):
+            self._note(tensor, ("step", self.flow.at, index))
+        self.flow.at += 1
+        return made[0] if len(made) == 1 else tuple(made)
+
+    def _made(self, form: Form) -> Tensor:
+        shape = self.trail.shape(form)
+        assert form.order is not None
+        strides, step = [0] * len(shape), 1
+        for dim in reversed(form.order):
+            strides[dim] = step
+            step *= max(shape[dim], 1)
+        return torch.empty_strided(shape, strides, dtype=form.dtype, device=_META)
+
+    def _note(self, tensor: Tensor, origin: Origin) -> None:
+        self.flow.origins[id(tensor)] = origin
+        self.flow.forget(tensor)
+        self._seen.add(id(tensor))
+        self._alive.append(tensor)
+
+    def _record(self, call: Call, axes: list[Axes], results: list[Tensor], understood: bool) -> int:
+        """Compare instead of writing."""
+        compare(self.trail, self.flow.at, call.name, axes, results)
+        self._alive += results
+        self.flow.at += 1
+        return self.flow.at - 1
