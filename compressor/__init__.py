@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from compressor.graph.group import ChannelGraph, Group, Snapshot
     from compressor.graph.rules import RULES
     from compressor.graph.trace import trace
-    from compressor.pruning import Pruner, PruneResult, prune
+    from compressor.ledger import PruneResult
+    from compressor.pruning import Pruner, prune
     from compressor.schedules import Cubic, Linear, OneShot
     from compressor.selection import Budget
     from compressor.surgery import cut
@@ -32,7 +33,7 @@ _HOME = {
     "Group": "graph.group",
     "Linear": "schedules",
     "OneShot": "schedules",
-    "PruneResult": "pruning",
+    "PruneResult": "ledger",
     "Pruner": "pruning",
     "RULES": "graph.rules",
     "Snapshot": "graph.group",

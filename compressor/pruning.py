@@ -6,8 +6,7 @@ the step is over, and makes the model smaller on its way, as the schedule says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,35 +18,13 @@ from compressor.criteria import Criterion, lookup, score
 from compressor.errors import BudgetError, CutError, RangeError
 from compressor.graph.group import ChannelGraph, Snapshot
 from compressor.graph.trace import trace
+from compressor.ledger import Ledger, PruneResult
 from compressor.schedules import Cubic, Schedule
 from compressor.selection import Budget, Selection, select
 from compressor.surgery import cut
 
 if TYPE_CHECKING:
     from compressor.intraining.relevance import Relevance
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """What a pruning did.
-
-    Attributes:
-        reached: whether at least the asked share was removed.
-        measure, asked, removed: the measure, the share that was asked for, the share that is gone.
-        params, macs, channels: counts before and after; `macs` are multiply-adds for the example inputs.
-        widths: by group name, the number of channels before and after.
-        blocked: where the target was not reached, what stands in the way.
-    """
-
-    reached: bool
-    measure: str
-    asked: float
-    removed: float
-    params: tuple[int, int]
-    macs: tuple[int, int]
-    channels: tuple[int, int]
-    widths: Mapping[str, tuple[int, int]]
-    blocked: tuple[str, ...]
 
 
 def prune(
@@ -92,58 +69,6 @@ def prune(
 
     made = _cut_to(ledger, scores, budget, scope=scope, round_to=round_to, optimizer=optimizer)
     return ledger.result(budget, made.blocked if made else ())
-
-
-class Ledger:
-    """The books of a pruning: what there was before, and what there is now."""
-
-    def __init__(self, graph: ChannelGraph) -> None:
-        self.graph = graph
-        self.widths = graph.sizes()
-        self.before = self._counts()
-
-    def _counts(self) -> dict[str, int]:
-        costs, sizes = CostModel(self.graph), self.graph.sizes()
-        fixed = sum(width for name, width in self.widths.items() if name not in sizes)
-        return {
-            "params": costs.params(sizes),
-            "macs": costs.macs(sizes),
-            "channels": costs.channels(sizes) + fixed,
-        }
-
-    def remaining(self, budget: Budget) -> Budget | None:
-        """Give the budget, a share of the whole model, as a share of what is left.
-
-        None where it is met, or nothing is left to cut.
-
-        Groups that were frozen meanwhile count as channels of the whole model, but can lose none.
-        """
-        sizes = self.graph.sizes()
-        stuck = sum(width for name, width in self.widths.items() if name not in sizes)
-        goal = budget.goal(self.before[budget.measure]) - (stuck if budget.measure == "channels" else 0)
-        now = CostModel(self.graph).dense[budget.measure]
-        if now <= goal or not now:
-            return None
-        share = (now - goal) / now * (1 - 1e-12)  # not one more because of a rounded last digit
-        return Budget(min(share, 1 - 1e-9), budget.measure)
-
-    def result(self, budget: Budget, blocked: Sequence[str] = ()) -> PruneResult:
-        """Balance the books."""
-        now, sizes = self._counts(), self.graph.sizes()
-        pairs = {measure: (self.before[measure], now[measure]) for measure in now}
-        whole = self.before[budget.measure]
-        removed = 1 - now[budget.measure] / whole if whole else 0.0
-        reached = now[budget.measure] <= budget.goal(whole)
-        refused = [f"{name}: its cut was refused" for name in self.widths if name not in sizes]
-        return PruneResult(
-            reached=reached,
-            measure=budget.measure,
-            asked=budget.sparsity,
-            removed=removed,
-            widths={name: (width, sizes.get(name, width)) for name, width in self.widths.items()},
-            blocked=() if reached else (*blocked, *refused),
-            **pairs,
-        )
 
 
 def _cut_to(
