@@ -1,0 +1,169 @@
+"""The channel graph on whole zoos of models: right or refused on every one, how fast, and how that grows.
+
+    python benchmarks/graph_zoo.py [--part torchvision] [--only resnet18,vit_b_16] [--no-timing] [--missing]
+
+Parts: `torchvision` (all classifiers, Torch-Pruning beside them), `dense` (detection, segmentation, video, optical
+flow), `timm` (150 models over its families), `growth` (time over depth, DenseNet-201, a second cut).
+
+Every row is written as soon as it is there, to one dated file a part; rows that the same machine made earlier on that
+day stay until their model is measured again. `graph-zoo` sums up all parts.
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from statistics import geometric_mean
+from typing import Annotated
+
+import torch
+import typer
+from results_file import RESULTS, write
+from rich.progress import track
+from zoo import growth
+from zoo.check import TOLERANCE, Case, Row, check
+from zoo.models import classifiers, dense, timm_cases
+from zoo.peer import LIMIT_S, beside_torch_pruning
+
+from compressor.errors import UnknownNameError
+from compressor.latency import machine
+
+CHECKED = (
+    "Double precision, fresh weights, shaken BatchNorm statistics, scales and biases. Half the channels of every exact "
+    "group are cut. `error` is the largest relative difference between the cut and the silenced model "
+    f"(right: at most {TOLERANCE}), `effect` that between the silenced and the whole one. Then half of every other "
+    "group is cut, and the model must still run. A group that refuses is frozen with the reason. `right`: exact groups "
+    "were cut, and rightly; `runs`: only groups that are not exact; `refused`: nothing was cut. `build ms` and `cut "
+    "ms` are of one run, for orientation."
+)
+TIMED = (
+    " The other times: trace or dependency graph, and cut of half, in single precision on one thread, ours and "
+    "Torch-Pruning's (`theirs`) in turns, medians of n. Neither scores, refusals are included. Images of 224 pixels "
+    f"(inception_v3: 299). Torch-Pruning gets {LIMIT_S} s a model, three runs instead of five above 20 s, and one "
+    "above 60 s."
+)
+NOTES = {
+    "torchvision": CHECKED + TIMED,
+    "dense": CHECKED + " Detectors are compared by backbone and heads, before boxes are sorted and suppressed.",
+    "timm": CHECKED + " Chosen by `benchmarks/zoo/choose.py`.",
+    "growth": "Trace and cut of half, single precision, medians of n. A channel-member is one channel on one dimension "
+    "of one tensor.",
+}  # fmt: skip
+
+Measure = Callable[[Row], None]
+
+
+def measures(part: str, timing: bool) -> dict[str, Measure]:
+    """Give what measures each model of a part, by name."""
+    if part == "growth":
+        return growth.MEASURES
+    cases = {"torchvision": classifiers, "dense": dense, "timm": timm_cases}[part]()
+    return {case.name: partial(_measure, case, timing and part == "torchvision") for case in cases}
+
+
+def _measure(case: Case, timing: bool, row: Row) -> None:
+    check(case, row)
+    if timing:
+        beside_torch_pruning(case, row)
+
+
+def run(part: str, chosen: Mapping[str, Measure], order: Iterable[str], rows: dict[str, Row]) -> None:
+    """Measure the chosen models one after the other; the file is written again after each."""
+    places = {name: place for place, name in enumerate(order)}
+    for name in track(chosen, description=part):
+        rows[name] = row = {"model": name}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # other people's models, on every version of torch
+                chosen[name](row)
+        except Exception as failure:
+            row["failed"] = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+        rows = dict(sorted(rows.items(), key=lambda item: places.get(item[0], len(places))))
+        write(f"graph-zoo-{part}", list(rows.values()), NOTES[part])
+        gc.collect()
+
+
+def earlier(part: str) -> dict[str, Row]:
+    """Give the rows that this machine made today, by model."""
+    path = RESULTS / f"{datetime.date.today().isoformat()}-graph-zoo-{part}.json"
+    document = json.loads(path.read_text()) if path.exists() else {}
+    return {row["model"]: row for row in document.get("rows", ()) if document["machine"] == machine()}
+
+
+# -- summing up
+
+
+def summary() -> list[Row]:
+    """Hold today's rows of all parts against the targets."""
+    rows = {part: list(earlier(part).values()) for part in NOTES}
+    lines = [
+        _line("torchvision classifiers", "all 80 right, none wrong", _verdicts(rows["torchvision"])),
+        _line("torchvision detection, segmentation, video, flow", "no crash, none wrong", _verdicts(rows["dense"])),
+        _line("timm", ">= 95 % right, none wrong", _verdicts(rows["timm"])),
+        _line("build + cut beside Torch-Pruning", ">= 10 times faster, slower on none", _ratios(rows["torchvision"])),
+    ]
+    for row in rows["growth"]:
+        if row["model"] == "densenet201" and "n" in row:
+            found = f"{row['build + cut ms']:.0f} ms; second cut {row['second cut ms']:.0f} ms (medians of {row['n']})"
+            lines.append(_line("DenseNet-201 build + cut; second cut", "<= 1000 ms; <= 100 ms", found))
+    for net in ("chain", "dense "):
+        exponent = growth.exponent(rows["growth"], net)
+        found = "" if exponent is None else f"time ~ channel-members ^ {exponent:.2f}"
+        lines.append(_line(f"growth, {net.strip()}", "no faster than n log n (about 1.1 here)", found))
+    return lines
+
+
+def _line(what: str, to_reach: str, found: str) -> Row:
+    return {"what": what, "to reach": to_reach, "found": found or "not measured today"}
+
+
+def _verdicts(rows: list[Row]) -> str:
+    counts = Counter(row.get("verdict", "failed") for row in rows)
+    others = "".join(f", {count} {verdict}" for verdict, count in counts.items() if verdict != "right")
+    return f"{counts['right']} of {len(rows)} right ({counts['right'] / len(rows):.1%}){others}" if rows else ""
+
+
+def _ratios(rows: list[Row]) -> str:
+    timed = [row for row in rows if "ratio" in row]
+    ratios = [row["ratio"] for row in timed if row["Torch-Pruning"] == "ok"]
+    if not ratios:
+        return ""
+    slower = sum(ratio < 1 for ratio in ratios)
+    broken = [row["ratio"] for row in timed if row["Torch-Pruning"] != "ok"]
+    unfinished = sum("Torch-Pruning" in row and "ratio" not in row for row in rows)
+    return (
+        f"{geometric_mean(ratios):.1f} times faster (geometric mean of {len(ratios)}, {min(ratios):.2f} to "
+        f"{max(ratios):.0f}), slower on {slower}; Torch-Pruning left {len(broken)} more broken (and was faster on "
+        f"{sum(ratio < 1 for ratio in broken)} of them), and raised or did not finish on {unfinished}"
+    )
+
+
+def main(
+    part: Annotated[str, typer.Option(help="torchvision, dense, timm, growth; several with commas")] = ",".join(NOTES),
+    only: Annotated[str, typer.Option(help="these models of the part, with commas between")] = "",
+    timing: Annotated[bool, typer.Option(help="time the classifiers beside Torch-Pruning, which takes hours")] = True,
+    missing: Annotated[bool, typer.Option("--missing", help="go on: leave out models measured today")] = False,
+) -> None:
+    """Measure, write, and print where the tables are."""
+    torch.set_num_threads(1)
+    parts = part.split(",")
+    for name in parts:
+        if name not in NOTES:
+            raise UnknownNameError("part", name, NOTES)
+    for name in parts:
+        known, rows = measures(name, timing), earlier(name)
+        wanted = only.split(",") if only else list(known)
+        for model in wanted:
+            if model not in known:
+                raise UnknownNameError(f"model of part {name}", model, known)
+        run(name, {model: known[model] for model in wanted if not (missing and model in rows)}, known, rows)
+    print(write("graph-zoo", summary(), "Where the rows come from: the dated files of the parts, beside this one."))
+
+
+if __name__ == "__main__":
+    typer.run(main)

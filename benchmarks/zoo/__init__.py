@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/graph_zoo.py`: which models, how a cut is checked, what it is timed against."""
