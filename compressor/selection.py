@@ -1,19 +1,17 @@
 """Selection: scores and a budget in, the channels to keep out. Nothing is cut.
 
 All channels that may go stand in one queue, the least worth keeping first. The shortest front of the queue whose
-removal meets the budget goes; bisection on the closed-form costs finds it. Within a group the queue follows the scores,
-so a selection for less sparsity keeps all that one for more sparsity keeps.
+removal meets the budget goes; bisection on the closed-form costs finds it. The last one to go may have cost far more
+than was still missing: what fits into that room comes back, the best first.
 
 Shape letters: G groups that have scores, C channels of a group, Q channels in the queue.
 """
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -24,8 +22,8 @@ from torch import Tensor
 from compressor.costs import MEASURES, CostModel
 from compressor.errors import RangeError, ScoreError, UnknownNameError
 from compressor.graph.group import ChannelGraph, Group
+from compressor.widths import IntArray, Widths, settled_counts, share_of
 
-IntArray: TypeAlias = NDArray[np.int64]
 FloatArray: TypeAlias = NDArray[np.float64]
 
 SCOPES = ("global", "local")
@@ -52,7 +50,7 @@ class Budget:
 
     def goal(self, dense: int) -> int:
         """Give the most that may stay of a count, exactly: 0.55 of 100 channels are 55, whatever floats make of it."""
-        return dense - _share(self.sparsity, dense)
+        return dense - share_of(self.sparsity, dense)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +84,12 @@ def select(
     round_to: int = 1,
     floor: float = 0.1,
     whole: Mapping[str, int] | None = None,
+    shares: Mapping[str, float] | None = None,
     normalise: bool = True,
 ) -> Selection:
-    """Choose the channels to keep: as many as the budget allows, no more than one step of one group fewer.
+    """Choose the channels to keep: as many as the budget allows.
+
+    With scope "global" not one step of any group could come back, with "local" not one of the group that went last.
 
     Args:
         graph: whose groups are to lose channels.
@@ -99,8 +100,10 @@ def select(
         round_to: a group that loses channels keeps a multiple of this, the one nearest to its place in the queue. A
             group that is not larger stays whole. The budget is judged after rounding.
         floor: the share of every group that stays in any case, in [0, 1); at least one channel always does.
-        whole: by group, the width that `floor` is a share of, for a model that has been cut before; the present one by
-            default.
+        whole: by group, the width that `floor` and `shares` are shares of, for a model that has been cut before; the
+            present one by default.
+        shares: by group, the share of its own channels that goes, rounded to the nearest that `round_to` allows,
+            whatever budget and floor are; 0 keeps a group whole. The other groups serve the budget.
         normalise: with scope "global", divide a group's scores by their mean magnitude. Weights of different layers
             differ in scale by far more than channels do, and the layer with the smallest would be emptied first. False
             for scores that mean the same in every group, as a loss does.
@@ -114,22 +117,26 @@ def select(
         ScoreError: scores of the wrong shape, or not finite.
     """
     _check(graph, scores, scope, round_to, floor)
+    shares, whole = shares or {}, whole or {}
     groups = [group for group in graph.groups if group.name in scores]
-    values = [_values(group, scores[group.name]) for group in groups]
-    orders = [np.argsort(each, kind="stable") for each in values]
-    widths = _Widths.of(groups, round_to, floor, whole or {})
-    keys = [_key(each[order], scope, normalise) for each, order in zip(values, orders, strict=True)]
-    queue = _queue(keys, widths.sizes - widths.lowest)
-
-    def kept(front: int) -> dict[str, int]:
-        gone = np.bincount(queue[:front], minlength=len(groups))
-        counts = widths.nearest(widths.sizes - gone)
-        return {group.name: count for group, count in zip(groups, counts.tolist(), strict=True)}
-
+    values = {group.name: _values(group, scores[group.name]) for group in groups}
+    orders = {name: np.argsort(each, kind="stable") for name, each in values.items()}
+    settled = settled_counts(groups, shares, round_to, whole)
+    free = [group for group in groups if group.name not in settled]
+    widths = Widths.of(free, round_to, floor, whole)
+    keys = [_key(values[group.name][orders[group.name]], scope, normalise) for group in free]
     before = costs.dense[budget.measure]
     goal = budget.goal(before)
-    front = bisect_left(range(len(queue)), True, key=lambda n: costs.measure(budget.measure, kept(n)) <= goal)
-    counts = kept(front)
+
+    def kept(gone: IntArray) -> dict[str, int]:
+        counts = widths.nearest(widths.sizes - gone).tolist()
+        return settled | {group.name: count for group, count in zip(free, counts, strict=True)}
+
+    def fits(gone: IntArray) -> bool:
+        return costs.measure(budget.measure, kept(gone)) <= goal
+
+    queue = _queue(keys, widths.sizes - widths.lowest)
+    counts = kept(_gone(queue, len(free), fits, refill=scope == "global"))
     after = costs.measure(budget.measure, counts)
     return Selection(
         keep=_keep(groups, orders, counts),
@@ -138,46 +145,8 @@ def select(
         removed=1 - after / before if before else 0.0,
         before=before,
         after=after,
-        blocked=() if after <= goal else _blocked(graph, budget.measure, costs, counts, widths),
+        blocked=() if after <= goal else _blocked(graph, budget.measure, costs, counts, widths, shares),
     )
-
-
-# -- how far a group may go
-
-
-@dataclass(frozen=True, eq=False)
-class _Widths:
-    """The counts that each group may keep: its size, and the multiples of `round_to` from `lowest` on.
-
-    Attributes:
-        sizes, lowest: `(G,)`; `lowest` is the size itself where no multiple lies between floor and size.
-        round_to: channels of one step.
-        floor: the share that stays.
-    """
-
-    sizes: IntArray
-    lowest: IntArray
-    round_to: int
-    floor: float
-
-    @staticmethod
-    def of(groups: Sequence[Group], round_to: int, floor: float, whole: Mapping[str, int]) -> _Widths:
-        sizes = np.array([group.size for group in groups], dtype=np.int64)
-        widths = [whole.get(group.name, group.size) for group in groups]
-        floors = np.array([max(1, _share(floor, width)) for width in widths], dtype=np.int64)
-        return _Widths(sizes, np.minimum(-(-floors // round_to) * round_to, sizes), round_to, floor)
-
-    def nearest(self, counts: IntArray) -> IntArray:
-        """Give the nearest count that each group may keep, the larger of two: `(G,)`."""
-        rounded = (counts + self.round_to // 2) // self.round_to * self.round_to
-        multiple = np.maximum(rounded, self.lowest)
-        whole = self.sizes - counts <= np.abs(multiple - counts)  # also where the multiple is above the size
-        return np.where(whole, self.sizes, multiple)
-
-
-def _share(share: float, count: int) -> int:
-    """Give the smallest integer that is at least this share of a count, in the decimal digits that were typed."""
-    return math.ceil(Fraction(repr(float(share))) * count)
 
 
 # -- who goes first
@@ -198,11 +167,31 @@ def _queue(keys: Sequence[FloatArray], removable: IntArray) -> IntArray:
     return group[np.argsort(places, kind="stable")]
 
 
-def _keep(groups: Sequence[Group], orders: Sequence[IntArray], counts: Mapping[str, int]) -> dict[str, Tensor]:
+def _gone(queue: IntArray, groups: int, fits: Callable[[IntArray], bool], *, refill: bool) -> IntArray:
+    """Give how many channels of each group go, `(G,)`: the shortest front of the queue that makes the budget fit.
+
+    With `refill`, channels of that front come back as long as the budget still fits, the last in the queue first.
+    """
+
+    def count(part: IntArray) -> IntArray:
+        return np.bincount(part, minlength=groups)
+
+    front = bisect_left(range(len(queue)), True, key=lambda n: fits(count(queue[:n])))
+    gone, waiting = count(queue[:front]), queue[:front][::-1]
+    while refill and len(waiting) and fits(gone):
+        back = bisect_left(range(len(waiting)), True, key=lambda n: not fits(gone - count(waiting[: n + 1])))
+        gone = gone - count(waiting[:back])
+        # What does not fit now never will: every step that comes back makes the others dearer, and the room smaller.
+        stuck = [group for group in set(waiting[back:].tolist()) if not fits(gone - count(np.array([group])))]
+        waiting = waiting[back:][~np.isin(waiting[back:], stuck)]
+    return gone
+
+
+def _keep(groups: Sequence[Group], orders: Mapping[str, IntArray], counts: Mapping[str, int]) -> dict[str, Tensor]:
     """Give the best channels of every group that loses some."""
     return {
-        group.name: torch.from_numpy(np.sort(order[group.size - counts[group.name] :]))
-        for group, order in zip(groups, orders, strict=True)
+        group.name: torch.from_numpy(np.sort(orders[group.name][group.size - counts[group.name] :]))
+        for group in groups
         if counts[group.name] < group.size
     }
 
@@ -235,21 +224,44 @@ def _values(group: Group, scores: Tensor) -> FloatArray:
 
 
 def _blocked(
-    graph: ChannelGraph, measure: str, costs: CostModel, counts: Mapping[str, int], widths: _Widths
+    graph: ChannelGraph,
+    measure: str,
+    costs: CostModel,
+    counts: Mapping[str, int],
+    widths: Widths,
+    shares: Mapping[str, float],
 ) -> tuple[str, ...]:
     """Say what is left when all that may go is gone, what weighs most first."""
     price = costs.per_channel(measure, counts)
     heaviest = sorted(graph.groups, key=lambda group: -price[group.name] * counts.get(group.name, group.size))
     steps = f", in multiples of {widths.round_to}" if widths.round_to > 1 else ""
-    scored = [f"{each.name!r} keeps {counts[each.name]} of {each.size}" for each in heaviest if each.name in counts]
-    unscored = [f"{each.name!r} ({each.size} channels)" for each in heaviest if each.name not in counts]
+    kept = {
+        each.name: f"{each.name!r} keeps {counts[each.name]} of {each.size}" for each in heaviest if each.name in counts
+    }
     rest = costs.measure(measure, dict.fromkeys(graph.sizes(), 0))
-    lines = [f"groups at their floor ({widths.floor:.0%} of the channels{steps}): {_first(scored)}"] if scored else []
-    lines += [f"groups without scores, which stay whole: {_first(unscored)}"] if unscored else []
-    lines += [f"{rest:,} of {costs.dense[measure]:,} {measure} belong to no group"] if rest else []
+    lines = {
+        f"groups at their floor ({widths.floor:.0%} of the channels{steps})": [
+            line for name, line in kept.items() if name not in shares
+        ],
+        "groups that --keep or --only leaves whole": [
+            repr(each.name) for each in heaviest if shares.get(each.name) == 0
+        ],
+        "groups with a --sparsity of their own": [line for name, line in kept.items() if shares.get(name)],
+        "groups without scores, which stay whole": [
+            f"{each.name!r} ({each.size} channels)"
+            for each in heaviest
+            if each.name not in counts and shares.get(each.name) != 0
+        ],
+        f"{rest:,} of {costs.dense[measure]:,} {measure} belong to no group": [""] * bool(rest),
+        "frozen": _reasons(graph),
+    }
+    return tuple(f"{what}: {_first(items)}".removesuffix(": ") for what, items in lines.items() if items)
+
+
+def _reasons(graph: ChannelGraph) -> list[str]:
+    """List what is frozen and why, the widest first."""
     widest = sorted(graph.frozen, key=lambda each: -each.count)
-    reasons = dict.fromkeys(f"{each.tensor!r}: {each.reason}" for each in widest)
-    return (*lines, f"frozen: {_first(reasons)}") if reasons else tuple(lines)
+    return list(dict.fromkeys(f"{each.tensor!r}: {each.reason}" for each in widest))
 
 
 def _first(items: Iterable[Any], most: int = 5) -> str:
