@@ -82,6 +82,8 @@ class Ledger:
             asked=budget.sparsity,
             removed=removed,
             widths={name: (width, sizes.get(name, width)) for name, width in self.widths.items()},
+            params=pairs["params"],
+            macs=pairs["macs"],
+            channels=pairs["channels"],
             blocked=() if reached else (*blocked, *refused),
-            **pairs,
         )

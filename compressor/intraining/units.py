@@ -1,0 +1,112 @@
+"""What a mask switches on and off: the units of a model, single weights or whole channels.
+
+A unit that is off is a zero in weights, and a zero in the optimizers' state for them. Gradients are left alone: they
+stay dense, and say which unit would help if it were on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from compressor.errors import InputError
+from compressor.graph.group import ChannelGraph
+from compressor.selection import Budget
+
+Masks = dict[str, Tensor]
+
+
+class Units(ABC):
+    """The units of one model, and which of them are on.
+
+    Args:
+        graph: the channel graph of the model.
+        optimizers: those that train it.
+
+    Attributes:
+        masks: by name of a layer (or group), bool, True where a unit is on. Change them by `switch` alone.
+        measure: what the share of the units that are off is called.
+    """
+
+    measure: str
+
+    def __init__(self, graph: ChannelGraph, optimizers: Iterable[Optimizer]) -> None:
+        self.graph, self.masks = graph, Masks()
+        self._optimizers = list(optimizers)
+        self._zeros = dict[str, Tensor]()
+
+    @abstractmethod
+    def values(self) -> dict[str, Tensor]:
+        """Give what each unit is now, of the masks' shapes: signed for weights, a norm for channels."""
+
+    @abstractmethod
+    def slopes(self) -> dict[str, Tensor]:
+        """Give the magnitude of the loss's gradient by each unit, on or off, of the masks' shapes."""
+
+    @abstractmethod
+    def best(self, scores: Mapping[str, Tensor], budget: Budget) -> Masks:
+        """Give the masks that meet a budget and leave those units on that score highest.
+
+        Raises:
+            BudgetError: no masks can meet it.
+        """
+
+    @abstractmethod
+    def zeros(self) -> dict[str, Tensor]:
+        """Give by parameter, where the masks want zeros: bool, broadcastable to its shape."""
+
+    @abstractmethod
+    def settle(self, budget: Budget) -> None:
+        """Find out which channels cannot go and freeze them, before anything is switched off.
+
+        Raises:
+            BudgetError: without them the budget cannot be met.
+        """
+
+    @abstractmethod
+    def cut(self) -> None:
+        """Remove the channels that the masks left without weight, for good; writes model, optimizers, graph, masks."""
+
+    def switch(self, masks: Mapping[str, Tensor]) -> None:
+        """Take other masks, and write the zeros that they want."""
+        self.masks = dict(masks)
+        self._zeros = self.zeros()
+        self.enforce()
+
+    @torch.no_grad()
+    def enforce(self) -> None:
+        """Write zeros wherever a unit is off, in the weights and in what optimizers keep for them."""
+        parameters = dict(self.graph.model.named_parameters())
+        for name, where in self._zeros.items():
+            parameters[name].masked_fill_(where, 0)
+            for optimizer in self._optimizers:
+                for value in optimizer.state.get(parameters[name], {}).values():
+                    if isinstance(value, Tensor) and value.shape == parameters[name].shape:
+                        value.masked_fill_(where, 0)
+
+
+def magnitude_of_gradient(parameter: nn.Parameter) -> Tensor:
+    """Give `|gradient|` of a parameter; zeros where it has none or it is not a number."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad.detach().abs().nan_to_num(nan=0.0)
+
+
+def require_trained(names: Iterable[str], model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that do not hold all parameters of these names.
+
+    Raises:
+        InputError: one that none of them holds.
+    """
+    parameters = dict(model.named_parameters())
+    held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
+    for name in names:
+        if id(parameters[name]) not in held:
+            raise InputError(
+                f"no optimizer holds {name!r}, so it would keep its momentum where it is masked: "
+                "make the optimizer from model.parameters() of this very model, or freeze it (requires_grad = False)"
+            )
