@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compressor.graph.rules import RULES
     from compressor.graph.trace import trace
     from compressor.ledger import PruneResult
+    from compressor.limits import Limits
     from compressor.pruning import Pruner, prune
     from compressor.schedules import Cubic, Linear, OneShot
     from compressor.selection import Budget
@@ -31,6 +32,7 @@ _HOME = {
     "ChannelGraph": "graph.group",
     "Cubic": "schedules",
     "Group": "graph.group",
+    "Limits": "limits",
     "Linear": "schedules",
     "OneShot": "schedules",
     "PruneResult": "ledger",
@@ -52,6 +54,7 @@ __all__ = [
     "ChannelGraph",
     "Cubic",
     "Group",
+    "Limits",
     "Linear",
     "OneShot",
     "PruneResult",

@@ -6,22 +6,26 @@ the step is over, and makes the model smaller on its way, as the schedule says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from compressor.calibration import input_means
 from compressor.costs import CostModel
 from compressor.criteria import Criterion, lookup, score
-from compressor.errors import BudgetError, CutError, RangeError
-from compressor.graph.group import ChannelGraph, Snapshot
+from compressor.errors import BudgetError, CutError, InputError, RangeError, UnknownNameError
+from compressor.graph.group import ChannelGraph, Group, Snapshot
 from compressor.graph.trace import trace
 from compressor.ledger import Ledger, PruneResult
+from compressor.limits import Limits
 from compressor.schedules import Cubic, Schedule
 from compressor.selection import Budget, Selection, select
 from compressor.surgery import cut
+from compressor.verification import verified_cut
 
 if TYPE_CHECKING:
     from compressor.intraining.relevance import Relevance
@@ -37,6 +41,11 @@ def prune(
     round_to: int = 1,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     seed: int = 0,
+    *,
+    limits: Limits | None = None,
+    calibration: Iterable[Any] | None = None,
+    compensate: str = "none",
+    verify: bool = False,
 ) -> PruneResult:
     """Make a model smaller at once, in place.
 
@@ -50,63 +59,125 @@ def prune(
         round_to: channel counts become multiples of this.
         optimizer: optimizers whose state is sliced along.
         seed: for criteria that draw.
+        limits: groups that stay whole, that alone lose channels, or that lose a share of their own.
+        calibration: batches of real inputs, for `compensate` and `verify`.
+        compensate: "mean" folds what a removed channel carried on average, over `calibration`, into the next bias or
+            running mean; "none" does not.
+        verify: also compare every cut with the silenced model, on the first batch of `calibration`, or on
+            `example_inputs` where there is none; a group whose cut is not its silence stays whole, like every group
+            that refuses.
 
     Returns:
         What was removed. A target that cannot be reached is not an error here: `reached` is false, as much as possible
         is removed, and `blocked` says why.
 
     Raises:
-        UnknownNameError, RangeError: a criterion, measure or scope that does not exist; a sparsity out of range.
+        UnknownNameError, RangeError: a criterion, measure, scope or group that does not exist; a number out of range.
+        InputError: a model without parameters; limits that contradict each other; an argument that lacks what it needs
+            or has no effect.
         TraceError: the model does not run on the example inputs.
     """
     budget, judge = Budget(sparsity, measure), lookup(criterion)
-    graph = trace(model, example_inputs)
+    batches = _batches(calibration, compensate, verify)
+    graph = traced(model, example_inputs)
     ledger = Ledger(graph)
+    how = _How(scope, round_to, (limits or Limits()).shares(graph), optimizer, verify)
     generator = torch.Generator().manual_seed(seed)
-
-    def scores() -> dict[str, Tensor]:
-        return score(judge, graph.groups, Snapshot.of(model, generator))
-
-    made = _cut_to(ledger, scores, budget, scope=scope, round_to=round_to, optimizer=optimizer)
+    made = _cut_to(
+        ledger,
+        lambda groups: score(judge, groups, Snapshot.of(model, generator)),
+        budget,
+        how,
+        means=input_means(graph, batches) if compensate == "mean" else None,
+        real_inputs=batches[0] if batches else example_inputs,
+    )
     return ledger.result(budget, made.blocked if made else ())
+
+
+COMPENSATIONS = ("mean", "none")
+
+
+def _batches(calibration: Iterable[Any] | None, compensate: str, verify: bool) -> list[Any]:
+    """Give the batches of real inputs, if they are there where they are needed, and only there."""
+    if compensate not in COMPENSATIONS:
+        raise UnknownNameError("compensation", compensate, COMPENSATIONS)
+    batches = list(calibration or ())
+    if compensate == "mean" and not batches:
+        raise InputError("compensate='mean' needs real inputs: pass calibration=[inputs, ...], or compensate='none'")
+    if batches and compensate == "none" and not verify:
+        raise InputError("calibration has no effect with compensate='none' and verify=False: leave it out")
+    return batches
+
+
+def traced(model: nn.Module, example_inputs: Any) -> ChannelGraph:
+    """Give the channel graph of a model that has something to prune.
+
+    Raises:
+        InputError: the model has no parameters.
+        TraceError: the model does not run on the example inputs.
+    """
+    if next(model.parameters(), None) is None:
+        raise InputError(
+            f"{type(model).__name__} has no parameters, so there is nothing to prune: pass the whole model"
+        )
+    return trace(model, example_inputs)
+
+
+@dataclass(frozen=True)
+class _How:
+    """How cuts are made: the same for all cuts of one pruning."""
+
+    scope: str
+    round_to: int
+    shares: Mapping[str, float]
+    optimizer: Optimizer | Iterable[Optimizer] | None
+    verify: bool
 
 
 def _cut_to(
     ledger: Ledger,
-    scores: Callable[[], Mapping[str, Tensor]],
+    scores: Callable[[Sequence[Group]], Mapping[str, Tensor]],
     budget: Budget,
+    how: _How,
     *,
-    scope: str,
-    round_to: int,
-    optimizer: Optimizer | Iterable[Optimizer] | None,
+    due: float = 1.0,
     means: Mapping[str, Tensor] | None = None,
     normalise: bool = True,
+    real_inputs: Any = None,
 ) -> Selection | None:
     """Select and cut; a group that refuses is frozen with the reason, and the selection is made again without it.
 
-    Gives the selection that was cut, None where the budget was met before.
+    Every group is scored once. `due` is the part of the groups' own shares that may be gone by now.
+
+    Gives the selection that was cut, None where all was done before.
     """
     graph = ledger.graph
-    while remaining := ledger.remaining(budget):
-        costs = CostModel(graph)
+    shares = {name: share * due for name, share in how.shares.items()}
+    if ledger.remaining(budget) is None and not any(shares.values()):
+        return None
+    known = scores([group for group in graph.groups if shares.get(group.name) != 0])
+    while True:
         selection = select(
             graph,
-            scores(),
-            remaining,
-            costs=costs,
-            scope=scope,
-            round_to=round_to,
+            {name: each for name, each in known.items() if name in graph.sizes()},
+            ledger.remaining(budget) or Budget(0.0, budget.measure),
+            costs=CostModel(graph),
+            scope=how.scope,
+            round_to=how.round_to,
             whole=ledger.widths,
+            shares=shares,
             normalise=normalise,
         )
         try:
-            cut(graph, selection.keep, optimizer, means)
+            if how.verify:
+                verified_cut(graph, selection.keep, real_inputs, how.optimizer, means)
+            else:
+                cut(graph, selection.keep, how.optimizer, means)
             return selection
         except CutError as refusal:
             if not refusal.groups:
                 raise
             graph.freeze(refusal.groups, refusal.reason)
-    return None
 
 
 # -- while training
@@ -135,14 +206,17 @@ class Pruner:
         optimizer: one or several; their state is sliced along.
         total_steps: how many times `update` will be called in all.
         collect: steps between two cuts; a twentieth of the training by default.
-        scope, round_to: as for `prune`.
+        scope, round_to, limits, verify: as for `prune`; the groups' own shares follow the schedule too, and cuts are
+            verified on the last batch.
         delta: with relevance, channels whose p-value (the chance to be more useful than a random one) is above `delta`
             are cut only when the budget leaves no others.
+        compensate: "mean" folds what a removed channel carries on average into the next bias or running mean, over the
+            steps that were watched, or over the last batch where the criterion does not watch; "none" does not.
         seed: for whatever draws.
         observing: further arguments for `Relevance` (estimator, drop, dummies; half_life, by default `collect`).
 
     Raises:
-        RangeError, UnknownNameError: as for `prune`.
+        RangeError, UnknownNameError, InputError: as for `prune`.
     """
 
     def __init__(
@@ -158,19 +232,25 @@ class Pruner:
         collect: int | None = None,
         scope: str = "global",
         round_to: int = 8,
+        limits: Limits | None = None,
         delta: float = 0.99,
+        compensate: str = "mean",
+        verify: bool = False,
         seed: int = 0,
         **observing: Any,
     ) -> None:
         self.model = model
         self.budget = budget or Budget(0.5)
-        self.graph = trace(model, example_inputs)
+        self.graph = traced(model, example_inputs)
         self.step = 0
+        if compensate not in COMPENSATIONS:
+            raise UnknownNameError("compensation", compensate, COMPENSATIONS)
         self._schedule = schedule or Cubic(0.1, 0.65)
-        self._optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._total = _positive("total_steps", total_steps)
         self._collect = _positive("collect", collect or max(1, total_steps // 20))
-        self._scope, self._round_to = scope, round_to
+        self._how = _How(scope, round_to, (limits or Limits()).shares(self.graph), optimizers, verify)
+        self._compensate, self._seen = compensate == "mean", example_inputs
         self._delta, self._ledger, self._blocked = delta, Ledger(self.graph), tuple[str, ...]()
         self._generator = torch.Generator().manual_seed(seed)
         observing = {"half_life": self._collect, **observing}
@@ -189,7 +269,8 @@ class Pruner:
             BudgetError: at the first step, if the budget cannot be reached whatever the scores are.
         """
         if self.step == 0:
-            require_reachable(self.graph, self.budget, self._scope, self._round_to)
+            require_reachable(self.graph, self.budget, self._how.scope, self._how.round_to, self._how.shares)
+        self._seen = inputs
         if self._observer and self._due(self.step) < 1:
             return self._observer.loss(self.model, inputs, targets, loss_fn)
         return loss_fn(self.model(inputs), targets)
@@ -207,23 +288,23 @@ class Pruner:
         last = before < 1 <= now
         if not now or not (last or (self.step % self._collect == 0 and before < 1)):
             return None
-        return self._cut(Budget(self.budget.sparsity * now, self.budget.measure))
+        return self._cut(Budget(self.budget.sparsity * now, self.budget.measure), now)
 
     def _due(self, step: int) -> float:
         return self._schedule(min(step / self._total, 1.0))
 
-    def _cut(self, target: Budget) -> dict[str, Any] | None:
+    def _cut(self, target: Budget, due: float) -> dict[str, Any] | None:
         widths = self.graph.sizes()
         seen = self._observer.record() if self._observer else None
         made = _cut_to(
             self._ledger,
             self._scores,
             target,
-            scope=self._scope,
-            round_to=self._round_to,
-            optimizer=self._optimizers,
-            means=self._observer.means() if self._observer else None,
+            self._how,
+            due=due,
+            means=self._means() if self._compensate else None,
             normalise=self._observer is None,
+            real_inputs=self._seen,
         )
         if made is None:
             return None
@@ -232,14 +313,17 @@ class Pruner:
         self._blocked = made.blocked
         return self._event(target, widths, seen)
 
-    def _scores(self) -> dict[str, Tensor]:
+    def _means(self) -> Mapping[str, Tensor]:
+        return self._observer.means() if self._observer else input_means(self.graph, [self._seen])
+
+    def _scores(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         if self._observer:
             price = CostModel(self.graph).per_channel(self.budget.measure, self.graph.sizes())
             usual = sum(price.values()) / max(len(price), 1)
             scores = {name: _per_cost(seen, price[name] / usual) for name, seen in self._observer.scores().items()}
             return _protected(scores, self._observer.p_values(), self._delta)
         assert self._judge
-        return score(self._judge, self.graph.groups, Snapshot.of(self.model, self._generator))
+        return score(self._judge, groups, Snapshot.of(self.model, self._generator))
 
     def _event(self, target: Budget, widths: Mapping[str, int], seen: dict[str, Any] | None) -> dict[str, Any] | None:
         sizes = self.graph.sizes()
@@ -277,10 +361,17 @@ class Pruner:
             self._observer.load_state_dict(state["observer"])
 
 
-def require_reachable(graph: ChannelGraph, budget: Budget, scope: str = "global", round_to: int = 1) -> None:
+def require_reachable(
+    graph: ChannelGraph,
+    budget: Budget,
+    scope: str = "global",
+    round_to: int = 1,
+    shares: Mapping[str, float] | None = None,
+) -> None:
     """Raise BudgetError if no choice of channels can reach the budget; what blocks it is in the message."""
     zeros = {group.name: torch.zeros(group.size) for group in graph.groups}
-    selection = select(graph, zeros, budget, scope=scope, round_to=round_to, costs=CostModel(graph))
+    costs = CostModel(graph)
+    selection = select(graph, zeros, budget, scope=scope, round_to=round_to, costs=costs, shares=shares)
     if not selection.reached:
         raise BudgetError(budget.measure, budget.sparsity, selection.removed, selection.blocked)
 

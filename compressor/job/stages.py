@@ -17,7 +17,8 @@ from torch.optim import SGD, Optimizer
 from compressor.data import Data
 from compressor.errors import BudgetError
 from compressor.job.folder import Metrics, checkpoint
-from compressor.pruning import Pruner, PruneResult, prune
+from compressor.ledger import PruneResult
+from compressor.pruning import Pruner, prune
 from compressor.selection import Budget
 from compressor.settings import OBSERVING, Settings
 from compressor.training import HookFactory, PlainStep, TrainingConfig, recalibrate, require_scores, train

@@ -1,0 +1,127 @@
+"""Calibration: means against plain averages, and what folding them into the next layer is worth."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import relative_error, shake
+from test_surgery import same, small
+from torch import Tensor, nn
+
+import compressor
+from compressor.calibration import input_means
+from compressor.errors import InputError, UnknownNameError
+
+
+def batches(*sizes: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, 3, 8, 8, dtype=torch.float64, generator=generator) for size in sizes]
+
+
+def test_means_are_those_of_all_samples_and_positions() -> None:
+    model = shake(small())
+    found = input_means(compressor.trace(model, batches(1)[0]), batches(5, 2, 9))
+    everything = torch.cat(batches(5, 2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(found["3.weight"], model[:3](everything).mean((0, 2, 3)), rtol=1e-12, atol=0)
+        torch.testing.assert_close(found["8.weight"], model[:8](everything).mean(0), rtol=1e-12, atol=0)
+    assert found.keys() == {"3.weight", "8.weight"}
+
+
+def test_taking_means_changes_nothing() -> None:
+    model = shake(small()).train()
+    graph = compressor.trace(model, batches(1)[0])
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    input_means(graph, batches(3))
+    assert same(model.state_dict(), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training and not module._forward_pre_hooks for module in model.modules())
+
+
+def test_no_batch_has_no_mean() -> None:
+    graph = compressor.trace(shake(small()), batches(1)[0])
+    with pytest.raises(InputError, match="no batch to take means of: give at least one batch"):
+        input_means(graph, [])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_after_compensation_the_output_on_calibration_data_is_closer(seed: int) -> None:
+    data = batches(32)
+    errors = {}
+    for compensate in ("none", "mean"):
+        torch.manual_seed(seed)
+        model = shake(small(), seed)
+        with torch.no_grad():
+            expected = model(data[0])
+            how = {"calibration": data} if compensate == "mean" else {}
+            compressor.prune(model, data[0], "random", 0.5, "channels", seed=seed, compensate=compensate, **how)
+            errors[compensate] = float((model(data[0]) - expected).square().mean())
+    assert errors["mean"] < errors["none"]
+
+
+def constant_channels(chosen: list[int]) -> nn.Module:
+    """Channels of the first convolution that are constant over space and samples, whatever comes in."""
+    model = shake(small())
+    with torch.no_grad():
+        model[0].weight[chosen] = 0
+        model[3].padding = (0, 0)
+    return model
+
+
+def test_a_model_whose_removed_channels_are_constant_is_unchanged() -> None:
+    model = constant_channels([1, 4, 6])
+    data = batches(4, 3)
+    fresh = torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(fresh)
+        limits = compressor.Limits(only=["0"])
+        assert relative_error(dropped(model, data[0], fresh), expected) > 1e-3
+        result = compressor.prune(
+            model, data[0], "l1", 3 / 14 - 1e-9, "channels", limits=limits, calibration=data, compensate="mean"
+        )
+        assert result.widths["0"] == (8, 5)
+        assert relative_error(model(fresh), expected) < 1e-12
+
+
+def dropped(model: nn.Module, x: Tensor, fresh: Tensor) -> Tensor:
+    """The output without the fold."""
+    other = copy.deepcopy(model)
+    compressor.prune(other, x, "l1", 3 / 14 - 1e-9, "channels", limits=compressor.Limits(only=["0"]))
+    return other(fresh)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"compensate": "mean"}, InputError, r"compensate='mean' needs real inputs: pass calibration=\[inputs, ...\]"),
+        ({"calibration": batches(1)}, InputError, "calibration has no effect with compensate='none' and verify=False"),
+        ({"compensate": "means"}, UnknownNameError, "unknown compensation 'means': did you mean 'mean'"),
+    ],
+)
+def test_arguments_without_what_they_need_or_without_effect_are_refused(arguments, error, message) -> None:
+    model = shake(small())
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        compressor.prune(model, batches(1)[0], **arguments)
+    assert same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("criterion", ["l1", "relevance"])
+@pytest.mark.parametrize("compensate", ["mean", "none"])
+def test_compensation_while_training_keeps_the_mean_output(criterion: str, compensate: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 32), nn.ReLU(), nn.Linear(32, 2)).double()
+    x, y = torch.randn(64, 3, dtype=torch.float64), torch.randint(2, (64,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    pruner = compressor.Pruner(
+        model, x, criterion, compressor.Budget(0.5, "channels"), compressor.OneShot(1.0),
+        optimizer=optimizer, total_steps=2, collect=1, round_to=1, compensate=compensate,
+    )  # fmt: skip
+    before = model(x).mean(0)
+    for _ in range(2):
+        pruner.loss(x, y, nn.functional.cross_entropy).backward()
+        optimizer.step()
+        pruner.update()
+    assert model[0].out_features == 16
+    assert torch.allclose(model(x).mean(0), before, atol=1e-6) == (compensate == "mean")
