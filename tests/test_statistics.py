@@ -11,17 +11,19 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from compressor.errors import RangeError
+from compressor.intraining.draws import drawn, independently_drawn, strata, thinned
 from compressor.intraining.statistics import (
+    ControlVariate,
     Increment,
     RunningMean,
+    best_factor,
     contrast,
-    drawn,
+    corrected_effect,
     finite_effect,
     needed_samples,
     p_values,
     rank_correlation,
     squared_slope,
-    strata,
 )
 
 double = {"dtype": torch.float64}
@@ -69,6 +71,26 @@ def test_other_channels_are_drawn_along_in_every_block() -> None:
     assert float(together.min()) > 0.05
 
 
+def test_independent_draws_take_every_channel_once_a_block_whatever_the_others_do() -> None:
+    draw = independently_drawn(torch.zeros(40, dtype=torch.int64), 4, 4000, generator())
+    assert draw[:4].sum(0).tolist() == [1] * 40
+    assert draw.sum(0).tolist() == [1000] * 40
+    alike = torch.corrcoef(draw.T.double()).fill_diagonal_(0.0)
+    assert float(alike.abs().max()) < 0.08
+    stratified = torch.corrcoef(drawn(torch.zeros(8, dtype=torch.int64), 4, 4000, generator()).T.double())
+    assert float(stratified.fill_diagonal_(0.0).sum(0).mean()) == pytest.approx(-1.0, abs=0.01)  # one in, one out
+
+
+def test_thinned_channels_sit_out_whole_blocks() -> None:
+    draw = drawn(torch.zeros(6, dtype=torch.int64), 4, 4000, generator())
+    rate = torch.tensor([1.0, 1.0, 1.0, 0.5, 0.25, 0.0])
+    less = thinned(draw, 4, rate, generator())
+    assert not bool((less & ~draw).any())
+    assert torch.equal(less[:, :3], draw[:, :3])
+    assert less.sum(0) / 1000 == pytest.approx(rate, abs=0.05)
+    assert thinned(draw, 4, torch.ones(6), generator()) is draw
+
+
 # -- what one step says
 
 
@@ -109,6 +131,77 @@ def test_signed_dummies_have_no_mean_and_the_increments_size() -> None:
     assert dummies.totals.shape == (10, 2)
     assert dummies.totals.sum(0).tolist() == [0.0, 0.0]
     assert dummies.totals.abs().tolist() == [[1.0, 3.0]] * 10
+
+
+def uniform_draws(channels: int, batch: int, dice: torch.Generator) -> torch.Tensor:
+    draw = independently_drawn(torch.zeros(channels, dtype=torch.int64), 4, batch, dice)
+    return torch.where(draw, torch.rand(batch, channels, generator=dice, **double), 1.0)
+
+
+def bent(gates: torch.Tensor, dice: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses `sum_j k_i (1 - u_ij)^2 + noise`, with a factor `k` of each sample's own, and their gradients."""
+    own = 1 + torch.randn(len(gates), 1, generator=dice, **double)
+    losses = (own * (1 - gates).square()).sum(1) + 0.1 * torch.randn(len(gates), generator=dice, **double)
+    return losses, -2 * own * (1 - gates)
+
+
+def test_the_correction_has_no_bias_and_its_best_factor_leaves_least_variance() -> None:
+    """Over factors on a grid the variance is least at the one that `best_factor` gives, and the mean is the same."""
+    dice, grid = generator(), [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
+    found, totals, weights = {factor: [] for factor in grid}, 0.0, 0.0
+    for _ in range(3000):
+        gates = uniform_draws(3, 32, dice)
+        losses, gradients = bent(gates, dice)
+        for factor in grid:
+            found[factor].append(corrected_effect(losses, gradients, gates, torch.full((3,), factor, **double)).mean())
+        best = best_factor(losses, gradients, gates)
+        totals, weights = totals + best.totals, weights + best.weights
+    runs = {factor: torch.stack(each) for factor, each in found.items()}
+    for each in runs.values():
+        assert float(((each.mean(0) - 1.0) / each.std(0)).abs().max()) * math.sqrt(3000) < 4
+    variances = torch.stack([runs[factor].var(0) for factor in grid]).mean(1)
+    parabola = torch.linalg.lstsq(torch.vander(torch.tensor(grid, **double), 3), variances).solution
+    assert float((totals / weights).mean()) == pytest.approx(float(-parabola[1] / 2 / parabola[0]), abs=0.1)
+    assert float(variances.min() / variances[grid.index(0.0)]) < 0.9
+
+
+def test_without_a_factor_the_correction_is_none() -> None:
+    gates = uniform_draws(5, 40, generator())
+    losses, gradients = bent(gates, generator())
+    corrected = corrected_effect(losses, gradients, gates, torch.zeros(5, **double))
+    assert corrected.mean().tolist() == finite_effect(gradients, gates < 1).mean().tolist()
+
+
+@pytest.mark.parametrize("drawing", [0, 1])
+def test_a_channel_that_all_samples_or_none_drew_is_not_corrected(drawing: int) -> None:
+    gates = torch.full((6, 1), 1.0 - 0.5 * drawing, **double)
+    corrected = corrected_effect(torch.randn(6, **double), torch.ones(6, 1, **double), gates, torch.ones(1, **double))
+    assert corrected.mean().tolist() == [-1.0 * drawing]
+    best = best_factor(torch.randn(6, **double), torch.ones(6, 1, **double), gates)
+    assert best.totals.isfinite().all()
+
+
+def test_a_control_variate_keeps_the_contrast_and_takes_the_variance() -> None:
+    """Where nine tenths of a loss are the sample's own, a tenth of the variance is left."""
+    dice, control, found = generator(), ControlVariate(), []
+    for _ in range(400):
+        known, out = 3 * torch.randn(64, generator=dice), torch.rand(64, 1, generator=dice) < 0.3
+        losses = 5 + 2 * known + out[:, 0] * 1.0 + 2 * torch.randn(64, generator=dice)
+        reduced, left = control.reduce(losses, known)
+        found.append((contrast(reduced, 1 - out.float()).mean(), contrast(losses, 1 - out.float()).mean()))
+    with_, without = torch.tensor(found)[10:].T
+    assert float(with_.mean()) == pytest.approx(1.0, abs=0.1)
+    assert float(with_.var() / without.var()) == pytest.approx(0.1, abs=0.03)
+    assert float(left) == pytest.approx(4.2 / 40.2, rel=0.1)
+    assert float(control.slope.mean()) == pytest.approx(2.0, abs=0.02)
+
+
+def test_the_first_control_variate_changes_nothing() -> None:
+    """What it is to be multiplied with is not known yet, and must not come from the same losses."""
+    losses = torch.randn(8)
+    reduced, left = ControlVariate().reduce(losses, torch.randn(8))
+    assert torch.equal(reduced, losses)
+    assert float(left) == 1.0
 
 
 # -- running means

@@ -5,9 +5,34 @@ Shape letters: B samples; N channels of all groups, side by side; G groups; D du
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
 
 from compressor.errors import InputError
+
+
+@contextmanager
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Run the model in training mode without gradients; afterwards buffers and random states are as before.
+
+    What runs next draws the same dropout, so that its losses differ by the gates alone.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+def per_sample(losses: Tensor) -> Tensor:
+    """Give one loss per sample, `(B,)`, where a loss function gave one per position."""
+    return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
 
 
 class Observation:
@@ -17,6 +42,7 @@ class Observation:
         gates: `(B, N)`; their gradient is read after `backward()`.
         draw: `(B, N)` or `(B, N + D * G)` bool.
         losses: `(B,)`, detached, once they are credited.
+        ungated: `(B,)`, detached, the losses of the same samples without gates, where they are known.
         share: `(B,)`, the gradient of what `backward()` started from by every sample's loss: 1/B for a mean, times the
             factor of a gradient scaler, over the number of accumulated batches.
     """
@@ -24,17 +50,20 @@ class Observation:
     def __init__(self, gates: Tensor, draw: Tensor) -> None:
         self.gates, self.draw = gates, draw
         self.losses: Tensor | None = None
+        self.ungated: Tensor | None = None
         self.share: Tensor | None = None
         self.reached: set[str] = set()
 
-    def credit(self, losses: Tensor) -> None:
+    def credit(self, losses: Tensor, ungated: Tensor | None = None) -> None:
         """Take the losses of the samples.
 
         Args:
             losses: `(B,)`, the very tensor whose mean or sum the training step is about to differentiate.
+            ungated: `(B,)`, the losses of the same samples without gates; makes `loss` and `mixed` more precise.
 
         Raises:
-            InputError: not one loss per sample, or a model that did not pass the gates.
+            InputError: not one loss per sample, a model that did not pass the gates, or no gradients where the
+                estimator reads them.
         """
         if losses.shape != (len(self.gates),):
             raise InputError(
@@ -45,7 +74,12 @@ class Observation:
             raise InputError(
                 "the model did not run under the gates: call model.train(), and run the traced model itself, not a copy"
             )
-        self.losses = losses.detach()
+        if self.gates.requires_grad and not losses.requires_grad:
+            raise InputError(
+                "the losses carry no gradients, and this estimator reads gate gradients: leave torch.no_grad(), or use "
+                "the estimator 'loss' or 'source'"
+            )
+        self.losses, self.ungated = losses.detach(), None if ungated is None else ungated.detach()
         if losses.requires_grad:
             losses.register_hook(self._weigh)  # type: ignore[no-untyped-call]
 

@@ -17,6 +17,7 @@ Shape letters: B samples; C channels of a group; N channels of all groups, side 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -26,10 +27,22 @@ from torch import Tensor, nn
 
 from compressor.errors import InputError, RangeError, UnknownNameError
 from compressor.graph.group import ChannelGraph
+from compressor.intraining.draws import thinned
 from compressor.intraining.estimators import ESTIMATORS, Step
-from compressor.intraining.observation import Observation
-from compressor.intraining.statistics import Increment, RunningMean, drawn, p_values, rank_correlation
+from compressor.intraining.evidence import Evidence
+from compressor.intraining.observation import Observation, leaving_no_trace, per_sample
+from compressor.intraining.statistics import (
+    ControlVariate,
+    Increment,
+    RunningMean,
+    needed_samples,
+    rank_correlation,
+)
 from compressor.masks import Gates
+
+CONTROL_EVERY = 4  # steps; on one in so many the samples also run without gates, a third of a step's work
+DECIDE_EVERY = 10  # steps; after so many it is looked up which channels are relevant beyond doubt
+RELEVANT_RATE = 0.5  # these are drawn so much less often than the undecided ones
 
 
 class Relevance:
@@ -39,8 +52,12 @@ class Relevance:
         graph: the channel graph of the model that trains, on its device. Groups whose consumers show no input cannot
             be watched and are frozen.
         estimator: "soft" ranks by the finite effect from gate gradients; "loss" by the losses themselves; "gate" by
-            squared gate gradients, which add up when many channels go; "source" is the published method.
+            squared gate gradients, which add up when many channels go; "mixed" is "soft", corrected by the losses;
+            "source" is the published method.
         drop: the share of channels that a sample draws, in (0, 0.5]; rounded so that `1 / drop` is a whole number.
+        delta: a channel whose p-value is above this counts as relevant, in (0, 1]. It is then drawn half as often, so
+            that the undecided ones get the samples (not by "source", which draws all alike).
+        warmup: steps over which the share rises from 0 to `drop`.
         dummies: channels without effect per group, at least 10.
         half_life: steps after which an observation counts half; about one period between cuts.
         seed: of the draws.
@@ -57,31 +74,27 @@ class Relevance:
         *,
         estimator: str = "soft",
         drop: float = 0.15,
+        delta: float = 0.99,
+        warmup: int = 0,
         dummies: int = 100,
         half_life: float = 100.0,
         seed: int = 0,
     ) -> None:
-        _check(estimator, drop, dummies, half_life)
+        _check(estimator, drop, delta, warmup, dummies, half_life)
         self.estimator, self.steps = estimator, 0
         self._how, self._count, self._dummies_each = ESTIMATORS[estimator], round(1 / drop), dummies
-        self._graph, self._half_life = graph, half_life
+        self._delta, self._warmup = delta, warmup
+        self._graph, self._half_life, self._decay = graph, half_life, 0.5 ** (1 / half_life)
         self._gates = _watching(graph, half_life)
         parameter = next(graph.model.parameters())
         self._device, self._dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._pending: list[Observation] = []
         self._lay_out()
-        channels, groups = len(self._group_of), len(self._gates.sizes)
-        columns = channels if self._how.soft else groups
-        self._means = {
-            "relevance": RunningMean(channels, parts=2, device=self._device),
-            "dummies": RunningMean(dummies, columns, device=self._device),
-            "draws": RunningMean(channels, device=self._device),
-            "level": RunningMean(device=self._device),
-            "variance": RunningMean(device=self._device),
-        }
-        if self._how.rank:
-            self._means["rank"] = RunningMean(channels, parts=2, device=self._device)
+        self._evidence = Evidence(self._how, self._group_of, dummies, half_life)
+        self._relevant = torch.zeros(len(self._group_of), dtype=torch.bool, device=self._device)
+        self._level, self._variance = RunningMean(device=self._device), RunningMean(device=self._device)
+        self._control = ControlVariate(self._device)
 
     def _lay_out(self) -> None:
         """Note the group of every channel, `(N,)`, and of every column that is drawn."""
@@ -105,10 +118,13 @@ class Relevance:
         Raises:
             InputError: a loss that is not one per sample, a model in evaluation mode or that was not traced.
         """
+        ungated = None
+        if self._how.controlled and (self.steps + len(self._pending)) % CONTROL_EVERY == 0:
+            with leaving_no_trace(model):
+                ungated = per_sample(loss_fn(model(inputs), targets, reduction="none"))
         with self.observing(len(inputs)) as observation:
-            losses = loss_fn(model(inputs), targets, reduction="none")
-            losses = losses.flatten(1).mean(1) if losses.dim() > 1 else losses
-            observation.credit(losses)
+            losses = per_sample(loss_fn(model(inputs), targets, reduction="none"))
+            observation.credit(losses, ungated)
         return losses.mean()
 
     @contextmanager
@@ -125,12 +141,20 @@ class Relevance:
 
     def _drawn(self, batch: int) -> Observation:
         drawing = batch if self._how.per_sample else 1
-        draw = drawn(self._drawn_of, self._count, drawing, self._generator).expand(batch, -1)
+        draw = self._how.draw(self._drawn_of, self._count, drawing, self._generator)
+        draw = thinned(draw, self._count, self._rate(), self._generator).expand(batch, -1)
         out = draw[:, : len(self._group_of)]
         gates = torch.zeros(out.shape, dtype=self._dtype, device=self._device)
         if self._how.soft:
             gates.uniform_(generator=self._generator)
         return Observation(gates.masked_fill_(~out, 1.0).requires_grad_(self._how.soft), draw)
+
+    def _rate(self) -> Tensor:
+        """Give the share of its draws that every column takes up now: less in the warm-up, half if it is decided."""
+        rate = torch.ones(len(self._drawn_of), device=self._device)
+        if self._how.per_sample:
+            rate[: len(self._group_of)][self._relevant] = RELEVANT_RATE
+        return rate * min(1.0, self.steps / self._warmup) if self._warmup else rate
 
     @torch.no_grad()
     def update(self) -> None:
@@ -143,41 +167,42 @@ class Relevance:
         if not pending:
             raise InputError("update() came without a batch: call loss(...) and backward() first")
         for observation in pending:
-            step = self._measured(observation)
-            relevance = self._how.measure(step)
-            channels = len(self._group_of)
-            self._add("relevance", Increment(relevance.totals[:channels], relevance.weights[:channels]))
-            self._add("dummies", self._chance(relevance))
-            self._add("draws", _sum(step.draw[:, :channels].sum(0)))
-            if self._how.rank:
-                self._add("rank", self._how.rank(step))
+            self._evidence.add(self.steps, self._measured(observation), self._generator)
             self.steps += 1
-
-    def _add(self, name: str, increment: Increment) -> None:
-        self._means[name].add(self.steps, increment, 0.5 ** (1 / self._half_life))
-
-    def _chance(self, relevance: Increment) -> Increment:
-        """Give what the dummies add: those that were drawn along, or channels' own increments with random signs."""
-        if self._how.soft:
-            return relevance.signed(self._dummies_each, self._generator)
-        drawn_along = slice(len(self._group_of), None)
-        shape = (self._dummies_each, -1)
-        return Increment(relevance.totals[drawn_along].view(shape), relevance.weights[drawn_along].view(shape))
+            if self.steps % DECIDE_EVERY == 0:
+                self._relevant = self._evidence.p_values() > self._delta
 
     def _measured(self, observation: Observation) -> Step:
         """Bring one batch into units of the running deviation, and the deviation up to date."""
         assert observation.losses is not None
         losses = observation.losses.to(self._dtype)
         gradients = observation.gradients() if self._how.soft else torch.zeros_like(observation.gates)
-        level = self._means["level"]
+        surprise, unit = self._learned_scale(losses)
+        noise, controlled = torch.ones_like(unit), observation.ungated is not None
+        if observation.ungated is not None:
+            losses, noise = self._control.reduce(losses, observation.ungated.to(losses), self._decay)
+        return Step(
+            losses=losses * unit,
+            noise=noise,
+            controlled=controlled,
+            surprise=surprise * unit,
+            draw=observation.draw,
+            gates=observation.gates.detach(),
+            gradients=gradients * unit,
+            factor=self._evidence.factor(controlled),
+        )
+
+    def _learned_scale(self, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Give the mean loss above its running mean, and one over the running deviation; then the means go on."""
+        level = self._level
         surprise = torch.where(level.weights[0] > 0, losses.mean() - level.mean(), 0.0)
-        self._add("level", _sum(losses.mean()))
         centred = losses - losses.mean() if self._how.per_sample else surprise.expand(1)
         freedom = len(losses) - 1 if self._how.per_sample else (level.weights[0] > 1).to(losses)
-        self._add("variance", Increment(centred.square().sum(), torch.as_tensor(freedom, device=losses.device)))
-        deviation = self._means["variance"].mean().sqrt()
-        unit = torch.where(deviation > 0, 1 / deviation, 0.0)
-        return Step(losses * unit, surprise * unit, observation.draw, gradients * unit)
+        level.add(self.steps, Increment(losses.mean(), torch.ones_like(surprise)), self._decay)
+        squares = Increment(centred.square().sum(), torch.as_tensor(freedom, device=losses.device))
+        self._variance.add(self.steps, squares, self._decay)
+        deviation = self._variance.mean().sqrt()
+        return surprise, torch.where(deviation > 0, 1 / deviation, 0.0)
 
     # -- what is known
 
@@ -186,33 +211,26 @@ class Relevance:
 
         Relevance in deviations of the loss; for the estimator "gate" half the mean square of its slope.
         """
-        ranking = self._means["rank"].mean() if "rank" in self._means else self._above_chance()
-        return self._by_group(ranking)
-
-    def _above_chance(self) -> Tensor:
-        # NOTE: Subsets of fixed size make relevance a contrast with the other channels; the dummies shift alike.
-        return self._means["relevance"].mean() - self._dummies().mean(0)
-
-    def _dummies(self) -> Tensor:
-        """Give the dummies that each channel is compared with, `(D, N)`."""
-        dummies = self._means["dummies"].mean()
-        return dummies if self._how.soft else dummies[:, self._group_of]
+        return self._by_group(self._evidence.ranking())
 
     def _by_group(self, values: Tensor) -> dict[str, Tensor]:
         return self._gates.split(values.float())
 
     def p_values(self) -> dict[str, Tensor]:
         """Give `(C,)` by group name: how surely a channel saves more loss than a dummy; larger means more surely."""
-        return self._by_group(p_values(self._means["relevance"].mean(), self._dummies()))
+        return self._by_group(self._evidence.p_values())
+
+    def undecided(self) -> dict[str, Tensor]:
+        """Give `(C,)` bool by group name: channels that cannot be told from chance, `1 - delta <= p <= delta`."""
+        return {name: (p <= self._delta) & (p >= 1 - self._delta) for name, p in self.p_values().items()}
 
     def reliability(self) -> dict[str, float]:
         """Give by group name how well two halves of the steps agree on the ranking: their rank correlation.
 
         It is not corrected for the halves' length (Spearman-Brown). Below 0.3 the ranking is as good as random.
         """
-        first, second = self._means["rank" if "rank" in self._means else "relevance"].halves()
-        pairs = zip(self._gates.split(first).items(), self._gates.split(second).values(), strict=True)
-        return {name: rank_correlation(one, other) for (name, one), other in pairs}
+        first, second = (self._gates.split(half) for half in self._evidence.halves())
+        return {name: rank_correlation(one, second[name]) for name, one in first.items()}
 
     def means(self) -> dict[str, Tensor]:
         """Give the running mean of every consumer's input, `(D,)` by weight name: what a cut folds."""
@@ -221,23 +239,30 @@ class Relevance:
     def record(self) -> dict[str, Any]:
         """Give a JSON-able summary by group name.
 
-        `r` and `p` of every channel; over the group the mean number of samples that drew a channel (`n`, forgotten ones
-        counted in part), the dummies' mean and spread, and the reliability of the ranking.
+        Of every channel its relevance `r`, its `p`, and the number of samples that drew it (`n`, forgotten ones counted
+        in part); of its dummies the mean and the spread. Over the group the number of undecided channels, and the
+        reliability of the ranking.
         """
-        relevance, p = self._by_group(self._means["relevance"].mean()), self.p_values()
-        centre, spread = self._by_group(self._dummies().mean(0)), self._by_group(self._dummies().std(0))
-        draws, reliability = self._by_group(self._means["draws"].totals[0]), self.reliability()
+        columns = {key: self._by_group(values) for key, values in self._evidence.record().items()}
+        undecided, reliability = self.undecided(), self.reliability()
         return {
-            name: {
-                "r": _rounded(relevance[name]),
-                "p": _rounded(p[name]),
-                "n": round(float(draws[name].mean()), 1),
-                "dummies_mean": float(centre[name].mean()),
-                "dummies_spread": float(spread[name].mean()),
-                "reliability": reliability[name],
-            }
+            name: {key: _rounded(groups[name]) for key, groups in columns.items()}
+            | {"undecided": int(undecided[name].sum()), "reliability": reliability[name]}
             for name in self._gates.sizes
         }
+
+    def needed_steps(self, batch_size: int) -> int:
+        """Give how many steps it takes to resolve a channel that saves one deviation of the loss.
+
+        At `delta`, with a power of 80 %: the strongest effect that can be hoped for, as for a fair part of the samples
+        the channel alone would decide between a good and a bad loss. Gate gradients are as uncertain as they are large
+        (`V = g^2`), so this holds for them too. For "source" one batch is one observation.
+        """
+        z_delta, z_power = float(torch.special.ndtri(torch.tensor(self._delta))), 0.84
+        if not 0 < z_delta + z_power < math.inf:
+            return 1
+        samples = needed_samples(1.0, 1.0, 1 / self._count, z_delta, z_power)
+        return -(-samples // (batch_size if self._how.per_sample else 1))
 
     # -- cuts and checkpoints
 
@@ -256,12 +281,10 @@ class Relevance:
         stays = [_kept(before, keep, name, size) for name, size in after.sizes.items()]
         columns, names = torch.cat(stays), list(before)
         groups = torch.tensor([names.index(name) for name in after.sizes], device=self._device)
-        for name, mean in self._means.items():
-            if name in ("relevance", "draws", "rank"):
-                mean.narrow(columns)
-        self._means["dummies"].narrow(columns if self._how.soft else groups)
         self._graph, self._gates, self._pending = graph, after, []
         self._lay_out()
+        self._evidence.narrow(columns, groups, self._group_of)
+        self._relevant = self._relevant[columns]
 
     def state_dict(self) -> dict[str, Any]:
         """Give everything that is needed to go on later, as plain tensors and numbers; batches under way are not."""
@@ -270,10 +293,16 @@ class Relevance:
             "estimator": self.estimator,
             "dummies": self._dummies_each,
             "sizes": dict(self._gates.sizes),
-            "means": {name: mean.state_dict() for name, mean in self._means.items()},
+            "evidence": self._evidence.state_dict(),
+            "running": {name: mean.state_dict() for name, mean in self._running().items()},
             "gates": self._gates.state_dict(),
+            "relevant": self._relevant.clone(),
             "generator": self._generator.get_state(),
         }
+
+    def _running(self) -> dict[str, RunningMean]:
+        means = {"level": self._level, "variance": self._variance}
+        return means | {"control": self._control.slope, "rest": self._control.rest}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`. Groups that it does not know had been frozen, and are frozen again.
@@ -289,15 +318,14 @@ class Relevance:
         self._graph.freeze(self._gates.sizes.keys() - sizes.keys(), "frozen before the run was interrupted")
         self._gates = Gates(self._graph, half_life=self._half_life)
         self._lay_out()
-        for name, mean in self._means.items():
-            mean.load_state_dict(state["means"][name])
+        self._evidence = Evidence(self._how, self._group_of, self._dummies_each, self._half_life)
+        self._evidence.load_state_dict(state["evidence"])
+        for name, mean in self._running().items():
+            mean.load_state_dict(state["running"][name])
         self._gates.load_state_dict(state["gates"])
+        self._relevant = state["relevant"].to(self._device, copy=True)
         self._generator.set_state(state["generator"].cpu())
         self.steps, self._pending = int(state["steps"]), []
-
-
-def _sum(values: Tensor) -> Increment:
-    return Increment(values.float(), torch.ones_like(values, dtype=torch.float32))
 
 
 def _kept(before: Mapping[str, Tensor], keep: Mapping[str, Tensor], name: str, size: int) -> Tensor:
@@ -324,11 +352,15 @@ def _rounded(values: Tensor) -> list[float]:
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
-def _check(estimator: str, drop: float, dummies: int, half_life: float) -> None:
+def _check(estimator: str, drop: float, delta: float, warmup: int, dummies: int, half_life: float) -> None:
     if estimator not in ESTIMATORS:
         raise UnknownNameError("relevance estimator", estimator, ESTIMATORS)
     if not 0 < drop <= 0.5:
         raise RangeError("drop", drop, "(0, 0.5]")
+    if not 0 < delta <= 1:
+        raise RangeError("delta", delta, "(0, 1]")
+    if warmup < 0:
+        raise RangeError("warmup", warmup, "0, 1, 2, ... steps")
     if dummies < 10:
         raise RangeError("dummies", dummies, "10, 11, ...; 100 are usual")
     if not half_life > 0:

@@ -1,4 +1,4 @@
-"""The statistics of relevance: who is drawn, what one step says about a channel, and when to believe it.
+"""The statistics of relevance: what one step says about a channel, and when to believe it.
 
 Relevance is the loss that a channel saves, `E[loss | out] - E[loss | in]`: larger means keep. Everything here is a
 function of plain tensors; no model is in sight.
@@ -21,48 +21,6 @@ from torch import Tensor
 
 from compressor.errors import RangeError
 
-# -- who is drawn
-
-
-def strata(group_of: Tensor, count: int, blocks: int, generator: torch.Generator | None = None) -> Tensor:
-    """Deal the channels of every group at random into `count` strata, whose sizes differ by one at most.
-
-    Args:
-        group_of: `(N,)` int64, the group of every channel.
-        count: number of strata; each is drawn by one sample in `count`.
-        blocks: how many times to deal.
-
-    Returns:
-        `(blocks, N)` int64 in `[0, count)`.
-    """
-    shape = (blocks, len(group_of))
-    dice = torch.rand(shape, dtype=torch.float64, generator=generator, device=group_of.device)
-    order = (group_of + dice).argsort(dim=1)
-    sizes = torch.bincount(group_of)
-    rank = torch.arange(len(group_of), device=group_of.device) - (sizes.cumsum(0) - sizes)[group_of[order]]
-    return torch.empty_like(order).scatter_(1, order, rank % count)
-
-
-def drawn(group_of: Tensor, count: int, batch: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw for every sample one in `count` channels of every group, so that `count` samples draw each channel once.
-
-    NOTE: The channels are dealt anew for every block of `count` samples. One deal for the whole batch would let the
-    same channels always go together, and their effects, useful ones' and dummies', could not be told apart.
-
-    Args:
-        group_of: `(N,)` int64, the group of every channel.
-        count: one channel in so many is drawn.
-        batch: `B`.
-
-    Returns:
-        `(B, N)` bool.
-    """
-    samples = torch.arange(batch, device=group_of.device)
-    stratum = strata(group_of, count, -(-batch // count), generator)[samples // count]
-    offset = torch.randint(count, (), generator=generator, device=group_of.device)
-    return stratum == ((samples + offset) % count).unsqueeze(1)
-
-
 # -- what one step says
 
 
@@ -81,6 +39,14 @@ class Increment:
         device = self.totals.device
         signs = torch.randperm(count, generator=generator, device=device).remainder(2).mul(2).sub(1).to(self.totals)
         return Increment(torch.outer(signs, self.totals), self.weights.expand(count, -1))
+
+    def times(self, factor: Tensor) -> Increment:
+        """Give the same mean with `factor` times the weight: one over its variance combines means best."""
+        return Increment(self.totals * factor, self.weights * factor)
+
+    def mean(self) -> Tensor:
+        """Give what the step says by itself; 0 where it says nothing."""
+        return _ratio(self.totals, self.weights)
 
 
 def contrast(losses: Tensor, gates: Tensor) -> Increment:
@@ -109,6 +75,54 @@ def finite_effect(gradients: Tensor, draw: Tensor) -> Increment:
     return Increment(-(gradients * draw).sum(0), draw.sum(0).to(gradients))
 
 
+def corrected_effect(losses: Tensor, gradients: Tensor, gates: Tensor, factor: Tensor) -> Increment:
+    """Give `finite_effect`, corrected by what the losses say about the same gates: `A_j + c_j (X_j - Y_j)`.
+
+    Let `l(u)` be the expected loss at gate `u` of channel `j`, given all others. By parts, with `u ~ U(0, 1)`,
+
+        E[l(u)] - l(1) = -int_0^1 u l'(u) du = E[-u l'(u)].
+
+    The left side is seen in the losses: `X_j`, the mean of `e_i` over samples that drew `j` minus that over those that
+    did not. The right side is seen in the gradients: `Y_j`, the mean of `-u_ij g_ij` over samples that drew it. Their
+    difference is zero in expectation if the others are drawn independently of `j` (`independently_drawn`), so it may
+    correct `A_j`, the mean of `-g_ij`, by any factor `c_j` that was chosen before this step; `best_factor` says which.
+
+    Args:
+        losses: `(B,)`.
+        gradients, gates: `(B, N)`; a channel was drawn where its gate is below 1.
+        factor: `(N,)`; at 0 this is `finite_effect`.
+    """
+    draw = gates < 1
+    effect = finite_effect(gradients, draw)
+    seen, foretold = contrast(losses, 1 - draw.to(losses)), finite_effect(gradients * gates, draw)
+    difference = torch.where(seen.weights > 0, seen.mean() - foretold.mean(), 0.0)
+    return Increment(effect.totals + factor * effect.weights * difference, effect.weights)
+
+
+def best_factor(losses: Tensor, gradients: Tensor, gates: Tensor) -> Increment:
+    """Give the factor that `corrected_effect` should have had: `c = -Cov(A, X - Y) / Var(X - Y)`, `(N,)`.
+
+    Both are sums over samples: with `n` of `B` samples that drew the channel, those add `-g / n` to `A`, and
+    `e / n + u g / n` to `X - Y`; the others add `-e / (B - n)` to that. The losses' share is large where they resolve
+    little, and `c` is then near 0.
+
+    Args: as for `corrected_effect`.
+    """
+    draw = (gates < 1).to(losses)
+    count = draw.sum(0).clamp(min=1)
+    rest = (len(losses) - count).clamp(min=1)
+    centred = (losses - losses.mean()).unsqueeze(1)
+    effect = _centred(-gradients, draw, count) / count
+    difference = _centred(centred + gates * gradients, draw, count) / count
+    others = _centred(centred.expand_as(draw), 1 - draw, rest) / rest
+    return Increment(-(effect * difference).sum(0), (difference.square() + others.square()).sum(0))
+
+
+def _centred(values: Tensor, chosen: Tensor, count: Tensor) -> Tensor:
+    """Give the chosen values of every column, less their mean; 0 for the others."""
+    return chosen * (values - (values * chosen).sum(0) / count)
+
+
 def squared_slope(gradients: Tensor) -> Increment:
     """Give `Q_j`, half the mean of `(dl_i/du_ij)^2`: what adds up when many channels go.
 
@@ -120,6 +134,37 @@ def squared_slope(gradients: Tensor) -> Increment:
 
 
 # -- running sums
+
+
+class ControlVariate:
+    """Takes from the losses under the gates what the same samples' losses without gates foretell.
+
+    `e_i = l_i - beta d_i`, with `d_i` the loss of the same sample when nothing is excluded. `d_i` does not know who was
+    drawn, so any `beta` chosen before this step leaves contrasts without bias; `beta = Cov(l, d) / Var(d)` leaves the
+    share `1 - rho^2` of their variance. Both come from running sums, centred within the batch.
+
+    Attributes:
+        slope: the running regression of `l` on `d`: `beta`.
+        rest: the running share of the variance that is left: `1 - rho^2`.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.slope, self.rest = RunningMean(device=device), RunningMean(device=device)
+
+    def reduce(self, losses: Tensor, ungated: Tensor, decay: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Give `e_i`, `(B,)`, and the share of the variance that is expected to be left, `()`; then learn.
+
+        Args:
+            losses: `(B,)`, under the gates.
+            ungated: `(B,)`, of the same samples without gates.
+            decay: by how much what was learned before counts less.
+        """
+        beta = self.slope.mean()
+        share = torch.where(self.rest.weights[0] > 0, self.rest.mean(), 1.0)
+        centred, known = losses - losses.mean(), ungated - ungated.mean()
+        self.rest.add(0, Increment((centred - beta * known).square().sum(), centred.square().sum()), decay)
+        self.slope.add(0, Increment(centred @ known, known.square().sum()), decay)
+        return losses - beta * ungated, share
 
 
 class RunningMean:
