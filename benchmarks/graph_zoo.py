@@ -36,8 +36,8 @@ from compressor.latency import machine
 CHECKED = (
     "Double precision, fresh weights, shaken BatchNorm statistics, scales and biases. Half the channels of every exact "
     "group are cut. `error` is the largest relative difference between the cut and the silenced model "
-    f"(right: at most {TOLERANCE}), `effect` that between the silenced and the whole one. Then half of every other "
-    "group is cut, and the model must still run. A group that refuses is frozen with the reason. `right`: exact groups "
+    f"(right: at most {TOLERANCE[torch.float64]}), `effect` that between the silenced and the whole one. Then half of "
+    "every other group is cut, and the model must still run. A group that refuses is frozen. `right`: exact groups "
     "were cut, and rightly; `runs`: only groups that are not exact; `refused`: nothing was cut. `build ms` and `cut "
     "ms` are of one run, for orientation."
 )
@@ -49,7 +49,8 @@ TIMED = (
 )
 NOTES = {
     "torchvision": CHECKED + TIMED,
-    "dense": CHECKED + " Detectors are compared by backbone and heads, before boxes are sorted and suppressed.",
+    "dense": CHECKED + " Detectors are compared by backbone and heads, before boxes are sorted and "
+    f"suppressed; RAFT in single precision, to {TOLERANCE[torch.float32]}.",
     "timm": CHECKED + " Chosen by `benchmarks/zoo/choose.py`.",
     "growth": "Trace and cut of half, single precision, medians of n. A channel-member is one channel on one dimension "
     "of one tensor.",

@@ -82,7 +82,9 @@ def _video(name: str) -> Case:
 
 
 def _flow(name: str) -> Case:
-    return Case(name, _torchvision(name), lambda: (image(1, 3, 128, 128), image(1, 3, 128, 128)))
+    """RAFT makes its grid of coordinates in single precision, whatever the precision of its images is."""
+    build = _torchvision(name)
+    return Case(name, build, lambda: (image(1, 3, 128, 128), image(1, 3, 128, 128)), dtype=torch.float32)
 
 
 # -- timm
