@@ -236,13 +236,18 @@ def inspect_(
     factory: Factory = "",
     image_size: ImageSize = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    svg: Annotated[Path | None, typer.Option(help="Also draw the channel graph into this file, for a browser.")] = None,
 ) -> None:
     """Show which channels of a model can be cut together, what each costs, and what is frozen and why."""
+    if svg and svg.suffix != ".svg":
+        raise InputError(f"--svg {svg} is not the name of a picture: give one that ends in .svg, as in --svg graph.svg")
     import torch
 
     from compressor import models
+    from compressor.files import written_beside
     from compressor.graph.trace import trace
     from compressor.job import saved
+    from compressor.report.graph_picture import graph_picture
     from compressor.report.inspection import inspection
 
     if model.endswith(".safetensors"):
@@ -250,7 +255,11 @@ def inspect_(
     else:
         side = image_size or 224
         network, shape = models.build(model, classes=classes, stem=stem, seed=0), (3, side, side)
-    found = inspection(trace(network, torch.zeros(1, *shape)))
+    graph = trace(network, torch.zeros(1, *shape))
+    if svg:
+        with written_beside(svg) as part:
+            part.write_text(graph_picture(graph), encoding="utf-8")
+    found = inspection(graph)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
