@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from compressor.costs import CostModel
 from compressor.graph.group import ChannelGraph
@@ -36,20 +37,39 @@ class PruneResult:
 
 
 class Ledger:
-    """The books of a pruning: what there was before, and what there is now."""
+    """The books of a pruning: what there was before, and what there is now.
+
+    Attributes:
+        graph: read anew for every answer.
+        widths: by group, the number of channels before.
+        before: by measure, the count before.
+    """
 
     def __init__(self, graph: ChannelGraph) -> None:
         self.graph = graph
         self.widths = graph.sizes()
+        self._known = dict(self.widths)
         self.before = self._counts()
+
+    def _sizes(self) -> dict[str, int]:
+        """Give the number of channels of every group now; of one that has left the graph, its number until then."""
+        self._known |= {name: size for name, size in self.graph.sizes().items() if name in self.widths}
+        return self._known
+
+    def _outside(self) -> int:
+        """Give the number of channels in groups that have left the graph: refused, or narrowed to a single channel."""
+        return sum(size for name, size in self._sizes().items() if name not in self.graph.sizes())
+
+    def refused(self) -> list[str]:
+        """List the groups that were frozen meanwhile; a lone channel is no group when the graph is made anew."""
+        return [name for name, size in self._sizes().items() if name not in self.graph.sizes() and size > 1]
 
     def _counts(self) -> dict[str, int]:
         costs, sizes = CostModel(self.graph), self.graph.sizes()
-        fixed = sum(width for name, width in self.widths.items() if name not in sizes)
         return {
             "params": costs.params(sizes),
             "macs": costs.macs(sizes),
-            "channels": costs.channels(sizes) + fixed,
+            "channels": costs.channels(sizes) + self._outside(),
         }
 
     def remaining(self, budget: Budget) -> Budget | None:
@@ -59,9 +79,8 @@ class Ledger:
 
         Groups that were frozen meanwhile count as channels of the whole model, but can lose none.
         """
-        sizes = self.graph.sizes()
-        stuck = sum(width for name, width in self.widths.items() if name not in sizes)
-        goal = budget.goal(self.before[budget.measure]) - (stuck if budget.measure == "channels" else 0)
+        stuck = self._outside() if budget.measure == "channels" else 0
+        goal = budget.goal(self.before[budget.measure]) - stuck
         now = CostModel(self.graph).dense[budget.measure]
         if now <= goal or not now:
             return None
@@ -70,20 +89,26 @@ class Ledger:
 
     def result(self, budget: Budget, blocked: Sequence[str] = ()) -> PruneResult:
         """Balance the books."""
-        now, sizes = self._counts(), self.graph.sizes()
-        pairs = {measure: (self.before[measure], now[measure]) for measure in now}
+        now, sizes = self._counts(), self._sizes()
         whole = self.before[budget.measure]
         removed = 1 - now[budget.measure] / whole if whole else 0.0
         reached = now[budget.measure] <= budget.goal(whole)
-        refused = [f"{name}: its cut was refused" for name in self.widths if name not in sizes]
         return PruneResult(
             reached=reached,
             measure=budget.measure,
             asked=budget.sparsity,
             removed=removed,
-            widths={name: (width, sizes.get(name, width)) for name, width in self.widths.items()},
-            params=pairs["params"],
-            macs=pairs["macs"],
-            channels=pairs["channels"],
-            blocked=() if reached else (*blocked, *refused),
+            params=(self.before["params"], now["params"]),
+            macs=(self.before["macs"], now["macs"]),
+            channels=(self.before["channels"], now["channels"]),
+            widths={name: (width, sizes[name]) for name, width in self.widths.items()},
+            blocked=() if reached else (*blocked, *(f"{name}: its cut was refused" for name in self.refused())),
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the books as plain numbers."""
+        return {"widths": dict(self.widths), "before": dict(self.before), "sizes": dict(self._sizes())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the books of `state_dict()`."""
+        self.widths, self.before, self._known = dict(state["widths"]), dict(state["before"]), dict(state["sizes"])
