@@ -126,24 +126,41 @@ def half(graph: ChannelGraph, exact: bool | None = None, seed: int = 0) -> dict[
 
 
 def _cut_and_compare(graph: ChannelGraph, heads: Sequence[str], step: str, whole: Sequence[Tensor], row: Row) -> None:
-    """Cut half of every group of a kind. A group that refuses is frozen, and the others are tried again without it."""
-    while keep := {n: kept for n, kept in half(graph, step == "exact").items() if len(kept) < graph[n].size}:
-        expected = _silenced_outputs(graph, keep, heads) if step == "exact" else []
+    """Cut half of every group of a kind, and hold the outputs against those of the silenced model."""
+    keep = _accepted(graph, step == "exact", row)
+    if not keep:
+        return
+    expected = _silenced_outputs(graph, keep, heads) if step == "exact" else []
+    start = time.perf_counter()
+    compressor.cut(graph, keep)
+    row["cut ms"] = row.get("cut ms", 0.0) + 1e3 * (time.perf_counter() - start)
+    row[f"{step} cut"] = len(keep)
+    if expected:
+        row["effect"] = relative_error(expected, whole)
+    _compare(graph, heads, expected, row)
+
+
+class _Accepted(Exception):
+    """The cut would go through."""
+
+
+def _take_back() -> None:
+    raise _Accepted
+
+
+def _accepted(graph: ChannelGraph, exact: bool, row: Row) -> dict[str, Tensor]:
+    """Find out which groups can be cut; nothing is. One that refuses is frozen, the others are tried without it."""
+    while keep := {name: kept for name, kept in half(graph, exact).items() if len(kept) < graph[name].size}:
         try:
-            start = time.perf_counter()
-            compressor.cut(graph, keep)
+            compressor.cut(graph, keep, check=_take_back)
+        except _Accepted:
+            break
         except CutError as refusal:
             if not set(refusal.groups) & set(graph.sizes()):
                 raise
             row["refused"] += len(refusal.groups)
             graph.freeze(refusal.groups, refusal.reason)
-            continue
-        row[f"{step} cut"] = len(keep)
-        row["cut ms"] = row.get("cut ms", 0.0) + 1e3 * (time.perf_counter() - start)
-        if expected:
-            row["effect"] = relative_error(expected, whole)
-        _compare(graph, heads, expected, row)
-        return
+    return keep
 
 
 def _compare(graph: ChannelGraph, heads: Sequence[str], expected: Sequence[Tensor], row: Row) -> None:
