@@ -444,3 +444,14 @@ def test_update_needs_the_gradients_of_the_step() -> None:
         InputError, match=r"update\(\) found no gradients: call it after backward\(\) and before zero_grad"
     ):
         training.update()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_limits_say_which_groups_lose_channels(criterion: str) -> None:
+    limits = compressor.Limits(keep=["0"])
+    _, optimizer, training = made(criterion, "channel", limits=limits, round_to=1, budget=compressor.Budget(0.4))
+    list(steps(training, optimizer, range(40)))
+    assert training.result().reached
+    assert training.result().widths["0"] == (32, 32)
+    with pytest.raises(InputError, match="limits has no effect on single weights"):
+        made(criterion, "weight", limits=limits)

@@ -95,7 +95,7 @@ def test_magnitude_follows_the_schedule_to_its_end() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("rigl", 100, None, None), InputError, r"every 100 steps until 75% of 100 are over, so never.*give collect = 5"),
+        (("rigl", 100, None, None), InputError, r"every 100 steps until 75% of 100 are.*give collect = 5"),
         (("set", 10, 10, None), InputError, "set changes its masks every 10 steps until 100% of 10 are over, so never"),
         (("set", 10, None, None), InputError, r"set changes its masks once an epoch: give collect=len\(loader\)"),
         (("rigl", 1000, None, Cubic(0, 1)), InputError, "a schedule has no effect with rigl"),

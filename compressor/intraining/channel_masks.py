@@ -27,20 +27,26 @@ class ChannelMasks(Units):
     """Which channels are on, `(C,)` by group.
 
     Args:
-        graph, optimizers: as for `Units`. Groups whose channels cannot be switched are frozen, with the reason.
+        graph, optimizers, budget: as for `Units`. Groups whose channels cannot be switched are frozen, with the reason.
         allocation: "erk" or "uniform" say how sparse each group is; "global" ranks all channels together.
-        measure: of what the budget is a share.
         round_to: groups that lose channels end with a multiple of this.
+        shares: by group, the share of its own channels that is off, whatever the budget.
 
     Raises:
         InputError: no channel can be switched, or an optimizer does not hold a consumer's weight.
     """
 
     def __init__(
-        self, graph: ChannelGraph, optimizers: Iterable[Optimizer], allocation: str, measure: str, round_to: int
+        self,
+        graph: ChannelGraph,
+        optimizers: Iterable[Optimizer],
+        budget: Budget,
+        allocation: str,
+        round_to: int,
+        shares: Mapping[str, float],
     ) -> None:
-        super().__init__(graph, optimizers)
-        self._allocation, self._round_to, self.measure = allocation, round_to, measure
+        super().__init__(graph, optimizers, budget)
+        self._allocation, self._round_to, self._shares = allocation, round_to, shares
         _freeze_fixed(graph)
         consumers = [member.tensor for group in graph.groups for member in group.of_role("consumer")]
         require_trained(consumers, graph.model, self._optimizers)
@@ -72,24 +78,25 @@ class ChannelMasks(Units):
             group.name: torch.linalg.vector_norm(group.rows(tensors, "consumer"), dim=1) for group in self.graph.groups
         }
 
-    def best(self, scores: Mapping[str, Tensor], budget: Budget) -> Masks:
-        """Give the masks that meet the budget, as `compressor.selection.select` does.
+    def best(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
+        """Give the masks that meet the due share of the budget, as `compressor.selection.select` does.
 
         Raises:
             BudgetError: no choice of channels can meet it.
         """
-        erk = self._allocation == "erk"
+        erk, due = self._allocation == "erk", Budget(self._budget.sparsity * share, self._budget.measure)
         selection = select(
             self.graph,
             self._erk_places(scores) if erk else scores,
-            budget,
+            due,
             costs=CostModel(self.graph),
             scope="local" if self._allocation == "uniform" else "global",
             round_to=self._round_to,
+            shares={name: mine * share for name, mine in self._shares.items() if name in self.masks},
             normalise=not erk,
         )
         if not selection.reached:
-            raise BudgetError(budget.measure, budget.sparsity, selection.removed, selection.blocked)
+            raise BudgetError(due.measure, due.sparsity, selection.removed, selection.blocked)
         return {name: _marked(mask, selection.keep.get(name)) for name, mask in self.masks.items()}
 
     def _erk_places(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -123,7 +130,7 @@ class ChannelMasks(Units):
                 zeros[member.tensor] = zeros[member.tensor] | where if member.tensor in zeros else where
         return {name: where for name, where in zeros.items() if where.any()}
 
-    def settle(self, budget: Budget) -> None:
+    def settle(self) -> None:
         """Try a cut that meets the budget and take it back; groups that refuse are frozen.
 
         Raises:
@@ -131,7 +138,7 @@ class ChannelMasks(Units):
         """
         while True:
             try:
-                cut(self.graph, _kept(self.best(self.values(), budget)), self._optimizers, check=_take_back)
+                cut(self.graph, _kept(self.best(self.values())), self._optimizers, check=_take_back)
             except _TakenBack:
                 break
             except CutError as refusal:

@@ -30,6 +30,7 @@ from compressor.intraining.timetable import timetable
 from compressor.intraining.units import Masks, Units
 from compressor.intraining.weight_masks import WeightMasks
 from compressor.ledger import Ledger, PruneResult
+from compressor.limits import Limits
 from compressor.schedules import Schedule
 from compressor.selection import Budget
 
@@ -55,7 +56,8 @@ class SparseTraining:
             "magnitude" also "global", which ranks everything together.
         collect: steps between two changes of the masks. By default 100 with "rigl", a twentieth of the training with
             "magnitude"; "set" needs the steps of an epoch.
-        round_to: on channels, counts become multiples of this.
+        round_to: on channels, counts become multiples of this; 8 by default.
+        limits: on channels, as for `compressor.prune`.
         seed: of what is drawn.
 
     Raises:
@@ -82,21 +84,23 @@ class SparseTraining:
         allocation: str | None = None,
         collect: int | None = None,
         round_to: int | None = None,
+        limits: Limits | None = None,
         seed: int = 0,
     ) -> None:
         self.model, self.budget, self.step = model, budget or Budget(0.5), 0
         allocation = allocation or ("uniform" if criterion == "magnitude" else "erk")
-        _check(criterion, granularity, allocation, self.budget, round_to)
+        _check(criterion, granularity, allocation, self.budget, round_to, limits)
         self._about = {"criterion": criterion, "granularity": granularity, "allocation": allocation}
         self._regrowth = METHODS[criterion]
         self._timetable = timetable(criterion, total_steps, collect, schedule)
         self.graph = trace(model, example_inputs)
         self._ledger = Ledger(self.graph)
+        shares = limits.shares(self.graph) if limits else {}
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._units: Units = (
-            WeightMasks(self.graph, optimizers, allocation)
+            WeightMasks(self.graph, optimizers, self.budget, allocation)
             if granularity == "weight"
-            else ChannelMasks(self.graph, optimizers, allocation, self.budget.measure, round_to or 8)
+            else ChannelMasks(self.graph, optimizers, self.budget, allocation, round_to or 8, shares)
         )
         self._whole = _count(self._units.masks)
         self._generator = torch.Generator().manual_seed(seed)
@@ -128,9 +132,9 @@ class SparseTraining:
     def _begin(self) -> None:
         # NOTE: Not when the object is made: the weights of a run that goes on must not be masked anew.
         if not self._begun:
-            self._units.settle(self.budget)
+            self._units.settle()
             if self._regrowth:
-                self._units.switch(self._units.best(self._random(), self.budget))
+                self._units.switch(self._units.best(self._random()))
             self._begun = True
 
     def update(self) -> dict[str, Any] | None:
@@ -173,8 +177,7 @@ class SparseTraining:
 
     def _thinned(self, share: float) -> Masks:
         """Give masks that meet that share of the budget; what is off stays off."""
-        due = Budget(self.budget.sparsity * share, self.budget.measure)
-        wanted = self._units.best(_strengths(self._units.values(), self.masks), due)
+        wanted = self._units.best(_strengths(self._units.values(), self.masks), share)
         return {name: mask & wanted[name] for name, mask in self.masks.items()}
 
     def _event(self, before: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -207,7 +210,7 @@ class SparseTraining:
         blocked = () if reached else ("at least one weight of every layer stays",)
         return replace(
             cut,
-            measure=self._units.measure,
+            measure="weights",
             removed=1 - on / self._whole,
             reached=reached,
             blocked=blocked,
@@ -278,6 +281,7 @@ def _check(
     allocation: str,
     budget: Budget,
     round_to: int | None,
+    limits: Limits | None,
 ) -> None:
     """Refuse names that do not exist and what would have no effect."""
     tables = {
@@ -292,8 +296,9 @@ def _check(
         raise InputError(
             f"{criterion} begins at random, so there is nothing to rank: give allocation 'erk' or 'uniform'"
         )
-    if granularity == "weight" and round_to is not None:
-        raise InputError("round_to has no effect on single weights: leave it out, or give granularity 'channel'")
+    for name, given in (("round_to", round_to), ("limits", limits)):
+        if granularity == "weight" and given:
+            raise InputError(f"{name} has no effect on single weights: leave it out, or give granularity 'channel'")
     if granularity == "weight" and budget.measure != "params":
         raise InputError(
             f"a budget of {budget.measure} cannot be met by single weights: give Budget({budget.sparsity:g}, 'params') "

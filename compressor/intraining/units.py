@@ -26,16 +26,14 @@ class Units(ABC):
     Args:
         graph: the channel graph of the model.
         optimizers: those that train it.
+        budget: what is off at the end.
 
     Attributes:
         masks: by name of a layer (or group), bool, True where a unit is on. Change them by `switch` alone.
-        measure: what the share of the units that are off is called.
     """
 
-    measure: str
-
-    def __init__(self, graph: ChannelGraph, optimizers: Iterable[Optimizer]) -> None:
-        self.graph, self.masks = graph, Masks()
+    def __init__(self, graph: ChannelGraph, optimizers: Iterable[Optimizer], budget: Budget) -> None:
+        self.graph, self.masks, self._budget = graph, Masks(), budget
         self._optimizers = list(optimizers)
         self._zeros = dict[str, Tensor]()
 
@@ -48,8 +46,8 @@ class Units(ABC):
         """Give the magnitude of the loss's gradient by each unit, on or off, of the masks' shapes."""
 
     @abstractmethod
-    def best(self, scores: Mapping[str, Tensor], budget: Budget) -> Masks:
-        """Give the masks that meet a budget and leave those units on that score highest.
+    def best(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
+        """Give the masks that meet that share of the budget and leave those units on that score highest.
 
         Raises:
             BudgetError: no masks can meet it.
@@ -60,7 +58,7 @@ class Units(ABC):
         """Give by parameter, where the masks want zeros: bool, broadcastable to its shape."""
 
     @abstractmethod
-    def settle(self, budget: Budget) -> None:
+    def settle(self) -> None:
         """Find out which channels cannot go and freeze them, before anything is switched off.
 
         Raises:

@@ -26,17 +26,15 @@ class WeightMasks(Units):
     """Which single weights are on.
 
     Args:
-        graph, optimizers: as for `Units`.
+        graph, optimizers, budget: as for `Units`; the budget is a share of all weights that can be masked.
         allocation: "erk" or "uniform" say how sparse each layer is; "global" ranks all weights together.
 
     Raises:
         InputError: no convolution or Linear to mask, or an optimizer that does not hold one.
     """
 
-    measure = "weights"
-
-    def __init__(self, graph: ChannelGraph, optimizers: Iterable[Optimizer], allocation: str) -> None:
-        super().__init__(graph, optimizers)
+    def __init__(self, graph: ChannelGraph, optimizers: Iterable[Optimizer], budget: Budget, allocation: str) -> None:
+        super().__init__(graph, optimizers, budget)
         self._allocation = allocation
         self._weights = maskable(graph.model)
         require_trained(self._weights, graph.model, self._optimizers)
@@ -50,24 +48,25 @@ class WeightMasks(Units):
         """Give the magnitude of each weight's gradient."""
         return {name: magnitude_of_gradient(weight) for name, weight in self._weights.items()}
 
-    def best(self, scores: Mapping[str, Tensor], budget: Budget) -> Masks:
-        """Give the masks that leave exactly the budget's share of all weights off, those that score lowest."""
+    def best(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
+        """Give the masks that leave exactly the due share of all weights off, those that score lowest."""
+        due = Budget(self._budget.sparsity * share)
         whole = sum(mask.numel() for mask in self.masks.values())
-        total = whole - budget.goal(whole)
+        total = whole - due.goal(whole)
         if self._allocation == "global":
             return _split(_on(torch.cat([scores[name].flatten() for name in self.masks]), total), self.masks)
         shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
         sizes = {name: mask.numel() for name, mask in self.masks.items()}
-        off = counts_off(sizes, ALLOCATIONS[self._allocation](shapes, budget.sparsity), total)
+        off = counts_off(sizes, ALLOCATIONS[self._allocation](shapes, due.sparsity), total)
         return {name: _on(scores[name], off[name]) for name in self.masks}
 
     def zeros(self) -> dict[str, Tensor]:
         """Give where weights are off."""
         return {name: ~mask for name, mask in self.masks.items()}
 
-    def settle(self, budget: Budget) -> None:
+    def settle(self) -> None:
         """Look whether the allocation is possible at all."""
-        self.best(self.values(), budget)
+        self.best(self.values())
 
     def cut(self) -> None:
         """Remove the channels that no weight writes or no weight reads.
