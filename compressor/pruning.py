@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 
 from compressor.calibration import input_means
 from compressor.costs import CostModel
-from compressor.criteria import Criterion, lookup, score
+from compressor.criteria import Criterion, ModuleSnapshot, lookup, score
 from compressor.errors import BudgetError, CutError, InputError, RangeError, UnknownNameError
-from compressor.graph.group import ChannelGraph, Group, Snapshot
+from compressor.graph.group import ChannelGraph, Group
 from compressor.graph.trace import trace
 from compressor.ledger import Ledger, PruneResult
 from compressor.limits import Limits
@@ -85,7 +85,7 @@ def prune(
     generator = torch.Generator().manual_seed(seed)
     made = _cut_to(
         ledger,
-        lambda groups: score(judge, groups, Snapshot.of(model, generator)),
+        lambda groups: score(judge, groups, ModuleSnapshot.of(model, generator)),
         budget,
         how,
         means=input_means(graph, batches) if compensate == "mean" else None,
@@ -323,7 +323,7 @@ class Pruner:
             scores = {name: _per_cost(seen, price[name] / usual) for name, seen in self._observer.scores().items()}
             return _protected(scores, self._observer.p_values(), self._delta)
         assert self._judge
-        return score(self._judge, groups, Snapshot.of(self.model, self._generator))
+        return score(self._judge, groups, ModuleSnapshot.of(self.model, self._generator))
 
     def _event(self, target: Budget, widths: Mapping[str, int], seen: dict[str, Any] | None) -> dict[str, Any] | None:
         sizes = self.graph.sizes()

@@ -3,7 +3,8 @@
     def l1(group: Group, snapshot: Snapshot) -> Tensor:  # (C,) float32, finite, larger means keep
         return group.rows(snapshot.values).abs().sum(dim=1)
 
-A function of your own works everywhere a name works. To give it a name, put it into `CRITERIA`.
+A function of your own works everywhere a name works. To give it a name, put it into `CRITERIA`. Torch-Pruning's
+importances work too: `torch_pruning(importance)`, or by name `tp:GroupTaylorImportance`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from compressor.criteria.control import random
 from compressor.criteria.gradient import taylor
+from compressor.criteria.peers import PREFIX, ModuleSnapshot, named_importance, torch_pruning
 from compressor.criteria.weight import bn_scale, euclidean, geometric_median, l1, l2
 from compressor.errors import ScoreError, UnknownNameError
 from compressor.graph.group import Group, Snapshot
@@ -37,14 +39,22 @@ def lookup(criterion: str | Criterion) -> Criterion:
 
     Raises:
         UnknownNameError: no criterion has that name.
+        InputError: an importance of Torch-Pruning that cannot be used by name alone.
     """
     if callable(criterion):
         return criterion
+    if criterion.startswith(PREFIX):
+        return named_importance(criterion)
     if criterion not in CRITERIA:
         raise UnknownNameError(
             "criterion", criterion, CRITERIA, hint="a function (group, snapshot) -> scores works too"
         )
     return CRITERIA[criterion]
+
+
+def needs_gradients(criterion: str | Criterion) -> bool:
+    """Tell whether a criterion by this name scores by gradients, which the caller has to gather beforehand."""
+    return isinstance(criterion, str) and "taylor" in criterion.lower()
 
 
 def score(criterion: str | Criterion, groups: Sequence[Group], snapshot: Snapshot) -> dict[str, Tensor]:
@@ -56,7 +66,7 @@ def score(criterion: str | Criterion, groups: Sequence[Group], snapshot: Snapsho
     Args:
         criterion: a name from `CRITERIA`, or a function like those in it.
         groups: usually `graph.groups`.
-        snapshot: the tensors to look at.
+        snapshot: the tensors to look at; a `ModuleSnapshot` for importances of Torch-Pruning.
 
     Returns:
         By group name, `(C,)` scores, larger means keep.
@@ -81,13 +91,16 @@ def score(criterion: str | Criterion, groups: Sequence[Group], snapshot: Snapsho
 __all__ = [
     "CRITERIA",
     "Criterion",
+    "ModuleSnapshot",
     "bn_scale",
     "euclidean",
     "geometric_median",
     "l1",
     "l2",
     "lookup",
+    "needs_gradients",
     "random",
     "score",
     "taylor",
+    "torch_pruning",
 ]
