@@ -38,7 +38,7 @@ class Settings:
         InputError: options that contradict each other, or would have no effect.
     """
 
-    criterion: str = _option("relevance", "What", "How channels are scored: relevance (watches training), l1, l2, ...")
+    criterion: str = _option("relevance", "What", "relevance (watches training), magnitude, set, rigl, l1, l2, ...")
     model: str = _option("resnet18", "What", "A torchvision classifier, or package.module:factory.")
     stem: str = _option("imagenet", "What", "imagenet, or cifar for small images.")
     weights: str = _option("", "What", "Begin with the weights in this .safetensors, .pt or .pth file.", "random")
@@ -50,18 +50,30 @@ class Settings:
     scope: str = _option("global", "How much", "Rank all channels together (global), or each group by itself (local).")
     round_to: int = _option(8, "How much", "Round channel counts to multiples of this.")
 
-    when: str | None = _option(None, "Training", "Prune during or after training.", "during for relevance, else after")
+    when: str | None = _option(
+        None, "Training", "Prune during or after training.", "during for relevance, magnitude, set, rigl; else after"
+    )
     epochs: int = _option(24, "Training", "Epochs of training.")
     finetune_epochs: int | None = _option(
         None, "Training", "Epochs after the cut, with --when after.", "half of --epochs"
     )
     batch_size: int = _option(64, "Training", "Images in one training step.")
     lr: float = _option(0.05, "Training", "Highest learning rate.")
+    collect: int | None = _option(
+        None,
+        "Training",
+        "Training steps between two cuts, or two changes of masks.",
+        "a twentieth of the training; 100 for rigl, an epoch for set",
+    )
+
+    granularity: str | None = _option(None, "Masks", "What magnitude, set and rigl mask: weight or channel.", "weight")
+    allocation: str | None = _option(
+        None, "Masks", "How sparse each layer is: erk, uniform, or global (magnitude).", "erk; uniform for magnitude"
+    )
 
     relevance_estimator: str | None = _option(None, "Relevance", "source, loss, soft or gate.", "soft")
     drop: float | None = _option(None, "Relevance", "Share of channels drawn in each sample, in (0, 0.5].", "0.15")
     delta: float | None = _option(None, "Relevance", "Channels whose p is above this are cut last, in (0, 1].", "0.99")
-    collect: int | None = _option(None, "Relevance", "Training steps between two cuts.", "a twentieth of the training")
 
     seed: int = _option(0, "Run", "Seed of everything that draws.")
     device: str = _option("auto", "Run", "cpu, cuda, cuda:1, ..., or auto: a GPU if there is one.")
@@ -140,13 +152,23 @@ def option_kinds() -> dict[str, type]:
 def criteria() -> list[str]:
     """Give the names that `--criterion` takes."""
     from compressor.criteria import CRITERIA  # imports torch
+    from compressor.intraining.regrowth import METHODS
 
-    return [OBSERVING, *CRITERIA]
+    return [OBSERVING, *METHODS, *CRITERIA]
+
+
+def masking(criterion: str) -> bool:
+    """Tell whether a criterion trains under masks instead of scoring channels."""
+    from compressor.intraining.regrowth import METHODS
+
+    return criterion in METHODS
 
 
 def _check_names(settings: Settings) -> None:
     from compressor.costs import MEASURES
+    from compressor.intraining.allocation import ALLOCATIONS
     from compressor.intraining.estimators import ESTIMATORS
+    from compressor.intraining.sparse import GRANULARITIES
 
     tables = {
         "criterion": criteria(),
@@ -155,6 +177,8 @@ def _check_names(settings: Settings) -> None:
         "stem": ("imagenet", "cifar"),
         "when": ("during", "after"),
         "relevance_estimator": ESTIMATORS,
+        "granularity": GRANULARITIES,
+        "allocation": (*ALLOCATIONS, "global"),
     }
     for name, known in tables.items():
         value = getattr(settings, name)
@@ -188,7 +212,13 @@ def _check_effects(settings: Settings) -> None:
         raise InputError(
             f"--criterion {OBSERVING} watches the training: leave out --when after, or choose another criterion"
         )
-    during = settings.when == "during" or (observing and settings.when is None)
+    masked = masking(settings.criterion)
+    if masked and settings.when == "after":
+        raise InputError(
+            f"--criterion {settings.criterion} changes its masks in training: leave out --when after, "
+            "or choose another criterion"
+        )
+    during = settings.when == "during" or ((observing or masked) and settings.when is None)
     without_effect = {
         "finetune_epochs": "--when during" if during else "",
         "collect": "" if during else "--when after",
@@ -196,17 +226,22 @@ def _check_effects(settings: Settings) -> None:
         **dict.fromkeys(
             ("relevance_estimator", "drop", "delta"), "" if observing else f"--criterion {settings.criterion}"
         ),
+        **dict.fromkeys(("granularity", "allocation"), "" if masked else f"--criterion {settings.criterion}"),
+        "scope": f"--criterion {settings.criterion}" if masked else "",
+        **dict.fromkeys(
+            ("measure", "round_to"), "--granularity weight" if masked and settings.granularity != "channel" else ""
+        ),
     }
+    usual = {item.name: item.default for item in dataclasses.fields(settings)}
     for name, other in without_effect.items():
-        value = getattr(settings, name)
-        if other and value is not None and value is not False:
+        if other and getattr(settings, name) != usual[name]:
             raise InputError(f"--{name.replace('_', '-')} has no effect with {other}: leave one of them out")
 
 
 def _worked_out(settings: Settings) -> dict[str, Any]:
     """Give what the options that were left open come to."""
-    observing = settings.criterion == OBSERVING
-    when = settings.when or ("during" if observing else "after")
+    observing, masked = settings.criterion == OBSERVING, masking(settings.criterion)
+    when = settings.when or ("during" if observing or masked else "after")
     opened: dict[str, Any] = {
         "when": when,
         "device": usable_device(settings.device),
@@ -218,6 +253,9 @@ def _worked_out(settings: Settings) -> dict[str, Any]:
         )
     if observing:
         usual = {"relevance_estimator": "soft", "drop": 0.15, "delta": 0.99}
+        opened |= {name: value for name, value in usual.items() if getattr(settings, name) is None}
+    if masked:
+        usual = {"granularity": "weight", "allocation": "uniform" if settings.criterion == "magnitude" else "erk"}
         opened |= {name: value for name, value in usual.items() if getattr(settings, name) is None}
     return opened
 

@@ -330,7 +330,7 @@ def test_very_sparse_weights_empty_channels_that_are_cut_in_training(criterion: 
     assert result.reached
     assert result.channels[1] < 64
     assert result.params[1] == sum(p.numel() for p in model.parameters())
-    assert f"{64 - result.channels[1]} of 64 channels were left without a weight and are cut" in result.notes[0]
+    assert f"{64 - result.channels[1]} of 64 channels ended without a weight and are cut" in result.notes[0]
     for name, mask in training.masks.items():
         assert not dict(model.named_parameters())[name][~mask].any()
 

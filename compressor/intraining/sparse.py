@@ -223,8 +223,8 @@ class SparseTraining:
         refused = self._ledger.refused()
         kept = f"; the cut of {', '.join(refused)} was refused" if refused else ""
         return (
-            f"{before - after:,} of {before:,} channels were left without a weight and are cut{kept}; other weights "
-            "that are off stay in the file as zeros (granularity 'channel' cuts all that is off)",
+            f"{before - after:,} of {before:,} channels ended without a weight and are cut{kept}; other weights that are "
+            "off stay in the file as zeros (granularity 'channel' cuts all that is off)",
         )
 
     def state_dict(self) -> dict[str, Any]:

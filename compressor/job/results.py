@@ -61,7 +61,7 @@ def finish(
         timings=timings,
         parity=tuple(_parity(export) for export in exports.values()),
         files={name: (folder / name).stat().st_size for name in (*MODELS, *RECORDS)},
-        notes=(*graph.notes, *notes),
+        notes=(*graph.notes, *trained.result.notes, *notes),
         **figures,
     )
     report.write(made, folder)

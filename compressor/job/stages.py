@@ -16,11 +16,12 @@ from torch.optim import SGD, Optimizer
 
 from compressor.data import Data
 from compressor.errors import BudgetError
+from compressor.intraining.sparse import SparseTraining
 from compressor.job.folder import Metrics, checkpoint
 from compressor.ledger import PruneResult
 from compressor.pruning import Pruner, prune
 from compressor.selection import Budget
-from compressor.settings import OBSERVING, Settings
+from compressor.settings import OBSERVING, Settings, masking
 from compressor.training import HookFactory, PlainStep, TrainingConfig, recalibrate, require_scores, train
 
 Progress = Callable[[str, int, int], None]  # what, done, total
@@ -58,11 +59,13 @@ class Stages:
         """
         settings, double = self.settings, copy.deepcopy(model).to(self.settings.device)
         require_scores(double, self.data, settings.device)
-        if settings.criterion == OBSERVING:
-            watched = copy.deepcopy(double)
-            pruner = self._pruner(watched, SGD(watched.parameters()), total_steps=1)
+        if settings.criterion == OBSERVING or masking(settings.criterion):
+            trained = copy.deepcopy(double)
+            pruner = self._pruner(trained, SGD(trained.parameters()), settings.epochs * self._epoch_steps())
             inputs, targets = next(iter(self.data.validation.batches(2, device=settings.device)))
             pruner.loss(inputs, targets, F.cross_entropy)
+        if masking(settings.criterion):
+            return
         for parameter in double.parameters():
             parameter.grad = torch.zeros_like(parameter)
         result = self._cut(double, "random" if settings.criterion == OBSERVING else settings.criterion)
@@ -71,9 +74,9 @@ class Stages:
 
     def during(self, model: nn.Module) -> Trained:
         """Train the dense model, and another from the same weights that gets smaller on its way."""
-        dense, pruned, pruners = copy.deepcopy(model), model, list[Pruner]()
+        dense, pruned, pruners = copy.deepcopy(model), model, list[Pruner | SparseTraining]()
 
-        def make_pruner(model: nn.Module, optimizer: Optimizer, total_steps: int) -> Pruner:
+        def make_pruner(model: nn.Module, optimizer: Optimizer, total_steps: int) -> Pruner | SparseTraining:
             pruners.append(self._pruner(model, optimizer, total_steps))
             return pruners[-1]
 
@@ -114,8 +117,29 @@ class Stages:
         )
         self.metrics.settle({"stage": stage, **record} for record in (*(events or ()), *history.records))
 
-    def _pruner(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> Pruner:
+    def _epoch_steps(self) -> int:
+        return max(1, len(self.data.train) // self.settings.batch_size)
+
+    def _masked(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> SparseTraining:
         settings = self.settings
+        return SparseTraining(
+            model,
+            self._example(),
+            settings.criterion,
+            Budget(settings.sparsity, settings.measure),
+            optimizer=optimizer,
+            total_steps=total_steps,
+            granularity=settings.granularity or "",
+            allocation=settings.allocation,
+            collect=settings.collect or (self._epoch_steps() if settings.criterion == "set" else None),
+            round_to=settings.round_to if settings.granularity == "channel" else None,
+            seed=settings.seed,
+        )
+
+    def _pruner(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> Pruner | SparseTraining:
+        settings = self.settings
+        if masking(settings.criterion):
+            return self._masked(model, optimizer, total_steps)
         how: dict[str, Any] = {}
         if settings.criterion == OBSERVING:
             how = {"estimator": settings.relevance_estimator, "drop": settings.drop, "delta": settings.delta}

@@ -48,7 +48,7 @@ class Goal:
     """What was asked of the pruning and what came of it; fractions of the measure that were removed.
 
     Attributes:
-        measure: params, macs or channels.
+        measure: params, macs or channels; weights where single ones were masked.
         asked, reached: fractions in [0, 1).
         blocked: readable lines: what stood in the way, if anything did.
     """

@@ -52,8 +52,9 @@ def summary(report: Report) -> str:
     """Give the run's result in one sentence: asked, reached, and what it cost in accuracy."""
     goal, points = report.goal, 100 * (report.pruned.accuracy - report.dense.accuracy)
     verdict = "" if goal.reached >= goal.asked else " (not reached)"
+    done = "set to zero" if goal.measure == "weights" else "removed"
     return (
-        f"{goal.reached:.1%} of the {goal.measure} removed, {goal.asked:.1%} asked{verdict}; "
+        f"{goal.reached:.1%} of the {goal.measure} {done}, {goal.asked:.1%} asked{verdict}; "
         f"test accuracy {report.pruned.accuracy:.2%} against {report.dense.accuracy:.2%} dense ({points:+.2f} points)"
     )
 
