@@ -343,8 +343,7 @@ class Pruner:
         """Give what a resumed run needs beside the model and the optimizers: plain numbers, strings and tensors."""
         return {
             "step": self.step,
-            "widths": dict(self._ledger.widths),
-            "before": dict(self._ledger.before),
+            "ledger": self._ledger.state_dict(),
             "blocked": list(self._blocked),
             "generator": self._generator.get_state(),
             "observer": self._observer.state_dict() if self._observer else {},
@@ -353,9 +352,9 @@ class Pruner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`; the model must have been narrowed to its shapes before this pruner was made."""
         self.step, self._blocked = int(state["step"]), tuple(state["blocked"])
-        self._ledger.widths, self._ledger.before = dict(state["widths"]), dict(state["before"])
+        self._ledger.load_state_dict(state["ledger"])
         self._generator.set_state(state["generator"])
-        stuck = [name for name in self.graph.sizes() if name not in state["widths"]]
+        stuck = [name for name in self.graph.sizes() if name not in state["ledger"]["widths"]]
         self.graph.freeze(stuck, "frozen before the run was interrupted")
         if self._observer:
             self._observer.load_state_dict(state["observer"])
