@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compressor.errors import ArtifactError, InputError
 from compressor.files import written_beside
 from compressor.models import ModelSpec
-from compressor.surgery import restore_shapes
+from compressor.sizes import all_numbers, is_number, numbers, restore_shapes
 
 FORMAT = "compressor-model"
 VERSION = 1
@@ -84,7 +84,7 @@ def save(
     content = {
         "spec": dataclasses.asdict(spec) if spec else None,
         "cut": _cut(spec, live) if spec else {},
-        "attributes": _attributes(model),
+        "attributes": all_numbers(model),
         "channels_last": [name for name, tensor in live.items() if _is_channels_last(tensor)],
         "extra": dict(extra or {}),
         "versions": {name: importlib.metadata.version(name) for name in ("compressor", "torch", "torchvision")},
@@ -120,26 +120,6 @@ def _cut(spec: ModelSpec, live: Mapping[str, Tensor]) -> dict[str, tuple[int, ..
             "give another spec, or `del model.compressor_spec` and load it with load(path, factory=...)"
         )
     return {name: shape for name, shape in dense.items() if shape != tuple(live[name].shape)}
-
-
-def _attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    found = {name: _plain_attributes(module) for name, module in model.named_modules()}
-    return {name: attributes for name, attributes in found.items() if attributes}
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """Give the public attributes of a module that are numbers or tuples of numbers. Strings could name something."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if _is_plain(value) and not name.startswith("_") and name != "training"
-    }
-
-
-def _is_plain(value: object) -> bool:
-    if type(value) is tuple:
-        return all(type(item) in (int, float, bool) for item in value)
-    return value is None or type(value) in (int, float, bool)
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -282,9 +262,9 @@ def _fit(path: Path, model: nn.Module, description: Description) -> None:
         raise ArtifactError(f"{path} holds another model than {type(model).__name__}: {error}") from error
     modules = dict(model.named_modules())
     for name, attributes in description.attributes.items():
-        known = _plain_attributes(modules[name]) if name in modules else {}
+        known = numbers(modules[name]) if name in modules else {}
         for attribute, value in attributes.items():
-            if attribute not in known or not _is_plain(value):
+            if attribute not in known or not is_number(value):
                 where = f"{name}.{attribute}".strip(".")
                 raise ArtifactError(f"{path} holds another model than {type(model).__name__}: {where} = {value!r}")
             setattr(modules[name], attribute, value)

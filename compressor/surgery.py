@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor.errors import CutError, InputError, UnknownNameError
+from compressor.graph.axes import BoolArray
 from compressor.graph.group import ChannelGraph, Group
 from compressor.graph.retrace import retrace
 from compressor.graph.table import Table
 from compressor.graph.trail import Mismatch, Trail
+from compressor.sizes import follow, refit, replace_data
 
 
 def cut(
@@ -54,15 +56,17 @@ def cut(
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
     transaction = _Transaction(graph.model, optimizers)
     table: Table = graph.table
-    gone = table.gone(kept)
+    gone, removed = table.gone(kept), _removed_classes(graph, kept)
     try:
         if means:
             _fold(graph, kept, means, transaction)
         for place, positions in table.stays(gone).items():
             if place.role:
                 transaction.narrow(place.tensor, place.dim, positions)
+        for name, numbers in graph.trail.renumbered(removed).items():
+            transaction.renumber(name, torch.from_numpy(numbers))
         refit(graph.model)
-        trail = _verified(graph, kept)
+        trail = _verified(graph, removed)
         if check:
             check()
     except BaseException:
@@ -103,21 +107,34 @@ def removed_channels(group: Group, kept: Tensor) -> Tensor:
     return gone.nonzero().flatten()
 
 
-def _verified(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> Trail:
-    """Run the cut model without data and hold it against the trace."""
+def _removed_classes(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> BoolArray:
+    """Tell for every class of the trail whether it goes, `(classes,)`."""
     trail: Trail = graph.trail
     removed = np.zeros(trail.classes, dtype=bool)
     for name, indices in kept.items():
         removed[trail.channels[name][removed_channels(graph[name], indices).numpy()]] = True
+    return removed
+
+
+def _verified(graph: ChannelGraph, removed: BoolArray) -> Trail:
+    """Run the cut model without data and hold it against the trace; attributes that say a size may follow once."""
     try:
         return retrace(graph, removed)
     except Mismatch as mismatch:
-        steps = trail.script.steps
-        at = min(mismatch.step, len(steps) - 1)
-        step = steps[at]
-        guilty = trail.groups_at([step], removed) or trail.groups_at(steps[max(at - 1, 0) : at], removed)
-        where = f"{step.op} in {step.module or 'the model'}"
-        raise CutError(f"{where} does not follow the cut: {mismatch}", guilty or sorted(kept)) from mismatch
+        if not follow(graph.model, graph.trail.changes(removed)):
+            raise _refusal(graph.trail, removed, mismatch) from mismatch
+    try:
+        return retrace(graph, removed)
+    except Mismatch as mismatch:
+        raise _refusal(graph.trail, removed, mismatch) from mismatch
+
+
+def _refusal(trail: Trail, removed: BoolArray, mismatch: Mismatch) -> CutError:
+    """Say which operation does not follow, and which groups stand there."""
+    steps = trail.script.steps
+    at = min(mismatch.step, len(steps) - 1)
+    where = f"{steps[at].op} in {steps[at].module or 'the model'}"
+    return CutError(f"{where} does not follow the cut: {mismatch}", trail.blamed(at, removed))
 
 
 # -- folding
@@ -160,7 +177,7 @@ class _Transaction:
         self._optimizers = optimizers
         self._data: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._state: list[tuple[dict[str, Any], str, Any]] = []
-        self._attributes = [(module, dict(_sizes(module))) for module in model.modules()]
+        self._attributes = [(module, type(module), _plain(module)) for module in model.modules()]
 
     def narrow(self, name: str, dim: int, stays: Tensor) -> None:
         """Leave only some positions along one dimension of a tensor, its gradient and its optimizer state."""
@@ -170,7 +187,7 @@ class _Transaction:
         gradient, shape = tensor.grad, tensor.shape
         tensor.grad = None
         self._narrow_state(name, tensor, shape, dim, index)
-        _replace_data(tensor, tensor.data.index_select(dim, index))
+        replace_data(tensor, tensor.data.index_select(dim, index))
         if gradient is not None:
             tensor.grad = gradient.index_select(dim, index)
 
@@ -193,6 +210,12 @@ class _Transaction:
         self._remember(name)
         self.tensors[name].data = self.tensors[name].data + amount.to(self.tensors[name])
 
+    def renumber(self, name: str, numbers: Tensor) -> None:
+        """Replace every position in a buffer of positions by its new number."""
+        self._remember(name)
+        tensor = self.tensors[name]
+        tensor.data = numbers.to(tensor.device)[tensor.data.long()].to(tensor.dtype)
+
     def _remember(self, name: str) -> None:
         self._data.setdefault(name, (self.tensors[name].data, self.tensors[name].grad))
 
@@ -200,91 +223,14 @@ class _Transaction:
         """Put everything back, bit for bit."""
         for name, (data, gradient) in self._data.items():
             self.tensors[name].grad = None
-            _replace_data(self.tensors[name], data)
+            replace_data(self.tensors[name], data)
             self.tensors[name].grad = gradient
         for state, key, value in reversed(self._state):
             state[key] = value
-        for module, sizes in self._attributes:
+        for module, kind, sizes in self._attributes:
+            module.__class__ = kind
             vars(module).update(sizes)
 
 
-def _replace_data(tensor: Tensor, data: Tensor) -> None:
-    """Give a tensor other memory, of another shape."""
-    if tensor.requires_grad:
-        # NOTE: A loss that is still referred to keeps its graph alive, and with it the node that accumulates this
-        # parameter's gradient in the old shape. torch drops that node only when the type changes, so it does once.
-        tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
-    tensor.data = data
-
-
-# -- modules that say their sizes
-
-
-def refit(model: nn.Module) -> None:
-    """Set the size attributes of known modules (`in_channels`, `num_features`, ...) to what their tensors say."""
-    for module in model.modules():
-        for name, value in _sizes_now(module).items():
-            setattr(module, name, value)
-
-
-def restore_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Give every named parameter and buffer memory of that shape, without values, and refit; writes the model.
-
-    Raises:
-        InputError: the model has other tensors than `shapes`, or one with another number of dimensions.
-    """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    if differing := sorted(tensors.keys() ^ shapes.keys()):
-        raise InputError(f"these shapes belong to another model: {differing[0]!r} is only in one of the two")
-    for name, shape in shapes.items():
-        if len(shape) != tensors[name].dim():
-            dims = tensors[name].dim()
-            raise InputError(f"{name!r} has {dims} dimensions, but the shape asked for is {tuple(shape)}")
-    for name, shape in shapes.items():
-        if tuple(shape) != tuple(tensors[name].shape):
-            tensors[name].grad = None
-            _replace_data(tensors[name], tensors[name].data.new_empty(tuple(shape)))
-    refit(model)
-
-
-_SIZE_NAMES = (
-    *("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels"),
-    *("normalized_shape", "num_parameters", "embedding_dim"),
-)
-
-
-def _sizes(module: nn.Module) -> Iterable[tuple[str, Any]]:
-    return ((name, vars(module)[name]) for name in _SIZE_NAMES if name in vars(module))
-
-
-def _sizes_now(module: nn.Module) -> dict[str, Any]:
-    """Give the size attributes as the module's tensors have them."""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, nn.modules.batchnorm._NormBase):
-        known = module.running_mean if module.running_mean is not None else weight
-        return {"num_features": len(known)} if isinstance(known, Tensor) else {}
-    if not isinstance(weight, Tensor):
-        return {}
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return _conv_sizes(module, weight)
-    if isinstance(module, nn.Linear):
-        return {"in_features": weight.shape[1], "out_features": weight.shape[0]}
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return {"normalized_shape": tuple(weight.shape)}
-    if isinstance(module, nn.GroupNorm):
-        return {"num_channels": len(weight)}
-    if isinstance(module, nn.PReLU):
-        return {"num_parameters": len(weight)}
-    if isinstance(module, nn.Embedding):
-        return {"embedding_dim": weight.shape[1]}
-    return {}
-
-
-def _conv_sizes(conv: nn.modules.conv._ConvNd, weight: Tensor) -> dict[str, int]:
-    """A depthwise convolution loses blocks; any other grouped one keeps their number and makes them narrower."""
-    groups = conv.groups
-    if conv.transposed:
-        return {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * groups, "groups": groups}
-    if groups > 1 and groups == conv.in_channels:
-        groups = weight.shape[0] // (conv.out_channels // groups)
-    return {"in_channels": weight.shape[1] * groups, "out_channels": weight.shape[0], "groups": groups}
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, int | tuple)}

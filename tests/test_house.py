@@ -16,8 +16,8 @@ ROOT = Path(compressor.__file__).parent
 # docs/design.md shows the same table. A module may import from its own row's parts only within one package.
 ROWS = [
     ["errors"],
-    ["files", "runtime"],
-    ["graph.axes", "graph.group", "graph.shortcuts"],
+    ["files", "runtime", "attention"],
+    ["graph.axes", "graph.group", "graph.shortcuts", "sizes"],
     ["graph.flow", "graph.table"],
     ["graph.rules", "graph.grouping", "graph.trail"],
     ["graph.recorder"],

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from compressor.graph.axes import FIXED, FREE, Axis, IntArray, Labels, blank
@@ -74,8 +76,10 @@ class Flow:
         offsets: by weight name, where a constant on its output can be put.
         kernels: sources that are no channels at all.
         normalised: by weight name, its result, where a BatchNorm reads it.
+        indices: by name of a buffer of whole numbers, the axis whose positions they are.
         origins: by `id` of a tensor, where it comes from: an input, a parameter or constant, or a step of the trail.
         op, module: what runs now.
+        says: tells whether the running module has a whole number of that value among its attributes.
     """
 
     labels: Labels = field(default_factory=Labels)
@@ -87,15 +91,18 @@ class Flow:
     offsets: dict[str, Offset] = field(default_factory=dict)
     kernels: set[Source] = field(default_factory=set)
     normalised: dict[str, Tensor] = field(default_factory=dict)
+    indices: dict[str, IntArray] = field(default_factory=dict)
     origins: dict[int, Origin] = field(default_factory=dict)
     op: str = ""
     module: str = ""
+    says: Callable[[int], bool] = field(default=lambda value: False)
     _known: dict[int, Known] = field(default_factory=dict)
     _alive: list[Tensor] = field(default_factory=list)
     _starts: list[int] = field(default_factory=list)
     _ordered: list[Source] = field(default_factory=list)
     _uses: dict[int, int] = field(default_factory=dict)
     _sighted: set[str] = field(default_factory=set)
+    _numbers: dict[int, Tensor] = field(default_factory=dict)
 
     # -- tensors
 
@@ -129,6 +136,24 @@ class Flow:
         self._starts.append(int(labels[0]))
         self._ordered.append(source)
         return labels
+
+    def keep_numbers(self, twin: Tensor, original: Tensor) -> None:
+        """Remember the values behind a tensor without data, if they are whole numbers."""
+        if not original.is_floating_point() and original.dtype != torch.bool:
+            self._numbers[id(twin)] = original
+
+    def positions(self, tensor: Tensor) -> NDArray[np.int64] | None:
+        """Give the whole numbers in a buffer of the model, `(n,)`, or None where they are not known."""
+        original = self._numbers.get(id(tensor))
+        if original is None or self.weight(tensor) is None or original.dim() != 1:
+            return None
+        return original.detach().cpu().numpy().astype(np.int64)
+
+    def renumber(self, tensor: Tensor, axis: IntArray) -> bool:
+        """Let a cut renumber the positions in a buffer; false if they are those of another axis already."""
+        name = self.weight(tensor)
+        assert name is not None
+        return self.indices.setdefault(name, axis) is axis
 
     def source(self, axis: Axis) -> Source | None:
         """Give the parameter dimension whose labels these are (all or some of them), if they are a parameter's own."""
@@ -195,7 +220,8 @@ class Flow:
 
     def see(self, weight: str | None, dim: int, axis: Axis) -> None:
         """Note that the module that owns `weight`, and is running now, sees these channels on dimension `dim`."""
-        if not weight or weight in self._sighted or weight.rpartition(".")[0] != self.module:
+        # NOTE: A module with several weights (attention) reads several inputs; its first one is not the whole story.
+        if not weight or weight in self._sighted or weight != f"{self.module}.weight".removeprefix("."):
             return
         if isinstance(axis, np.ndarray):
             self._sighted.add(weight)

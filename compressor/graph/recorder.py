@@ -14,13 +14,15 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from compressor.attention import headwise
 from compressor.graph.axes import FREE, blank
 from compressor.graph.flow import Axes, Flow, Known, Origin, Rule
-from compressor.graph.rules import IGNORED, RULES, STEADY
+from compressor.graph.rules import IGNORED, RULES, is_steady
 from compressor.graph.rules.pointwise import filled
 from compressor.graph.shortcuts import SHORTCUTS
 from compressor.graph.trail import Form, Mismatch, Script, Step
 from compressor.runtime import as_arguments, evaluating
+from compressor.sizes import whole_numbers
 
 _CONSTANT_NUMEL = 1 << 20
 
@@ -58,11 +60,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Let the dispatch mode set itself up."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._owned = {id(t): name for name, t in [*self.model.named_parameters(), *self.model.named_buffers()]}
+        self.flow.says = _Sayings(self.model, self.flow)
 
     def run(self, example_inputs: Any) -> None:
         """Run the model; what it returns is frozen as its output."""
         args, kwargs = as_arguments(tree_map(self._input, example_inputs))
-        with evaluating(self.model), _plain_attention(), _module_names(self.model, self.flow), self:
+        with _undisturbed(self.model), _plain_attention(self.model), _module_names(self.model, self.flow), self:
             result = self.model(*args, **kwargs)
         self.flow.op = self.flow.module = ""
         for tensor in _tensors_in(result):
@@ -118,14 +121,18 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         twin = self._symbol(value, None if name else self.flow.known(value), self._origin(value))
         if name:
             self.flow.enter(twin, name, value.shape)
+            self.flow.keep_numbers(twin, value)
         self._twins[id(value)] = twin
         self._originals.append(value)
         return twin
 
     def _origin(self, tensor: Tensor) -> Origin:
-        """Give where a tensor comes from that no operation of the trail made."""
+        """Give where a tensor comes from that no operation of the trail made; of a lone constant, also its value."""
         name = self._owned.get(id(tensor))
-        return ("tensor", name) if name else ("constant", *tensor.shape)
+        if name:
+            return ("tensor", name)
+        value = tensor.item() if tensor.numel() == 1 and not tensor.is_meta else None
+        return ("constant", tuple(tensor.shape), value)
 
     def _symbol(self, tensor: Tensor, known: Known | None, origin: Origin) -> Tensor:
         """Give the tensor that takes part in the run for this one."""
@@ -143,7 +150,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         shape = func(*args, **{**kwargs, "device": torch.device("meta")}) if "device" in kwargs else None
         if isinstance(shape, Tensor) and shape.numel() > _CONSTANT_NUMEL:
-            return self._symbol(shape, None, ("constant", *shape.shape))
+            return self._symbol(shape, None, self._origin(shape))
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
             kwargs = {**kwargs, "device": torch.device("cpu")}
         return func(*args, **kwargs)
@@ -171,19 +178,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _record(self, call: Call, axes: list[Axes], results: list[Tensor], understood: bool) -> int:
         """Write a step into the script and give its number."""
-        script, name = self.script, call.name
+        script = self.script
         forms = tuple(_form(script, each, tensor) for each, tensor in zip(axes, results, strict=True))
-        known = understood and name in STEADY and RULES[name] is STEADY[name]
+        sure = all(map(_is_sure, forms)) and all(map(_is_sized, call.taken, call.inputs))
         step = Step(
             func=call.func,
-            op=name,
+            op=call.name,
             module=self.flow.module,
             plain=call.plain,
             inputs=call.origins,
             taken=tuple(script.slots(each) for each in call.taken),
             results=forms,
             written=bool(results) and bool(call.inputs) and results[0] is call.inputs[0],
-            steady=script.meta and known and all(map(_is_sure, forms)),
+            steady=script.meta and understood and sure and is_steady(call.name, call.plain),
         )
         script.steps.append(step)
         return len(script.steps) - 1
@@ -231,10 +238,15 @@ def _form(script: Script, axes: Axes, tensor: Tensor) -> Form:
 
 
 def _is_sure(form: Form) -> bool:
-    """Tell whether the size of every dimension follows from its axis."""
+    """Tell whether the memory of a result follows from its axes."""
     return form.order is not None and all(
         size == 1 or slot is not FREE for slot, size in zip(form.slots, form.shape, strict=True)
     )
+
+
+def _is_sized(axes: Axes, tensor: Tensor) -> bool:
+    """Tell whether the size of every dimension follows from its axis; an expanded one can have any."""
+    return all(size == 1 or axis is not FREE for axis, size in zip(axes, tensor.shape, strict=True))
 
 
 def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
@@ -273,16 +285,46 @@ def _collect(value: Any, tensors: list[Tensor], plain: list[Any]) -> None:
         plain.append(value)
 
 
+class _Sayings:
+    """Tells whether the running module has an attribute of this value: then a size in its code may follow a cut."""
+
+    def __init__(self, model: nn.Module, flow: Flow) -> None:
+        self._modules, self._flow = dict(model.named_modules()), flow
+        self._values: dict[str, set[int]] = {}
+
+    def __call__(self, value: int) -> bool:
+        name = self._flow.module
+        if name not in self._values:
+            self._values[name] = whole_numbers(self._modules[name])
+        return value in self._values[name]
+
+
 # -- around the run
 
 
 @contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Let attention run as the operations that it consists of, not as one that no rule can look into."""
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluate, and take back what a model writes into itself: tensors without data must not stay in its caches."""
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        for module, attributes, buffers in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+@contextlib.contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Let attention run as the operations that it consists of, head by head, not as one that no rule can look into."""
     before = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        yield
+        with headwise(model):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 

@@ -108,6 +108,22 @@ class Follower(Recorder):  # type: ignore[no-untyped-call]
     def _record(self, call: Call, axes: list[Axes], results: list[Tensor], understood: bool) -> int:
         """Compare instead of writing."""
         compare(self.trail, self.flow.at, call.name, axes, results)
+        self._require_same(self.script.steps[self.flow.at], call)
         self._alive += results
         self.flow.at += 1
         return self.flow.at - 1
+
+    def _require_same(self, step: Step, call: Call) -> None:
+        """Refuse other tensors and other values than before: the model would compute something else.
+
+        Whole numbers may differ where an operation has sizes among its arguments.
+        """
+        if call.origins != step.inputs:
+            raise Mismatch("it gets other tensors than before the cut", self.flow.at)
+        before, now = (_values(plain, step.steady) for plain in (step.plain, call.plain))
+        if before != now:
+            raise Mismatch(f"its arguments {before} became {now}: a value that depends on a size", self.flow.at)
+
+
+def _values(plain: tuple[Any, ...], with_integers: bool) -> list[Any]:
+    return [value for value in plain if isinstance(value, float) or (with_integers and type(value) is int)]

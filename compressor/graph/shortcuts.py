@@ -31,6 +31,8 @@ def _batch_norm(x: Tensor, weight: object, bias: object, mean: object, var: obje
 
 
 def _layer_norm(x: Tensor, shape: list[int], *rest: object) -> Any:
+    if tuple(shape) != tuple(x.shape[x.dim() - len(shape) :]):
+        return NotImplemented
     statistics = (*x.shape[: x.dim() - len(shape)], *[1] * len(shape))
     return x.clone(memory_format=torch.contiguous_format), x.new_empty(statistics), x.new_empty(statistics)
 

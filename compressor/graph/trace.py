@@ -49,6 +49,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     found = group_channels(flow, classes, shapes)
     script.journal = [script.slots(axes) for axes in flow.labels.journal]
     script.parameters = {name: script.slots(axes) for name, axes in flow.parameters.items()}
+    script.indices = {name: script.slot(axis) for name, axis in flow.indices.items()}
     return ChannelGraph(
         model=model,
         example_inputs=example_inputs,

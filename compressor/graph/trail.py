@@ -62,6 +62,7 @@ class Script:
         steps: in the order in which they ran.
         journal: every axis that was handed out, in order.
         parameters: the axes of every parameter and buffer that was used, by name.
+        indices: by name of a buffer of positions, the axis whose positions they are.
         arrays: the labelled axes as they were recorded, by slot.
         meta: whether the model ran on tensors without data.
     """
@@ -70,15 +71,17 @@ class Script:
         self.steps: list[Step] = []
         self.journal: list[tuple[Slot, ...]] = []
         self.parameters: dict[str, tuple[Slot, ...]] = {}
+        self.indices: dict[str, int] = {}
         self.arrays: list[IntArray] = []
         self.meta = meta
         self._slots: dict[int, int] = {}
 
     def slots(self, axes: Iterable[Axis]) -> tuple[Slot, ...]:
         """Give the slot of each axis; an array seen for the first time gets the next one, and is kept alive."""
-        return tuple(self._slot(axis) if isinstance(axis, np.ndarray) else axis for axis in axes)
+        return tuple(self.slot(axis) if isinstance(axis, np.ndarray) else axis for axis in axes)
 
-    def _slot(self, axis: IntArray) -> int:
+    def slot(self, axis: IntArray) -> int:
+        """Give the slot of one labelled axis."""
         found = self._slots.get(id(axis))
         if found is None:
             found = self._slots[id(axis)] = len(self.arrays)
@@ -125,7 +128,11 @@ class Trail:
 
     def axis(self, slot: Slot) -> Axis:
         """Give the axis in a slot, as classes."""
-        return slot if isinstance(slot, Blank) else self.flat[self.starts[slot] : self.starts[slot + 1]]
+        return slot if isinstance(slot, Blank) else self.classes_in(slot)
+
+    def classes_in(self, slot: int) -> IntArray:
+        """Give the classes in the slot of a labelled axis, position by position."""
+        return self.flat[self.starts[slot] : self.starts[slot + 1]]
 
     def shape(self, form: Form) -> list[int]:
         """Give the shape that a result has now. Sizes of FREE axes are as they were."""
@@ -134,16 +141,40 @@ class Trail:
             for slot, size in zip(form.slots, form.shape, strict=True)
         ]
 
-    def groups_at(self, steps: Sequence[Step], removed: BoolArray) -> list[str]:
-        """Give the names of groups that lose channels and stand on an axis of one of these steps."""
-        slots = [
-            slot for step in steps for each in (*step.taken, *(form.slots for form in step.results)) for slot in each
-        ]
-        arrays = [self.axis(slot) for slot in slots if not isinstance(slot, Blank)]
-        here = np.zeros_like(removed)
-        here[np.concatenate([*arrays, np.empty(0, dtype=np.int64)])] = True
-        here &= removed
-        return [name for name, classes in self.channels.items() if here[classes].any()]
+    def renumbered(self, removed: BoolArray) -> dict[str, IntArray]:
+        """Give, by name of a buffer of positions, the new number of each old position; -1 for one that goes."""
+        found = {}
+        for name, slot in self.script.indices.items():
+            gone = removed[self.classes_in(slot)]
+            if gone.any():
+                found[name] = np.where(gone, -1, np.cumsum(~gone) - 1)
+        return found
+
+    def changes(self, removed: BoolArray) -> dict[str, dict[int, int]]:
+        """Give, by module, sizes of axes where its own code has sizes in arguments, and what the cut makes of them.
+
+        Axes that keep their size do not count, and a size that became several others is left out.
+        """
+        after = self.without(removed).sizes
+        found: dict[str, dict[int, set[int]]] = {}
+        for step in (step for step in self.script.steps if not step.steady):
+            slots = [slot for axes in (*step.taken, *(form.slots for form in step.results)) for slot in axes]
+            for slot in (slot for slot in slots if not isinstance(slot, Blank)):
+                if self.sizes[slot] != after[slot]:
+                    found.setdefault(step.module, {}).setdefault(self.sizes[slot], set()).add(after[slot])
+        return {name: {size: min(now) for size, now in sizes.items() if len(now) == 1} for name, sizes in found.items()}
+
+    def blamed(self, at: int, removed: BoolArray) -> list[str]:
+        """Give the names of groups that lose channels and stand at a step, or else at the nearest step before it."""
+        for step in self.script.steps[at::-1]:
+            slots = [slot for axes in (*step.taken, *(form.slots for form in step.results)) for slot in axes]
+            arrays = [self.classes_in(slot) for slot in slots if not isinstance(slot, Blank)]
+            here = np.zeros_like(removed)
+            here[np.concatenate([*arrays, np.empty(0, dtype=np.int64)])] = True
+            here &= removed
+            if here.any():
+                return [name for name, classes in self.channels.items() if here[classes].any()]
+        return [name for name, classes in self.channels.items() if removed[classes].any()]
 
 
 class Mismatch(Exception):
@@ -166,6 +197,8 @@ class ReplayLabels(Labels):
         if self._read >= len(journal):
             raise Mismatch("the cut model does more than the whole one did", self._here())
         found = [self._trail.axis(slot) for slot in journal[self._read]]
+        if len(found) > len(sizes):  # an axis that the cut left one position of is no axis of its own any more
+            found = [axis for axis in found if not isinstance(axis, np.ndarray) or len(axis) > 1]
         if len(found) != len(sizes):
             raise Mismatch(f"a view into {tuple(sizes)} has other dimensions than before the cut", self._here())
         for axis, size in zip(found, sizes, strict=True):
@@ -230,6 +263,17 @@ class ReplayFlow(Flow):
     def forget(self, tensor: Tensor) -> None:
         """Know of a tensor only where it comes from."""
         self._known.pop(id(tensor), None)
+
+    def rectangle(self, axis: Axis, rows: int, tie: int) -> Axis:
+        """Blocks are tied already; those that are equal only now need not be."""
+        if not isinstance(axis, np.ndarray):
+            return axis
+        block = axis.reshape(rows, -1)
+        return block[0] if tie == 0 else block[:, 0]
+
+    def renumber(self, tensor: Tensor, axis: IntArray) -> bool:
+        """Which buffers hold positions is known already."""
+        return self.weight(tensor) in self._trail.script.indices
 
     def source(self, axis: Axis) -> Source | None:
         """Roles are known already."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compressor.errors import ArtifactError, InputError
 from compressor.files import written_beside
+from compressor.sizes import restore_shapes
 
 _FILE = "state.pt"
 _FORMAT = "compressor training checkpoint 1"
@@ -90,11 +91,17 @@ def shapes(model: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
 
 
-def restore_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """Give the model the saved tensors, however narrow; writes the model, its parameters stay the same objects."""
-    from compressor.surgery import restore_shapes
+def restore_model(model: nn.Module, saved: Mapping[str, Tensor], numbers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Give the model the saved tensors, however narrow; writes the model, its parameters stay the same objects.
 
+    Args:
+        model: the dense model.
+        saved: every parameter and buffer by name.
+        numbers: by module, its numbers among the attributes; code of the model may read sizes off them.
+    """
     restore_shapes(model, {name: tuple(tensor.shape) for name, tensor in saved.items()})
+    for name, module in model.named_modules():
+        vars(module).update(numbers.get(name, {}))
     for name, tensor in tensors(model).items():
         tensor.data = saved[name].to(tensor)  # not copied into place: the memory format is part of what must come back
 

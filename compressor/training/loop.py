@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from compressor.data import Data, Progress
 from compressor.errors import InputError, TrainingError
+from compressor.sizes import all_numbers
 from compressor.training import checkpoint as checkpoints
 from compressor.training.config import TrainingConfig, learning_rate, make_optimizer
 from compressor.training.evaluation import evaluate, in_mode
@@ -87,7 +88,7 @@ def train(
     dense = checkpoints.shapes(model)
     if state and checkpoint:
         checkpoints.require_fit(state, checkpoint, _about(config, data), dense)
-        checkpoints.restore_model(model, state["tensors"])
+        checkpoints.restore_model(model, state["tensors"], state["numbers"])
     run = _Run(model, data, config, hook, on_progress, log)
     if state:
         run.load_state_dict(state)
@@ -186,6 +187,7 @@ class _Run:
             "epoch": self.epoch,
             "step": self.step,
             "records": json.dumps(self.records),
+            "numbers": all_numbers(self._model),
             "tensors": {name: tensor.detach() for name, tensor in checkpoints.tensors(self._model).items()},
             "optimizer": self._optimizer.state_dict(),
             "hook": self._hook.state_dict(),

@@ -12,7 +12,7 @@ Teach an operation:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from compressor.graph.flow import Rule
@@ -20,18 +20,26 @@ from compressor.graph.rules import contract, norm, pointwise, reduce, shape
 
 RULES: dict[str, Rule] = {**pointwise.RULES, **contract.RULES, **norm.RULES, **reduce.RULES, **shape.RULES}
 
-# Operations that treat positions alike whatever they are: with the same other arguments, a channel that is gone from
-# their tensors is gone from their results, and nothing else changes.
-STEADY: Mapping[str, Rule] = MappingProxyType(
+_STEADY: Mapping[str, Rule] = MappingProxyType(
     {
         **{name: rule for name, rule in pointwise.RULES.items() if rule is not pointwise.filled},
         **contract.RULES,
-        **{name: rule for name, rule in norm.RULES.items() if rule is not norm.group_norm},
+        **{name: rule for name, rule in norm.RULES.items() if rule not in (norm.group_norm, norm.layer_norm)},
         **{name: rule for name, rule in reduce.RULES.items() if rule is not reduce.ordering},
         **{f"aten.{name}": shape.RULES[f"aten.{name}"] for name in ("permute", "transpose", "t", "unsqueeze")},
         **{f"aten.{name}": shape.RULES[f"aten.{name}"] for name in ("cat", "stack", "flip", "glu")},
     }
 )
+
+
+def is_steady(name: str, plain: Sequence[object]) -> bool:
+    """Tell whether an operation treats positions alike whatever they are.
+
+    With the same arguments that are no tensors, a channel that is gone from its tensors is then gone from its results,
+    and nothing else changes. A convolution in blocks is not: their number is an argument, and may be that of channels.
+    """
+    return name in _STEADY and RULES.get(name) is _STEADY[name] and (name != "aten.convolution" or plain[-1] == 1)
+
 
 IGNORED = MappingProxyType(
     {

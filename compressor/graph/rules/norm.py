@@ -86,6 +86,7 @@ RULES: dict[str, Rule] = {
     "aten._fused_rms_norm": layer_norm,
     "aten.native_group_norm": group_norm,
     "aten._softmax": along,
+    "aten._safe_softmax": along,
     "aten._log_softmax": along,
     "aten.cumsum": along,
     "aten.cumprod": along,

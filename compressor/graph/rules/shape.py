@@ -127,7 +127,7 @@ def split(flow: Flow, out: Sequence[Tensor], x: Tensor, sizes: object, dim: int 
     if isinstance(axis, np.ndarray) and len(out) > 1:
         if len(set(lengths)) == 1:
             flow.rectangle(axis, len(out), tie=0)
-        else:
+        elif not all(flow.says(length) for length in lengths):
             flow.freeze(axis, f"split into pieces of fixed sizes {lengths}")
     ends = np.cumsum(lengths).tolist()
     return [
@@ -179,9 +179,17 @@ def _cropped(flow: Flow, axis: np.ndarray, first: int, last: int) -> np.ndarray:
         return axis
     if width > 1 and size % width == 0 and first % width == 0:
         flow.rectangle(axis, size // width, tie=0)
-    else:
+    elif not all(flow.says(bound) for bound in {first, last} - {0, size}):
         flow.freeze(axis[:first] if last == size else axis[:last], f"positions {first} to {last} of {size} are taken")
     return axis[first:last]
+
+
+def unfold(flow: Flow, out: Tensor, x: Tensor, dim: int, size: int, step: int) -> Axes:
+    """Give every window along `dim`, as a new last dimension."""
+    axes = list(flow.axes(x))
+    flow.freeze(axes[dim], "a window slides over this axis")
+    axes[dim] = FIXED
+    return (*axes, FIXED)
 
 
 def flip(flow: Flow, out: Tensor, x: Tensor, dims: Sequence[int]) -> Axes:
@@ -205,16 +213,21 @@ def roll(flow: Flow, out: Tensor, x: Tensor, shifts: Sequence[int], dims: Sequen
 
 
 def index_select(flow: Flow, out: Tensor, x: Tensor, dim: int, index: Tensor) -> Axes:
-    """Take positions by a list of numbers, which a cut would not renumber."""
-    flow.freeze(flow.axes(x)[dim], "positions are taken by number")
-    return _replaced(flow, x, dim % x.dim(), FIXED, out.shape[dim])
+    """Take positions by a list of numbers."""
+    axes = list(flow.axes(x))
+    axes[dim] = _taken(flow, x, dim % x.dim(), index)
+    return tuple(axes)
 
 
 def index(flow: Flow, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> Axes:
     """Advanced indexing: indexed dimensions are replaced by those of the (broadcast) indices."""
     used = [dim for dim, each in enumerate(indices) if each is not None]
+    if len(used) == 1 and indices[used[0]].dim() == 1:  # type: ignore[union-attr]
+        return index_select(flow, out, x, used[0], indices[used[0]])  # type: ignore[arg-type]
     for dim in used:
         flow.freeze(flow.axes(x)[dim], "positions are taken by number")
+    for each in (each for each in indices if each is not None):
+        flow.freeze(flow.axes(each), "a table of positions")
     kept = [(dim, axis) for dim, axis in enumerate(flow.axes(x)) if dim not in used]
     wide = out.dim() - len(kept)
     together = used == list(range(used[0], used[0] + len(used)))
@@ -223,8 +236,25 @@ def index(flow: Flow, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) 
     return (*axes[:at], *[FIXED] * wide, *axes[at:])
 
 
+def _taken(flow: Flow, x: Tensor, dim: int, index: Tensor) -> Axis:
+    """Give what is left of an axis whose positions a buffer of the model names: a cut renumbers the buffer.
+
+    Numbers that stand elsewhere, or name rows of a parameter, cannot follow a cut: those channels stay.
+    """
+    axis, numbers = flow.axes(x)[dim], flow.positions(index)
+    if isinstance(axis, np.ndarray) and numbers is not None and not flow.weight(x):
+        chosen = axis[numbers]
+        if flow.renumber(index, axis):
+            flow.tie(flow.axes(index)[0], chosen)
+            return chosen
+    flow.freeze([axis, *flow.axes(index)], "positions are taken by number")
+    return FIXED if len(index) != 1 else FREE
+
+
 def gather(flow: Flow, out: Tensor, x: Tensor, dim: int, *args: object, **_: object) -> Axes:
     """Take values by position from every line."""
+    for index in args:
+        flow.freeze(flow.axes(index) if isinstance(index, Tensor) else (), "a table of positions")
     return _give_up(flow, out, x, "values are taken by position")
 
 
@@ -303,6 +333,7 @@ RULES: dict[str, Rule] = {
     "aten.unbind": unbind,
     "aten.select": select,
     "aten.slice": slice_,
+    "aten.unfold": unfold,
     "aten.flip": flip,
     "aten.roll": roll,
     "aten.index_select": index_select,

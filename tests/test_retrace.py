@@ -1,0 +1,205 @@
+"""The check of a cut: what one trace cannot see shows when the cut model runs again, and nothing is changed then."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import relative_error, shake, silenced
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import compressor
+from compressor.errors import CutError
+
+
+class Between(nn.Module):
+    """Any code between two convolutions; it may read the attributes."""
+
+    def __init__(self, code: Callable[[Between, Tensor], Tensor], **attributes: object) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
+        self.code = code
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.code(self, self.a(x)))
+
+
+X = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+
+# Every one of these keeps the number 8, or positions of 8, in code that no attribute says.
+BAKED: dict[str, Callable[[Between, Tensor], Tensor]] = {
+    "view": lambda self, h: h.view(2, 8, 16).view(2, 8, 4, 4),
+    "reshape into blocks": lambda self, h: h.reshape(2, 2, 4, 4, 4).flatten(1, 2),
+    "constant": lambda self, h: h + torch.zeros(1, 8, 1, 1, dtype=h.dtype),
+    "ones": lambda self, h: h * torch.ones(8, 1, 1, dtype=h.dtype),
+    "slices": lambda self, h: torch.cat([h[:, :4], h[:, 4:]], 1),
+    "split": lambda self, h: torch.cat(h.split([4, 4], 1), 1),
+    "narrow": lambda self, h: torch.cat([h.narrow(1, 0, 4), h.narrow(1, 4, 4)], 1),
+    "expand": lambda self, h: h + h.mean(1, keepdim=True).expand(-1, 8, -1, -1),
+    "layer norm": lambda self, h: F.layer_norm(h.movedim(1, -1), (8,)).movedim(-1, 1),
+    "group norm": lambda self, h: F.group_norm(h, 8),
+    "functional depthwise": lambda self, h: F.conv2d(h, torch.ones(8, 1, 1, 1, dtype=h.dtype), groups=8),
+    "another path": lambda self, h: torch.relu(h) if h.shape[1] == 8 else h,
+    "an operation less": lambda self, h: torch.relu(torch.relu(h)) if h.shape[1] == 8 else torch.relu(h),
+    "stops earlier": lambda self, h: h if h.shape[1] == 8 else h * 1,
+    "another tensor": lambda self, h: torch.relu(h) * (h if h.shape[1] == 8 else h.detach().abs()),
+    "a value from the shape": lambda self, h: h * h.shape[1] ** -0.5,
+    "a whole value from the shape": lambda self, h: h / h.shape[1],
+    "a constant from the shape": lambda self, h: h * torch.tensor(1.0 / h.shape[1], dtype=h.dtype),
+    "a fill from the shape": lambda self, h: h * torch.full((1,), 1.0 / h.shape[1], dtype=h.dtype),
+}
+
+
+@pytest.mark.parametrize("name", BAKED)
+def test_a_number_in_the_code_is_refused_or_frozen_and_nothing_is_changed(name: str) -> None:
+    model = shake(Between(BAKED[name]))
+    graph = compressor.trace(model, X)
+    before, expected = copy.deepcopy(model.state_dict()), model(X)
+    for group in graph.groups:
+        with pytest.raises(CutError) as refusal:
+            compressor.cut(graph, {group.name: [0, 2, 5] if group.size == 8 else [0]})
+        assert refusal.value.groups == (group.name,)
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+        assert torch.equal(model(X), expected)
+
+
+def test_a_slice_of_equal_halves_that_reads_the_shape_is_cut() -> None:
+    def halves(self: Between, h: Tensor) -> Tensor:
+        half = h.shape[1] // 2
+        return torch.cat([h[:, half:], h[:, :half]], 1)
+
+    model = shake(Between(halves))
+    graph = compressor.trace(model, X)
+    keep = {"a": torch.tensor([1, 3])}
+    expected = silenced(graph, keep)(X)
+    compressor.cut(graph, keep)
+    assert model.a.out_channels == 4
+    assert relative_error(model(X).detach(), expected.detach()) < 1e-12
+
+
+# The same numbers, said by attributes of the module whose code it is.
+SAID: dict[str, tuple[Callable[[Between, Tensor], Tensor], dict[str, object]]] = {
+    "width": (lambda self, h: h.view(2, self.width, -1).view(2, self.width, 4, 4), {"width": 8}),
+    "heads": (lambda self, h: h.view(2, self.heads, -1, 16).softmax(-1).flatten(1, 2).view(h.shape), {"heads": 4}),
+    "pieces": (lambda self, h: torch.cat(h.split(self.sizes, 1)[::-1], 1), {"sizes": (3, 5)}),
+    "bound": (lambda self, h: torch.cat([h[:, self.at :], h[:, : self.at]], 1), {"at": 3}),
+    "a tuple of shapes": (lambda self, h: h.view(2, *self.shape), {"shape": (8, 4, 4)}),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_number_among_the_attributes_follows(name: str) -> None:
+    code, attributes = SAID[name]
+    model = shake(Between(code, **attributes))
+    graph = compressor.trace(model, X)
+    keep = {group.name: torch.arange(0, group.size, 2) for group in graph.groups}
+    assert keep
+    expected = silenced(graph, keep)(X)
+    compressor.cut(graph, keep)
+    (old,) = attributes.items()
+    assert getattr(model, old[0]) != old[1]
+    assert relative_error(model(X).detach(), expected.detach()) < 1e-12
+
+
+def test_an_attribute_that_is_no_size_after_all_is_put_back() -> None:
+    """The number of repetitions happens to be the number of channels."""
+
+    def repeated(self: Between, h: Tensor) -> Tensor:
+        for _ in range(self.times):
+            h = torch.relu(h).view(2, 8, 4, 4)
+        return h
+
+    model = shake(Between(repeated, times=8))
+    graph = compressor.trace(model, X)
+    with pytest.raises(CutError):
+        compressor.cut(graph, {"a": [0, 1]})
+    assert model.times == 8
+
+
+class Permuted(nn.Module):
+    """Takes channels in the order that a buffer says; some twice, some never."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(5, 4, 1)
+        self.register_buffer("order", torch.tensor([5, 0, 3, 3, 1]))
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(h[:, self.order] if self.kind == "index" else h.index_select(1, self.order))
+
+
+@pytest.mark.parametrize("kind", ["index", "index_select"])
+def test_a_buffer_of_positions_is_renumbered(kind: str) -> None:
+    model = shake(Permuted(kind))
+    graph = compressor.trace(model, X)
+    keep = {group.name: torch.arange(group.size)[1:] if group.size > 1 else torch.arange(1) for group in graph.groups}
+    expected = silenced(graph, keep)(X)
+    compressor.cut(graph, keep)
+    assert model.a.out_channels < 6
+    assert int(model.order.max()) < model.a.out_channels
+    assert len(model.order) == model.b.in_channels
+    assert relative_error(model(X).detach(), expected.detach()) < 1e-12
+    compressor.trace(model, X)
+
+
+def test_positions_in_a_list_stay() -> None:
+    model = shake(Between(lambda self, h: h[:, [7, 6, 5, 4, 3, 2, 1, 0]]))
+    graph = compressor.trace(model, X)
+    assert graph.groups == ()
+    assert any("positions are taken by number" in each.reason for each in graph.frozen)
+
+
+class Depthwise(Between):
+    """A depthwise convolution whose number of blocks is a number in the code."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda self, h: F.conv2d(h, self.kernel, groups=8))
+        self.kernel = nn.Parameter(torch.randn(8, 1, 3, 3))
+
+
+def test_blocks_of_a_convolution_in_the_code_are_refused() -> None:
+    model = shake(Depthwise())
+    graph = compressor.trace(model, X)
+    with pytest.raises(CutError, match=r"aten\.convolution in the model does not follow the cut"):
+        compressor.cut(graph, {"a": [0, 1]})
+
+
+class Caches(nn.Module):
+    """Keeps what it computed once, in an attribute and in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
+        self.seen: Tensor | None = None
+        self.register_buffer("scale", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.seen is None:
+            self.seen, self.scale = self.a(x).mean(), torch.ones(1, dtype=x.dtype)
+        return self.b(self.a(x)) * self.scale
+
+
+def test_a_cache_does_not_keep_tensors_without_data() -> None:
+    model = shake(Caches())
+    graph = compressor.trace(model, X)
+    assert model.seen is None
+    assert model.scale is None
+    compressor.cut(graph, {"a": [0, 1]})
+    assert model.seen is None
+    assert model(X).shape == (2, 5, 4, 4)
+    assert model.scale is not None
+
+
+def test_of_two_groups_the_one_that_does_not_follow_is_named() -> None:
+    model = shake(nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1), Between(BAKED["view"]), nn.Conv2d(5, 2, 1)))
+    graph = compressor.trace(model, X)
+    with pytest.raises(CutError) as caught:
+        compressor.cut(graph, {group.name: [0] for group in graph.groups})
+    assert caught.value.groups == ("2.a",)
