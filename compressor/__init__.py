@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from compressor.graph.group import ChannelGraph, Group, Snapshot
     from compressor.graph.rules import RULES
     from compressor.graph.trace import trace
+    from compressor.intraining.sparse import SparseTraining
     from compressor.ledger import PruneResult
     from compressor.limits import Limits
     from compressor.pruning import Pruner, prune
@@ -39,6 +40,7 @@ _HOME = {
     "Pruner": "pruning",
     "RULES": "graph.rules",
     "Snapshot": "graph.group",
+    "SparseTraining": "intraining.sparse",
     "cut": "surgery",
     "export_onnx": "export",
     "load": "artifact",
@@ -60,6 +62,7 @@ __all__ = [
     "PruneResult",
     "Pruner",
     "Snapshot",
+    "SparseTraining",
     "cut",
     "export_onnx",
     "load",
