@@ -49,7 +49,7 @@ TIMED = (
 )
 NOTES = {
     "torchvision": CHECKED + TIMED,
-    "dense": CHECKED + " Detectors are compared by backbone and heads, before boxes are sorted and "
+    "dense": CHECKED + " Detectors are compared by their heads, before boxes are sorted and "
     f"suppressed; RAFT in single precision, to {TOLERANCE[torch.float32]}.",
     "timm": CHECKED + " Chosen by `benchmarks/zoo/choose.py`.",
     "growth": "Trace and cut of half, single precision, medians of n. A channel-member is one channel on one dimension "

@@ -61,10 +61,10 @@ def _detector(name: str) -> Case:
     """Detectors are compared by their heads before anything is sorted, thresholded or suppressed."""
     if name.startswith("ssd"):
         build = _torchvision(name, weights_backbone=None)
-        return Case(name, build, partial(_images, 320 if "lite" in name else 300), ("backbone", "head"))
+        return Case(name, build, partial(_images, 320 if "lite" in name else 300), ("head",))
     build = _torchvision(name, weights_backbone=None, min_size=128, max_size=128)
-    two_stage = "rcnn" in name
-    return Case(name, build, partial(_images, 128), ("backbone", "rpn.head" if two_stage else "head"))
+    heads = ("rpn.head", "roi_heads.box_predictor") if "rcnn" in name else ("head",)
+    return Case(name, build, partial(_images, 128), heads)
 
 
 def _images(size: int) -> tuple[list[Tensor]]:

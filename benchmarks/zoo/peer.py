@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from torch import nn
 
 import compressor
@@ -122,8 +123,6 @@ def cut_half(graph: compressor.ChannelGraph) -> None:
 
 def build_and_cut_by_torch_pruning(model: nn.Module, x: Any) -> None:
     """Do the same with Torch-Pruning, as its documentation says: the classifier left alone, one step."""
-    import torch_pruning as tp
-
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     pruner = tp.pruner.BasePruner(
         model, x, importance=tp.importance.RandomImportance(), pruning_ratio=0.5, ignored_layers=layers[-1:]
