@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,20 +180,25 @@ class Caches(nn.Module):
         self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)
         self.seen: Tensor | None = None
         self.register_buffer("scale", None)
+        self.table: dict[str, Tensor] = {}
+        self.rows: list[Tensor] = []
+        self.state = SimpleNamespace(last=None)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.seen is None:
             self.seen, self.scale = self.a(x).mean(), torch.ones(1, dtype=x.dtype)
+            self.table["x"] = self.state.last = self.seen
+            self.rows.append(self.seen)
         return self.b(self.a(x)) * self.scale
 
 
 def test_a_cache_does_not_keep_tensors_without_data() -> None:
     model = shake(Caches())
     graph = compressor.trace(model, X)
-    assert model.seen is None
-    assert model.scale is None
+    caches = (model.seen, model.scale, model.state.last, model.table, model.rows)
+    assert caches == (None, None, None, {}, [])
     compressor.cut(graph, {"a": [0, 1]})
-    assert model.seen is None
+    assert (model.seen, model.scale, model.state.last, model.table, model.rows) == caches
     assert model(X).shape == (2, 5, 4, 4)
     assert model.scale is not None
 

@@ -242,3 +242,23 @@ def test_a_mean_is_not_folded_into_a_batch_norm_that_is_not_the_only_reader(shar
             return self.c(self.bn(h) + h if shared else self.bn(h))
 
     assert ("b.weight" in compressor.trace(Net(), torch.randn(1, 3, 4, 4)).offsets) == (not shared)
+
+
+def test_what_evaluation_does_not_use_is_said() -> None:
+    class Helped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.helper = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return (self.b(h), self.helper(h)) if self.training else self.b(h)
+
+    (note,) = compressor.trace(Helped(), torch.randn(1, 3, 4, 4)).notes
+    assert "2 parameters take no part in evaluation mode (helper.weight, helper.bias)" in note
+
+
+def test_a_model_without_parameters_has_no_groups() -> None:
+    graph = compressor.trace(nn.ReLU(), torch.randn(1, 3, 4, 4))
+    assert (graph.groups, graph.frozen, graph.params, graph.macs) == ((), (), (), ())
+    compressor.cut(graph, {})

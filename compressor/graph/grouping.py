@@ -150,8 +150,8 @@ def _only_members(table: Table, places: int) -> Table:
 
 def _names(flow: Flow, table: Table) -> tuple[str, ...]:
     """Name each group after the module of its first producer; a number tells groups of one producer apart."""
-    named = np.array([bool(place.role) for place in table.places])
-    makes = np.array([place.role == "producer" for place in table.places])
+    named = np.array([bool(place.role) for place in table.places], dtype=bool)
+    makes = np.array([place.role == "producer" for place in table.places], dtype=bool)
     names: list[str] = []
     taken: dict[str, int] = {}
     mine = table.place < len(table.places)

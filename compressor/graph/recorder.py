@@ -95,9 +95,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _execute(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        shortcut = SHORTCUTS.get(name) if self.script.meta and not func._schema.is_mutable else None
+        shortcut = SHORTCUTS.get(name) if self.script.meta else None
         out = shortcut(*args, **kwargs) if shortcut else NotImplemented
-        return func(*args, **kwargs) if out is NotImplemented else out
+        if out is NotImplemented:
+            return func(*args, **kwargs)
+        return args[0] if func._schema.is_mutable else out
 
     # -- which tensors have no data
 
@@ -305,16 +307,38 @@ class _Sayings:
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluate, and take back what a model writes into itself: tensors without data must not stay in its caches."""
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    kept = [_Contents(vars(module)) for module in model.modules()]
+    kept += [_Contents(value) for each in kept for value in each.items if _holds(value)]
     try:
         with evaluating(model):
             yield
     finally:
-        for module, attributes, buffers in before:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for each in kept:
+            each.put_back()
+
+
+def _holds(value: Any) -> bool:
+    """Tell whether a module's attribute may hold tensors of its own: a container, or an object that is no module."""
+    return isinstance(value, dict | list) or (
+        hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor | type)
+    )
+
+
+class _Contents:
+    """What a dict, a list or an object holds, and how to put that back into the same one."""
+
+    def __init__(self, holder: Any) -> None:
+        self._holder: Any = holder if isinstance(holder, dict | list) else vars(holder)
+        self._copy: Any = self._holder.copy()
+        self.items = list(self._copy.values()) if isinstance(self._copy, dict) else []
+
+    def put_back(self) -> None:
+        """Write the contents back."""
+        self._holder.clear()
+        if isinstance(self._copy, dict):
+            self._holder.update(self._copy)
+        else:
+            self._holder.extend(self._copy)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,12 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         notes.append(f"ran on real tensors, because without data it failed: {type(failure).__name__}: {failure}")
     classes = flow.labels.solve()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if unused := [name for name in shapes if name not in flow.parameters]:
+        listed = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
+        notes.append(
+            f"{len(unused)} parameters take no part in evaluation mode ({listed}): no cut narrows them, and parts "
+            "that only training uses may not fit a cut model; build the model without them"
+        )
     found = group_channels(flow, classes, shapes)
     script.journal = [script.slots(axes) for axes in flow.labels.journal]
     script.parameters = {name: script.slots(axes) for name, axes in flow.parameters.items()}

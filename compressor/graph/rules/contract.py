@@ -49,6 +49,10 @@ def _conv_channels(flow: Flow, channels: Axis, w: Tensor, transposed: bool, grou
     first, second = flow.axes(w)[:2]
     if blocks and not transposed:
         return _depthwise(flow, channels, first, groups)
+    if blocks:
+        flow.tie(channels, first)
+        flow.freeze(second, "the outputs of one block of a transposed convolution")
+        return np.repeat(first, w.shape[1]) if isinstance(first, np.ndarray) else FIXED
     if transposed:
         flow.tie(channels, first)
         flow.rectangle(first, groups, tie=0)
@@ -125,11 +129,12 @@ def mv(flow: Flow, out: Tensor, a: Tensor, b: Tensor) -> Axes:
     """`a` (n, k) times the vector `b` (k,)."""
     rows, inner = flow.axes(a)
     flow.tie(inner, flow.axes(b)[0])
-    for tensor, axis in ((a, inner), (b, flow.axes(b)[0])):
-        if flow.weight(tensor):
-            flow.consume(axis)
-        else:
-            flow.labels.mark_inexact(axis)
+    if flow.weight(b):
+        flow.consume(flow.axes(b)[0])
+    elif flow.weight(a):
+        flow.consume(inner)
+    else:
+        flow.labels.mark_inexact(inner)
     flow.cost(1, [(rows, a.shape[0]), (inner, a.shape[1])])
     return (rows,)
 

@@ -21,7 +21,8 @@ def batch_norm(flow: Flow, out: Sequence[Tensor], x: Tensor, *rest: object) -> l
         flow.labels.mark_inexact(axis)
     _remember_running_mean(flow, x, rest)
     first: Axes = (axes[0], channels, *axes[2:])
-    return [first, *(tuple(channels for _ in tensor.shape) for tensor in list(out)[1:])]
+    rest_axes = (tuple(channels if size else FIXED for size in tensor.shape) for tensor in list(out)[1:])
+    return [first, *rest_axes]  # in evaluation mode torch gives empty statistics, its meta device full ones
 
 
 def _remember_running_mean(flow: Flow, x: Tensor, rest: tuple[object, ...]) -> None:

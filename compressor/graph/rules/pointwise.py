@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from compressor.graph.axes import FREE, Axis
+from compressor.graph.axes import FIXED, FREE, Axis
 from compressor.graph.flow import Axes, Flow, Rule
 
 
@@ -45,6 +45,11 @@ def channelwise_dropout(flow: Flow, out: tuple[Tensor, Tensor], x: Tensor, *args
     return [flow.axes(x), flow.axes(x)]
 
 
+def log_sigmoid(flow: Flow, out: tuple[Tensor, Tensor], x: Tensor) -> list[Axes]:
+    """The result, and a buffer for the backward pass, which is empty on some devices."""
+    return [flow.axes(x), flow.axes(x) if out[1].shape == x.shape else tuple(FIXED for _ in out[1].shape)]
+
+
 def prelu(flow: Flow, out: Tensor, x: Tensor, weight: Tensor) -> Axes:
     """`weight` (C,) or (1,) along dimension 1 of `x`."""
     axes = flow.axes(x)
@@ -63,7 +68,7 @@ def copy(flow: Flow, out: Tensor, x: Tensor, source: Tensor, *args: object) -> A
 _UNARY = """
 abs acos acosh asin asinh atan atanh bernoulli bitwise_not ceil celu clamp clamp_max clamp_min cos cosh
 deg2rad digamma elu erf erfc erfinv exp exp2 expm1 floor frac gelu hardshrink hardsigmoid hardswish hardtanh
-isfinite isinf isnan leaky_relu lgamma log log10 log1p log2 log_sigmoid log_sigmoid_forward logical_not logit
+isfinite isinf isnan leaky_relu lgamma log log10 log1p log2 log_sigmoid logical_not logit
 mish nan_to_num neg positive rad2deg reciprocal relu relu6 round rrelu rsqrt selu sgn sigmoid sign silu sin
 sinc sinh softplus softshrink sqrt square tan tanh threshold trunc
 """
@@ -85,6 +90,7 @@ RULES: dict[str, Rule] = {
     **{f"aten.{name}": filled for name in _FILLED.split()},
     **{f"aten.{name}": like for name in _LIKE.split()},
     "aten.native_dropout": channelwise_dropout,
+    "aten.log_sigmoid_forward": log_sigmoid,
     "aten._prelu_kernel": prelu,
     "aten.prelu": prelu,
     "aten.copy": copy,

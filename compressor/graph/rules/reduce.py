@@ -53,7 +53,9 @@ def ordering(
     flow: Flow, out: Tensor | Sequence[Tensor], x: Tensor, *args: object, **kwargs: object
 ) -> Axes | list[Axes]:
     """Sort, topk, argmax: what comes out is positions, which a cut would renumber. Channels stay."""
-    flow.freeze(flow.axes(x), "the result depends on channel positions")
+    for tensor in (x, *args, *kwargs.values()):
+        if isinstance(tensor, Tensor):
+            flow.freeze(flow.axes(tensor), "the result depends on channel positions")
     tensors = [out] if isinstance(out, Tensor) else list(out)
     found: list[Axes] = [tuple(blank(size) for size in tensor.shape) for tensor in tensors]
     return found[0] if isinstance(out, Tensor) else found
