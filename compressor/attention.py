@@ -8,7 +8,7 @@ this way; a model gets it for good where a cut makes it necessary, with the same
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +98,9 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @contextlib.contextmanager
-def headwise(model: nn.Module) -> Iterator[None]:
-    """Let every plain `nn.MultiheadAttention` of a model run as `HeadwiseAttention` inside the `with`."""
-    plain = [module for module in model.modules() if type(module) is nn.MultiheadAttention]
+def headwise(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Let every plain `nn.MultiheadAttention` among the modules run as `HeadwiseAttention` inside the `with`."""
+    plain = [module for module in modules if type(module) is nn.MultiheadAttention]
     try:
         for module in plain:
             module.__class__ = HeadwiseAttention

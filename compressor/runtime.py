@@ -23,15 +23,15 @@ from compressor.errors import InputError
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module's flag and the random state are as before."""
-    training = {module: module.training for module in model.modules()}
+    training = [(module, module.training) for module in model.modules()]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
     try:
         model.eval()
         with torch.random.fork_rng(devices), torch.no_grad():
             yield
     finally:
-        for module, flag in training.items():
-            module.training = flag
+        for module, flag in training:
+            vars(module)["training"] = flag  # what `module.training = flag` does, less torch's search for parameters
 
 
 def device_of(model: nn.Module) -> torch.device:

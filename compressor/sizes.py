@@ -28,7 +28,8 @@ def refit(model: nn.Module) -> None:
     """Set the size attributes of known modules (`in_channels`, `num_features`, ...) to what their tensors say."""
     for module in model.modules():
         for name, value in _sizes_now(module).items():
-            setattr(module, name, value)
+            if vars(module).get(name) != value:
+                setattr(module, name, value)
 
 
 def restore_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -73,9 +74,27 @@ def is_number(value: object) -> bool:
     return value is None or type(value) in (int, float, bool)
 
 
+def is_torchs_own(module: nn.Module) -> bool:
+    """Tell whether a module's class comes with torch: its code and its attributes are known."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def named_tensors_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Give the parameters and buffers of named modules by their own names, parameters first, each tensor once."""
+    found: dict[str, Tensor] = {}
+    for kind in ("_parameters", "_buffers"):
+        seen: set[int] = set()
+        for prefix, module in modules.items():
+            for name, tensor in getattr(module, kind).items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{prefix}.{name}".removeprefix(".")] = tensor
+    return found
+
+
 def whole_numbers(module: nn.Module) -> set[int]:
     """Give the whole numbers among the attributes of a module that is not torch's own, also those inside tuples."""
-    if type(module).__module__.startswith("torch.nn."):
+    if is_torchs_own(module):
         return set()
     found = [value if type(value) is tuple else (value,) for value in numbers(module).values()]
     return {value for values in found for value in values if type(value) is int}

@@ -21,7 +21,7 @@ from compressor.graph.group import ChannelGraph, Group
 from compressor.graph.retrace import retrace
 from compressor.graph.table import Table
 from compressor.graph.trail import Mismatch, Trail
-from compressor.sizes import follow, refit, replace_data
+from compressor.sizes import follow, named_tensors_of, refit, replace_data
 
 
 def cut(
@@ -173,11 +173,12 @@ class _Transaction:
     """Writes tensors, gradients and optimizer state, and remembers how to put everything back."""
 
     def __init__(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
-        self.tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        modules = dict(model.named_modules())
+        self.tensors = named_tensors_of(modules)
         self._optimizers = optimizers
         self._data: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._state: list[tuple[dict[str, Any], str, Any]] = []
-        self._attributes = [(module, type(module), _plain(module)) for module in model.modules()]
+        self._attributes = [(module, type(module), _plain(module)) for module in modules.values()]
 
     def narrow(self, name: str, dim: int, stays: Tensor) -> None:
         """Leave only some positions along one dimension of a tensor, its gradient and its optimizer state."""
@@ -229,7 +230,7 @@ class _Transaction:
             state[key] = value
         for module, kind, sizes in self._attributes:
             module.__class__ = kind
-            vars(module).update(sizes)
+            module.__dict__.update(sizes)
 
 
 def _plain(module: nn.Module) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def test_it_is_what_torch_computes(options: str, call: str) -> None:
     module = shake(nn.MultiheadAttention(12, 3, **OPTIONS[options]))
     args = inputs(module)
     expected = module(*args, **CALLS[call])
-    with headwise(module):
+    with headwise([module]):
         assert type(module) is HeadwiseAttention
         result = module(*args, **CALLS[call])
     assert type(module) is nn.MultiheadAttention
@@ -65,7 +65,7 @@ def test_without_a_batch_too(batch_first: bool) -> None:
     module = shake(nn.MultiheadAttention(12, 3, batch_first=batch_first))
     x = torch.randn(5, 12, dtype=torch.float64)
     expected = module(x, x, x)
-    with headwise(module):
+    with headwise([module]):
         result = module(x, x, x)
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(result, expected, strict=True))
 
@@ -73,7 +73,7 @@ def test_without_a_batch_too(batch_first: bool) -> None:
 def test_a_causal_hint_without_a_mask_is_refused_as_torch_does() -> None:
     module = shake(nn.MultiheadAttention(12, 3))
     x = torch.randn(5, 2, 12, dtype=torch.float64)
-    with headwise(module), pytest.raises(RuntimeError, match="pass attn_mask with it"):
+    with headwise([module]), pytest.raises(RuntimeError, match="pass attn_mask with it"):
         module(x, x, x, is_causal=True)
 
 

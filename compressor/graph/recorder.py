@@ -22,7 +22,7 @@ from compressor.graph.rules.pointwise import filled
 from compressor.graph.shortcuts import SHORTCUTS
 from compressor.graph.trail import Form, Mismatch, Script, Step
 from compressor.runtime import as_arguments, evaluating
-from compressor.sizes import whole_numbers
+from compressor.sizes import is_torchs_own, named_tensors_of, whole_numbers
 
 _CONSTANT_NUMEL = 1 << 20
 
@@ -46,12 +46,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         model: the model, whose parameters and buffers are known by name.
         flow: the notebook that the rules write.
         script: the trail that grows.
+        tensors: the model's parameters and buffers by name, each once.
     """
 
     model: nn.Module
     flow: Flow
     script: Script
-    _owned: Mapping[int, str] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(init=False)
+    _modules: dict[str, nn.Module] = field(init=False)
+    _owned: Mapping[int, str] = field(init=False)
     _twins: dict[int, Tensor] = field(default_factory=dict)
     _seen: set[int] = field(default_factory=set)
     _originals: list[Tensor] = field(default_factory=list)
@@ -59,13 +62,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __post_init__(self) -> None:
         """Let the dispatch mode set itself up."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._owned = {id(t): name for name, t in [*self.model.named_parameters(), *self.model.named_buffers()]}
-        self.flow.says = _Sayings(self.model, self.flow)
+        self._modules = dict(self.model.named_modules())
+        self.tensors = named_tensors_of(self._modules)
+        self._owned = {id(tensor): name for name, tensor in self.tensors.items()}
+        self.flow.says = _Sayings(self._modules, self.flow)
 
     def run(self, example_inputs: Any) -> None:
         """Run the model; what it returns is frozen as its output."""
         args, kwargs = as_arguments(tree_map(self._input, example_inputs))
-        with _undisturbed(self.model), _plain_attention(self.model), _module_names(self.model, self.flow), self:
+        modules = self._modules
+        with _undisturbed(self.model, modules), _plain_attention(modules), _module_names(modules, self.flow), self:
             result = self.model(*args, **kwargs)
         self.flow.op = self.flow.module = ""
         for tensor in _tensors_in(result):
@@ -290,8 +296,8 @@ def _collect(value: Any, tensors: list[Tensor], plain: list[Any]) -> None:
 class _Sayings:
     """Tells whether the running module has an attribute of this value: then a size in its code may follow a cut."""
 
-    def __init__(self, model: nn.Module, flow: Flow) -> None:
-        self._modules, self._flow = dict(model.named_modules()), flow
+    def __init__(self, modules: Mapping[str, nn.Module], flow: Flow) -> None:
+        self._modules, self._flow = modules, flow
         self._values: dict[str, set[int]] = {}
 
     def __call__(self, value: int) -> bool:
@@ -305,16 +311,20 @@ class _Sayings:
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _undisturbed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Evaluate, and take back what a model writes into itself: tensors without data must not stay in its caches."""
-    kept = [_Contents(vars(module)) for module in model.modules()]
-    kept += [_Contents(value) for each in kept for value in each.items if _holds(value)]
+    own = [vars(module) for module in modules.values() if not is_torchs_own(module)]
+    kept = [_Contents(each) for each in own]
+    kept += [_Contents(v) for each in own for key, v in each.items() if key not in _NO_STATE and _holds(v)]
     try:
         with evaluating(model):
             yield
     finally:
         for each in kept:
             each.put_back()
+
+
+_NO_STATE = vars(nn.Module()).keys() - {"_buffers"}
 
 
 def _holds(value: Any) -> bool:
@@ -330,7 +340,6 @@ class _Contents:
     def __init__(self, holder: Any) -> None:
         self._holder: Any = holder if isinstance(holder, dict | list) else vars(holder)
         self._copy: Any = self._holder.copy()
-        self.items = list(self._copy.values()) if isinstance(self._copy, dict) else []
 
     def put_back(self) -> None:
         """Write the contents back."""
@@ -342,21 +351,21 @@ class _Contents:
 
 
 @contextlib.contextmanager
-def _plain_attention(model: nn.Module) -> Iterator[None]:
+def _plain_attention(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     """Let attention run as the operations that it consists of, head by head, not as one that no rule can look into."""
     before = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with headwise(model):
+        with headwise(modules.values()):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager
-def _module_names(model: nn.Module, flow: Flow) -> Iterator[None]:
+def _module_names(modules: Mapping[str, nn.Module], flow: Flow) -> Iterator[None]:
     """Keep `flow.module` the qualified name of the module that runs."""
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): name for name, module in modules.items()}
     stack = [""]
 
     def enter(module: nn.Module, args: Any) -> None:

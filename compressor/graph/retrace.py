@@ -60,11 +60,11 @@ class Follower(Recorder):  # type: ignore[no-untyped-call]
 
     def check_parameters(self) -> None:
         """Raise Mismatch for a parameter or buffer that has not the shape that the cut should leave."""
-        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         for name, slots in self.script.parameters.items():
-            wanted = self.trail.shape(Form(slots, tuple(tensors[name].shape), torch.float32, None))
-            if list(tensors[name].shape) != wanted:
-                raise Mismatch(f"{name!r} has shape {tuple(tensors[name].shape)}, not {tuple(wanted)}", 0)
+            shape = tuple(self.tensors[name].shape)
+            wanted = self.trail.shape(Form(slots, shape, torch.float32, None))
+            if list(shape) != wanted:
+                raise Mismatch(f"{name!r} has shape {shape}, not {tuple(wanted)}", 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Give an operation's result, from the trail where that is sure."""
