@@ -20,6 +20,8 @@ from compressor.errors import InputError
 from compressor.graph.group import ChannelGraph
 from compressor.runtime import as_arguments, device_of, evaluating, moved
 
+COMPENSATIONS = ("mean", "none")  # what becomes of the mean that a removed channel carried
+
 
 def input_means(graph: ChannelGraph, batches: Iterable[Any]) -> dict[str, Tensor]:
     """Give the mean of every consumer's input, over samples and positions; the model is left as it was.

@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from compressor.errors import CompressorError, InputError
-from compressor.settings import Settings, option_kinds, read_toml
+from compressor.settings import Settings, as_written, option_kinds, read_toml
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,16 +62,19 @@ def _takes_every_option(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one parameter for every field of `Settings`; None where it was not typed."""
     kinds = option_kinds()
     own = inspect.signature(command, eval_str=True).parameters.values()
-    added = [_parameter(item, kinds[item.name.replace("_", "-")]) for item in dataclasses.fields(Settings)]
+    fields = {item.name.replace("_", "-"): item for item in dataclasses.fields(Settings)}
+    added = [_parameter(fields[name], kind) for name, kind in kinds.items()]
     parameters = [*added, *(each for each in own if each.kind is not inspect.Parameter.VAR_KEYWORD)]
     in_order = sorted(parameters, key=lambda parameter: parameter.kind)
     command.__signature__ = inspect.Signature(in_order)  # type: ignore[attr-defined]
     return command
 
 
-def _parameter(item: dataclasses.Field[Any], kind: type) -> inspect.Parameter:
+def _parameter(item: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     name, help_ = "--" + item.name.replace("_", "-"), item.metadata
     usual = "" if kind is bool else f" Default: {help_['shown'] or item.default}."
+    name += f"/--no-{item.name}" if item.default is True else ""
+    kind = list[str] if item.name == "sparsity" else kind  # one number, and PATTERN=NUMBER as often as one likes
     typed = typer.Option(name, help=help_["help"] + usual, rich_help_panel=help_["panel"])
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, typed]
@@ -89,7 +92,8 @@ def compress(
     **typed: Any,
 ) -> None:
     """Make a network smaller: train, prune, export, measure, report. The result is a run folder."""
-    given = {name.replace("_", "-"): value for name, value in typed.items() if value is not None}
+    given = {name.replace("_", "-"): value for name, value in typed.items() if value not in (None, [])}
+    given |= {"sparsity": as_written(given["sparsity"])} if "sparsity" in given else {}
     if ctx.invoked_subcommand:
         _refuse_idle(ctx.invoked_subcommand, [*given, *_flags(config=config, resume=resume, overwrite=overwrite)])
         return

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor.calibration import input_means
+from compressor.calibration import COMPENSATIONS, input_means
 from compressor.costs import CostModel
 from compressor.criteria import Criterion, ModuleSnapshot, lookup, score
 from compressor.errors import BudgetError, CutError, InputError, RangeError, UnknownNameError
@@ -92,9 +92,6 @@ def prune(
         real_inputs=batches[0] if batches else example_inputs,
     )
     return ledger.result(budget, made.blocked if made else ())
-
-
-COMPENSATIONS = ("mean", "none")
 
 
 def _batches(calibration: Iterable[Any] | None, compensate: str, verify: bool) -> list[Any]:

@@ -15,17 +15,31 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compressor.errors import InputError, RangeError, UnknownNameError
 
+if TYPE_CHECKING:
+    from compressor.limits import Limits
+
 OBSERVING = "relevance"  # the criterion that watches the training instead of looking at weights
-_KINDS = {str: "text in quotes", int: "a whole number", float: "a number", bool: "true or false"}
+_KINDS: dict[Any, str] = {
+    str: "text in quotes",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list[str]: 'a list of texts, ["layer1.*"]',
+}
 
 
 def _option(default: Any, panel: str, text: str, shown: str = "") -> Any:
     """Give a dataclass field with its heading, its help text, and what to show as default where it is worked out."""
     return field(default=default, metadata={"panel": panel, "help": text, "shown": shown})
+
+
+def _typed_with(option: str) -> Any:
+    """Give a dataclass field that has no option of its own: its values are typed along with another's."""
+    return field(default=(), metadata={"typed_with": option})
 
 
 @dataclass(frozen=True)
@@ -45,10 +59,23 @@ class Settings:
     data: str = _option("digits", "What", "digits, cifar10, cifar100, or imagefolder:PATH.")
     download: bool = _option(False, "What", "Download the data set if it is not there.")
 
-    sparsity: float = _option(0.6, "How much", "Fraction to remove, in [0, 1).")
+    sparsity: float = _option(
+        0.6, "How much", "Fraction to remove, in [0, 1); PATTERN=0.3 beside it: of the channels of these groups."
+    )
+    sparsity_by_pattern: tuple[str, ...] = _typed_with("sparsity")
     measure: str = _option("params", "How much", "Of what: params, macs or channels.")
     scope: str = _option("global", "How much", "Rank all channels together (global), or each group by itself (local).")
     round_to: int = _option(8, "How much", "Round channel counts to multiples of this.")
+    keep: tuple[str, ...] = _option((), "How much", "Groups that stay whole, by PATTERN; may be repeated.", "none")
+    only: tuple[str, ...] = _option((), "How much", "The groups that may lose channels; may be repeated.", "all")
+
+    compensate: str | None = _option(
+        None, "Cuts", "Fold a removed channel's mean into the next layer, or none.", "mean"
+    )
+    recalibrate: int | None = _option(
+        None, "Cuts", "Images for BatchNorm statistics anew after a cut; 0: none.", "2000 with --when after, else 0"
+    )
+    verify: bool = _option(True, "Cuts", "Compare every cut with the silenced model on real images.")
 
     when: str | None = _option(
         None, "Training", "Prune during or after training.", "during for relevance, magnitude, set, rigl; else after"
@@ -84,6 +111,7 @@ class Settings:
         _check_names(self)
         _check_ranges(self)
         _check_effects(self)
+        self.limits()
         for name, value in _worked_out(self).items():
             object.__setattr__(self, name, value)
 
@@ -101,17 +129,39 @@ class Settings:
         """
         hints = option_kinds()
         where = f" in {source}" if source else ""
-        for name, value in given.items():
+        number, patterns = _sparsities(given["sparsity"], where) if "sparsity" in given else ([], [])
+        given = {name: value for name, value in given.items() if name != "sparsity"}
+        for name, value in [*given.items(), *(("sparsity", each) for each in number)]:
             if name not in hints:
                 raise UnknownNameError(f"option{where}", name, hints)
             if not _fits(value, hints[name]):
                 raise InputError(f"{name} = {value!r}{where}: give {_KINDS[hints[name]]}")
-        return Settings(**{name.replace("-", "_"): value for name, value in given.items()})
+        plain: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in given.items()
+        }
+        plain |= {"sparsity-by-pattern": tuple(patterns)} | ({"sparsity": number[0]} if number else {})
+        return Settings(**{name.replace("-", "_"): value for name, value in plain.items()})
 
     def given(self) -> dict[str, Any]:
         """Give every option that has a value, by its name as typed; `Settings.of` takes it back."""
-        values = {name.replace("_", "-"): value for name, value in dataclasses.asdict(self).items()}
-        return {name: value for name, value in values.items() if value is not None}
+        values = {name: getattr(self, name.replace("-", "_")) for name in option_kinds()}
+        if self.sparsity_by_pattern:
+            values["sparsity"] = [self.sparsity, *self.sparsity_by_pattern]
+        listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {name: value for name, value in listed.items() if value is not None}
+
+    def limits(self) -> Limits:
+        """Give what the options say about single groups."""
+        from compressor.limits import Limits  # imports torch
+
+        shares: dict[str, float] = {}
+        for word in self.sparsity_by_pattern:
+            pattern, _, share = word.rpartition("=")
+            if shares.setdefault(pattern, float(share)) != float(share):
+                raise InputError(
+                    f"--sparsity {pattern} came with {shares[pattern]:g} and {share}: leave one of them out"
+                )
+        return Limits(self.keep, self.only, shares)
 
     def toml(self) -> str:
         """Give the text of `config.toml`: one line for each option."""
@@ -145,8 +195,45 @@ def read_toml(path: Path) -> dict[str, Any]:
 def option_kinds() -> dict[str, type]:
     """Give the type of every option, by its name as typed."""
     hints = typing.get_type_hints(Settings)
-    plain = {name: typing.get_args(hint)[0] if typing.get_args(hint) else hint for name, hint in hints.items()}
-    return {name.replace("_", "-"): kind for name, kind in plain.items()}
+    own = [item.name for item in dataclasses.fields(Settings) if "typed_with" not in item.metadata]
+    return {name.replace("_", "-"): _kind(hints[name]) for name in own}
+
+
+def _kind(hint: Any) -> Any:
+    """Give the type without None; a tuple is given as a list."""
+    if typing.get_origin(hint) is tuple:
+        return list[str]
+    return typing.get_args(hint)[0] if typing.get_args(hint) else hint
+
+
+def _sparsities(value: Any, where: str) -> tuple[list[Any], list[str]]:
+    """Take apart what may be one number, or a list of one number at most and of `PATTERN=NUMBER`, also as typed."""
+    words = value if isinstance(value, list) else [value]
+    patterns = [word for word in words if isinstance(word, str) and "=" in word]
+    numbers = [_number(word) if isinstance(value, list) else word for word in words if word not in patterns]
+    for word in patterns:
+        share = _number(word.rpartition("=")[2])
+        if not isinstance(share, float) or not 0 <= share < 1:
+            raise InputError(
+                f"sparsity = {word!r}{where}: give PATTERN=NUMBER with a number in [0, 1), layer4.*=0.3 say"
+            )
+    if len(numbers) > 1:
+        raise InputError(f"sparsity = {numbers}{where}: give one number, and PATTERN=NUMBER for single groups")
+    return numbers, patterns
+
+
+def as_written(words: list[str]) -> Any:
+    """Give the values of `--sparsity` as `config.toml` holds them: a number, or a list with the number first."""
+    values = sorted((_number(word) for word in words), key=lambda value: isinstance(value, str))
+    return values[0] if len(values) == 1 else values
+
+
+def _number(word: Any) -> Any:
+    """Give a typed number as such, everything else as it is."""
+    try:
+        return float(word) if isinstance(word, str) else word
+    except ValueError:
+        return word
 
 
 def criteria() -> list[str]:
@@ -165,18 +252,23 @@ def masking(criterion: str) -> bool:
 
 
 def _check_names(settings: Settings) -> None:
+    from compressor.calibration import COMPENSATIONS
     from compressor.costs import MEASURES
+    from compressor.criteria import lookup
     from compressor.intraining.allocation import ALLOCATIONS
     from compressor.intraining.estimators import ESTIMATORS
     from compressor.intraining.sparse import GRANULARITIES
 
+    if settings.criterion.startswith("tp:"):
+        lookup(settings.criterion)
     tables = {
-        "criterion": criteria(),
+        "criterion": [settings.criterion] if settings.criterion.startswith("tp:") else criteria(),
         "measure": MEASURES,
         "scope": ("global", "local"),
         "stem": ("imagenet", "cifar"),
         "when": ("during", "after"),
         "relevance_estimator": ESTIMATORS,
+        "compensate": COMPENSATIONS,
         "granularity": GRANULARITIES,
         "allocation": (*ALLOCATIONS, "global"),
     }
@@ -190,6 +282,7 @@ def _check_ranges(settings: Settings) -> None:
     allowed: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "sparsity": ("[0, 1)", lambda x: 0 <= x < 1),
         "round_to": ("1, 2, 3, ...", lambda x: x >= 1),
+        "recalibrate": ("0, 2, 3, 4, ...", lambda x: x == 0 or x >= 2),
         "epochs": ("1, 2, 3, ...", lambda x: x >= 1),
         "finetune_epochs": ("0, 1, 2, ...", lambda x: x >= 0),
         "batch_size": ("2, 3, 4, ...", lambda x: x >= 2),
@@ -228,14 +321,17 @@ def _check_effects(settings: Settings) -> None:
         ),
         **dict.fromkeys(("granularity", "allocation"), "" if masked else f"--criterion {settings.criterion}"),
         "scope": f"--criterion {settings.criterion}" if masked else "",
+        **dict.fromkeys(("compensate", "recalibrate", "verify"), f"--criterion {settings.criterion}" if masked else ""),
         **dict.fromkeys(
-            ("measure", "round_to"), "--granularity weight" if masked and settings.granularity != "channel" else ""
+            ("measure", "round_to", "keep", "only", "sparsity_by_pattern"),
+            "--granularity weight" if masked and settings.granularity != "channel" else "",
         ),
     }
     usual = {item.name: item.default for item in dataclasses.fields(settings)}
     for name, other in without_effect.items():
         if other and getattr(settings, name) != usual[name]:
-            raise InputError(f"--{name.replace('_', '-')} has no effect with {other}: leave one of them out")
+            typed = {"sparsity_by_pattern": "sparsity PATTERN=...", "verify": "no-verify"}.get(name, name)
+            raise InputError(f"--{typed.replace('_', '-')} has no effect with {other}: leave one of them out")
 
 
 def _worked_out(settings: Settings) -> dict[str, Any]:
@@ -251,6 +347,9 @@ def _worked_out(settings: Settings) -> dict[str, Any]:
         opened["finetune_epochs"] = (
             (settings.epochs + 1) // 2 if settings.finetune_epochs is None else settings.finetune_epochs
         )
+    if not masked:
+        usual: dict[str, Any] = {"compensate": "mean", "recalibrate": 2000 if when == "after" else 0}
+        opened |= {name: value for name, value in usual.items() if getattr(settings, name) is None}
     if observing:
         usual = {"relevance_estimator": "soft", "drop": 0.15, "delta": 0.99}
         opened |= {name: value for name, value in usual.items() if getattr(settings, name) is None}
@@ -284,6 +383,8 @@ def usable_device(name: str) -> str:
 
 
 def _fits(value: Any, kind: type) -> bool:
+    if kind == list[str]:
+        return isinstance(value, list) and all(isinstance(each, str) for each in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -291,8 +392,8 @@ def _fits(value: Any, kind: type) -> bool:
 
 def _words(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
-        return [f"--{name}"] if value else []
-    return [f"--{name}", str(value)]
+        return [f"--{name}" if value else f"--no-{name}"]
+    return [word for each in (value if isinstance(value, list) else [value]) for word in (f"--{name}", str(each))]
 
 
 def _toml_value(value: Any) -> str:

@@ -110,9 +110,28 @@ def test_options_become_settings(monkeypatch) -> None:
     assert (how["resume"], how["overwrite"]) == (False, True)
 
 
-def test_the_command_in_the_report_is_understood(monkeypatch) -> None:
-    settings = Settings(data="cifar10", download=True, criterion="l2", model="a b", lr=1e-5, finetune_epochs=0)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"data": "cifar10", "download": True, "lr": 1e-5, "finetune_epochs": 0},
+        {"keep": ("conv1", "layer[12].*"), "only": ("*",), "sparsity_by_pattern": ("layer4.*=0.3", "fc=0")},
+        {"verify": False, "compensate": "none", "recalibrate": 500},
+    ],
+)
+def test_the_command_in_the_report_is_understood(monkeypatch, more: dict) -> None:
+    settings = Settings(criterion="l2", model="a b", **more)
     assert asked(monkeypatch, *shlex.split(settings.command())[1:])[0] == settings
+
+
+def test_what_was_written_for_a_run_goes_on_with_it(monkeypatch, tmp_path: Path) -> None:
+    line = shlex.split("--criterion l1 --sparsity 0.4 --sparsity layer4.*=0.3 --keep conv1 --no-verify --out run")
+    settings, _ = asked(monkeypatch, *line)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(settings.toml())
+    assert asked(monkeypatch, "--resume", "--out", "run")[0] == settings
+    assert asked(monkeypatch, "--resume", *line)[0] == settings
+    other = compress("--resume", "--out", "run", "--keep", "conv2")
+    assert (other.exit_code, "has --keep ['conv1'], not ['conv2']" in other.stderr) == (2, True)
 
 
 def test_options_on_the_line_win_over_the_file(monkeypatch, tmp_path: Path) -> None:
@@ -207,6 +226,17 @@ BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "data": (nothing, "--data digit", "unknown data set 'digit': did you mean 'digits'"),
     "sparsity 1": (nothing, "--sparsity 1", "sparsity = 1.0 is out of range: give sparsity in [0, 1)"),
     "sparsity -0.1": (nothing, "--sparsity -0.1", "sparsity = -0.1 is out of range"),
+    "sparsity twice": (nothing, "--sparsity 0.5 --sparsity 0.6", "sparsity = [0.5, 0.6]: give one number, and PATTERN"),
+    "sparsity of a group": (nothing, "--sparsity conv1=1.5", "sparsity = 'conv1=1.5': give PATTERN=NUMBER with"),
+    "no such group": (nothing, "--model user_models:tiny --keep 77", "unknown group for --keep '77': did you mean '7'"),
+    "no such group to cut": (nothing, "--model user_models:tiny --only 33", "unknown group for --only '33': did you"),
+    "contradiction": (
+        nothing,
+        "--model user_models:tiny --keep 3 --sparsity 3=0.5",
+        "--sparsity 3=0.5 and --keep 3 contradict each other at group '3'",
+    ),
+    "kept whole": (nothing, "--model user_models:tiny --only 0 --sparsity 0.5", "cannot remove 50.0% of the params"),
+    "importance": (nothing, "--criterion tp:GroupTailor", "unknown criterion 'tp:GroupTailor': did you mean 'tp:G"),
     "measure": (nothing, "--measure flops", "unknown measure 'flops'"),
     "device": (nothing, "--device cuda:99", "unknown device 'cuda:99'"),
     "no folder": (nothing, "--data imagefolder:photos", "there is no data folder photos"),
@@ -262,7 +292,7 @@ def test_a_sparsity_that_cannot_be_reached_says_what_blocks_it() -> None:
     assert all(line.startswith("  - ") for line in blocked)
 
 
-@pytest.mark.parametrize("words", [["--sparsity", "much"], ["--sparsty", "0.5"], ["inspekt", "resnet18"], ["export"]])
+@pytest.mark.parametrize("words", [["--epochs", "many"], ["--sparsty", "0.5"], ["inspekt", "resnet18"], ["export"]])
 def test_what_cannot_be_parsed_is_exit_code_2(words: list[str], tmp_path: Path) -> None:
     result = compress(*words)
     assert result.exit_code == 2

@@ -10,11 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.errors import InputError, RangeError, UnknownNameError
+from compressor.limits import Limits
 from compressor.settings import Settings, option_kinds, read_toml
 
 whole = st.integers(min_value=2, max_value=10**9)
 part = st.floats(min_value=0, max_value=0.999)
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="="), min_size=1, max_size=9).filter(
+    lambda word: not word.startswith("-")
+)
 some = st.one_of(
     st.builds(Settings, model=text, data=text, out=text, sparsity=part, seed=whole, collect=st.none() | whole),
     st.builds(
@@ -25,6 +29,12 @@ some = st.one_of(
         lr=st.floats(min_value=1e-9, max_value=1e9),
         data=st.just("cifar10"),
         download=st.booleans(),
+        keep=st.tuples() | st.tuples(words, words),
+        only=st.tuples() | st.tuples(words),
+        sparsity_by_pattern=st.tuples() | st.tuples(st.builds("{}={:g}".format, words, part)),
+        verify=st.booleans(),
+        compensate=st.sampled_from([None, "mean", "none"]),
+        recalibrate=st.none() | whole,
     ),
 )
 
@@ -38,17 +48,38 @@ def test_toml_gives_back_the_same_settings(settings: Settings) -> None:
 def test_the_command_gives_back_the_same_settings(settings: Settings) -> None:
     words = shlex.split(settings.command())
     assert words[0] == "compress"
-    kinds = option_kinds()
-    typed: dict[str, object] = {}
-    remaining = iter(words[1:])
+    assert Settings.of(typed(words[1:])) == settings
+
+
+def typed(words: list[str]) -> dict[str, object]:
+    """What the command line makes of words: lists of what may be repeated, flags that may be negated."""
+    found: dict[str, object] = {}
+    kinds = {**option_kinds(), "sparsity": list[str]}
+    remaining = iter(words)
     for word in remaining:
         name = word.removeprefix("--")
-        typed[name] = True if kinds[name] is bool else kinds[name](next(remaining))
-    assert Settings.of(typed) == settings
+        if kinds.get(name.removeprefix("no-")) is bool:
+            found[name.removeprefix("no-")] = not name.startswith("no-")
+        elif kinds[name] == list[str]:
+            found[name] = [*found.get(name, []), next(remaining)]
+        else:
+            found[name] = kinds[name](next(remaining))
+    return found
 
 
 def test_the_command_is_short() -> None:
     assert Settings().command() == "compress --criterion relevance --model resnet18 --data digits --sparsity 0.6"
+
+
+def test_single_groups_are_typed_beside_the_number() -> None:
+    words = ["--criterion", "l1", "--sparsity", "0.4", "--sparsity", "layer4.*=0.3", "--keep", "conv1", "--keep", "fc*"]
+    settings = Settings.of(typed(words))
+    assert (settings.sparsity, settings.sparsity_by_pattern) == (0.4, ("layer4.*=0.3",))
+    assert settings.limits() == Limits(("conv1", "fc*"), (), {"layer4.*": 0.3})
+    assert 'sparsity = [0.4, "layer4.*=0.3"]\n' in settings.toml()
+    assert 'keep = ["conv1", "fc*"]\n' in settings.toml()
+    assert settings.command().endswith("--sparsity 0.4 --sparsity 'layer4.*=0.3' --keep conv1 --keep 'fc*'")
+    assert Settings.of({"sparsity": ["a=0.3"]}).sparsity == Settings().sparsity
 
 
 def test_nothing_is_left_open() -> None:
@@ -56,6 +87,8 @@ def test_nothing_is_left_open() -> None:
     assert (watching.when, watching.finetune_epochs, watching.relevance_estimator) == ("during", None, "soft")
     assert (after.when, after.finetune_epochs, after.relevance_estimator) == ("after", 3, None)
     assert watching.device in ("cpu", "cuda")
+    assert (watching.compensate, watching.recalibrate, watching.verify) == ("mean", 0, True)
+    assert (after.compensate, after.recalibrate, after.verify) == ("mean", 2000, True)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +117,9 @@ def test_the_folder_is_named_after_the_run(given_: dict, folder: str) -> None:
         ({"relevance-estimator": "sft"}, "unknown relevance estimator 'sft': did you mean 'soft'"),
         ({"device": "gpu"}, "unknown device 'gpu'"),
         ({"sparsty": 0.5}, "unknown option 'sparsty': did you mean 'sparsity'"),
+        ({"compensate": "means"}, "unknown compensate 'means': did you mean 'mean'"),
+        ({"criterion": "tp:GroupTailorImportance"}, "unknown criterion 'tp:GroupTailorImportance': did you mean 'tp:G"),
+        ({"sparsity-by-pattern": ["a=0.3"]}, "unknown option 'sparsity-by-pattern': did you mean 'sparsity'"),
         ({"round_to": 4}, "unknown option 'round_to': did you mean 'round-to'"),
     ],
 )
@@ -100,6 +136,8 @@ def test_an_unknown_name_is_refused_with_a_suggestion(given_: dict, message: str
         ("sparsity", -0.1),
         ("sparsity", float("nan")),
         ("round-to", 0),
+        ("recalibrate", 1),
+        ("recalibrate", -1),
         ("epochs", 0),
         ("batch-size", 1),
         ("lr", 0.0),
@@ -127,6 +165,13 @@ def test_a_number_out_of_range_is_refused(name: str, value: float) -> None:
         ({"criterion": "l1", "drop": 0.1}, "--drop has no effect with --criterion l1"),
         ({"criterion": "l1", "relevance-estimator": "soft"}, "--relevance-estimator has no effect with --criterion l1"),
         ({"criterion": "l1", "collect": 5}, "--collect has no effect with --when after"),
+        ({"criterion": "set", "verify": False}, "--no-verify has no effect with --criterion set"),
+        ({"criterion": "set", "compensate": "none"}, "--compensate has no effect with --criterion set"),
+        ({"criterion": "rigl", "keep": ["conv1"]}, "--keep has no effect with --granularity weight"),
+        (
+            {"criterion": "rigl", "sparsity": ["a=0.3"]},
+            "--sparsity PATTERN=... has no effect with --granularity weight",
+        ),
         ({"download": True}, "--download has no effect with --data digits"),
     ],
 )
@@ -144,6 +189,12 @@ def test_a_setting_without_effect_is_refused(given_: dict, message: str) -> None
         ({"lr": True}, "lr = True in exp.toml: give a number"),
         ({"epochs": 1.5}, "epochs = 1.5 in exp.toml: give a whole number"),
         ({"sparsity": "0.5"}, "sparsity = '0.5' in exp.toml: give a number"),
+        ({"keep": "conv1"}, "keep = 'conv1' in exp.toml: give a list of texts"),
+        ({"keep": ["conv1", 2]}, "keep = ['conv1', 2] in exp.toml: give a list of texts"),
+        ({"sparsity": ["much"]}, "sparsity = 'much' in exp.toml: give a number"),
+        ({"sparsity": [0.3, 0.4]}, "sparsity = [0.3, 0.4] in exp.toml: give one number, and PATTERN=NUMBER for single"),
+        ({"sparsity": [0.3, "a=1"]}, "sparsity = 'a=1' in exp.toml: give PATTERN=NUMBER with a number in [0, 1)"),
+        ({"sparsity": ["a=b"]}, "sparsity = 'a=b' in exp.toml: give PATTERN=NUMBER with a number in [0, 1)"),
         ({"download": 1}, "download = 1 in exp.toml: give true or false"),
         ({"model": 18}, "model = 18 in exp.toml: give text in quotes"),
         ({"sparsty": 1}, "unknown option in exp.toml 'sparsty': did you mean 'sparsity'"),
@@ -153,6 +204,11 @@ def test_a_wrong_value_in_a_file_names_the_file(given_: dict, message: str) -> N
     with pytest.raises(InputError) as caught:
         Settings.of(given_, "exp.toml")
     assert str(caught.value).startswith(message)
+
+
+def test_a_pattern_with_two_shares_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--sparsity a came with 0.3 and 0.4: leave one of them out"):
+        Settings.of({"sparsity": ["a=0.3", "a=0.4"]})
 
 
 def test_a_file_that_is_missing_or_no_toml_is_refused(tmp_path: Path) -> None:

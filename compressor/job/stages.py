@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
+from compressor.criteria import needs_gradients
 from compressor.data import Data
 from compressor.errors import BudgetError
 from compressor.intraining.sparse import SparseTraining
@@ -25,6 +27,9 @@ from compressor.settings import OBSERVING, Settings, masking
 from compressor.training import HookFactory, PlainStep, TrainingConfig, recalibrate, require_scores, train
 
 Progress = Callable[[str, int, int], None]  # what, done, total
+
+VERIFIED_IMAGES = 8  # on which a cut is compared with the silenced model
+CALIBRATION_IMAGES = 512  # over which the means of removed channels are taken
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,7 @@ class Stages:
             allocation=settings.allocation,
             collect=settings.collect or (self._epoch_steps() if settings.criterion == "set" else None),
             round_to=settings.round_to if settings.granularity == "channel" else None,
+            limits=settings.limits() if settings.granularity == "channel" else None,
             seed=settings.seed,
         )
 
@@ -143,7 +149,8 @@ class Stages:
         how: dict[str, Any] = {}
         if settings.criterion == OBSERVING:
             how = {"estimator": settings.relevance_estimator, "drop": settings.drop, "delta": settings.delta}
-        return Pruner(
+        made = _RecalibratingPruner if settings.recalibrate else Pruner
+        pruner = made(
             model,
             self._example(),
             settings.criterion,
@@ -153,22 +160,34 @@ class Stages:
             collect=settings.collect,
             scope=settings.scope,
             round_to=settings.round_to,
+            limits=settings.limits(),
+            compensate=settings.compensate or "none",
+            verify=settings.verify,
             seed=settings.seed,
             **how,
         )
+        if isinstance(pruner, _RecalibratingPruner):
+            pruner.recalibrate = self._recalibrate
+        return pruner
 
     def _prune(self, model: nn.Module) -> PruneResult:
         """Cut a trained model, and take its BatchNorm statistics anew; writes the model."""
         settings = self.settings
-        if settings.criterion == "taylor":
+        if needs_gradients(settings.criterion):
             self._sum_gradients(model)
-        result = self._cut(model, settings.criterion)
+        result = self._cut(model, settings.criterion, CALIBRATION_IMAGES)
         model.zero_grad(set_to_none=True)
-        recalibrate(model, self.data.train, device=settings.device)
+        if settings.recalibrate:
+            self._recalibrate(model)
         return result
 
-    def _cut(self, model: nn.Module, criterion: str) -> PruneResult:
+    def _recalibrate(self, model: nn.Module) -> None:
+        recalibrate(model, self.data.train, images=self.settings.recalibrate or 0, device=self.settings.device)
+
+    def _cut(self, model: nn.Module, criterion: str, images: int = 0) -> PruneResult:
+        """Cut a model on so many calibration images, at least those that the cut is verified on."""
         settings = self.settings
+        compensate = settings.compensate or "none"
         return prune(
             model,
             self._example(),
@@ -178,7 +197,17 @@ class Stages:
             scope=settings.scope,
             round_to=settings.round_to,
             seed=settings.seed,
+            limits=settings.limits(),
+            calibration=self._calibration(images) if settings.verify or compensate == "mean" else None,
+            compensate=compensate,
+            verify=settings.verify,
         )
+
+    def _calibration(self, images: int) -> list[Tensor]:
+        """Give the first images of the training part as batches: a small one to verify on, then the others."""
+        few = [next(iter(self.data.train.batches(VERIFIED_IMAGES, device=self.settings.device)))[0]]
+        batches = self.data.train.batches(self.settings.batch_size, device=self.settings.device)
+        return few + [inputs for inputs, _ in islice(batches, images // self.settings.batch_size)]
 
     def _sum_gradients(self, model: nn.Module) -> None:
         """Leave the gradient of the loss over the training part on the model's parameters."""
@@ -188,6 +217,18 @@ class Stages:
 
     def _example(self) -> Tensor:
         return torch.zeros(1, *self.data.image_shape, device=self.settings.device)
+
+
+class _RecalibratingPruner(Pruner):
+    """Takes BatchNorm statistics anew after every cut."""
+
+    recalibrate: Callable[[nn.Module], None]
+
+    def update(self) -> dict[str, Any] | None:
+        event = super().update()
+        if event:
+            self.recalibrate(self.model)
+        return event
 
 
 def _cut_event(result: PruneResult) -> dict[str, Any]:
