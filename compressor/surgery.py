@@ -8,7 +8,6 @@ copies that refer to them carry on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +20,8 @@ from compressor.graph.group import ChannelGraph, Group
 from compressor.graph.retrace import retrace
 from compressor.graph.table import Table
 from compressor.graph.trail import Mismatch, Trail
-from compressor.sizes import follow, named_tensors_of, refit, replace_data
+from compressor.sizes import follow, refit
+from compressor.transaction import Transaction
 
 
 def cut(
@@ -30,8 +30,9 @@ def cut(
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     means: Mapping[str, Tensor] | None = None,
     check: Callable[[], None] | None = None,
+    copies: Iterable[nn.Module] = (),
 ) -> None:
-    """Remove every channel that is not kept, in place; writes the model, the optimizers' state and the graph.
+    """Remove every channel that is not kept, in place; writes the model, its copies, the optimizers and the graph.
 
     Args:
         graph: the channel graph of the model; it describes the smaller model afterwards and can be cut again.
@@ -41,10 +42,12 @@ def cut(
         means: by consuming weight, the mean of its input per channel, `(channels of that input,)`. Where given, what
             the removed channels contribute on average is folded into the next bias or running mean.
         check: called when the model is cut and verified; what it raises takes the cut back.
+        copies: models with tensors of the same names and shapes that lose the same channels, such as an exponential
+            moving average (`AveragedModel(...).module`).
 
     Raises:
         UnknownNameError: a group that is not in the graph.
-        InputError: indices that are out of range, repeated, or none at all.
+        InputError: indices that are out of range, repeated, or none at all; a copy of another model.
         CutError: the cut model does not do what the trace says it should (a size baked into Python code, say), or an
             optimizer's state cannot follow. The model, the optimizers and the graph are as they were.
     """
@@ -54,7 +57,7 @@ def cut(
     if not kept:
         return
     optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-    transaction = _Transaction(graph.model, optimizers)
+    transaction = Transaction(graph.model, list(copies), optimizers)
     table: Table = graph.table
     gone, removed = table.gone(kept), _removed_classes(graph, kept)
     try:
@@ -67,6 +70,7 @@ def cut(
             transaction.renumber(name, torch.from_numpy(numbers))
         refit(graph.model)
         trail = _verified(graph, removed)
+        transaction.refit_copies()
         if check:
             check()
     except BaseException:
@@ -141,7 +145,7 @@ def _refusal(trail: Trail, removed: BoolArray, mismatch: Mismatch) -> CutError:
 
 
 def _fold(
-    graph: ChannelGraph, kept: Mapping[str, Tensor], means: Mapping[str, Tensor], transaction: _Transaction
+    graph: ChannelGraph, kept: Mapping[str, Tensor], means: Mapping[str, Tensor], transaction: Transaction
 ) -> None:
     """Add what removed channels contribute on average to the bias, or running mean, behind each consumer."""
     gone: dict[str, Tensor] = {}
@@ -154,7 +158,8 @@ def _fold(
                 gone.setdefault(seen.weight, torch.zeros_like(mean))[positions] = mean[positions]
     for weight, mean in gone.items():
         offset = graph.offsets[weight]
-        transaction.add(offset.tensor, offset.sign * _response(transaction.tensors[weight], mean))
+        for tensors in transaction.tensors:
+            transaction.add(tensors[offset.tensor], offset.sign * _response(tensors[weight], mean))
 
 
 @torch.no_grad()
@@ -164,74 +169,3 @@ def _response(weight: Tensor, mean: Tensor) -> Tensor:
     blocks = len(mean) // kernel.shape[1]
     parts = zip(kernel.chunk(blocks), mean.to(kernel).chunk(blocks), strict=True)
     return torch.cat([part @ constant for part, constant in parts])
-
-
-# -- writing, and putting back
-
-
-class _Transaction:
-    """Writes tensors, gradients and optimizer state, and remembers how to put everything back."""
-
-    def __init__(self, model: nn.Module, optimizers: list[Optimizer]) -> None:
-        modules = dict(model.named_modules())
-        self.tensors = named_tensors_of(modules)
-        self._optimizers = optimizers
-        self._data: dict[str, tuple[Tensor, Tensor | None]] = {}
-        self._state: list[tuple[dict[str, Any], str, Any]] = []
-        self._attributes = [(module, type(module), _plain(module)) for module in modules.values()]
-
-    def narrow(self, name: str, dim: int, stays: Tensor) -> None:
-        """Leave only some positions along one dimension of a tensor, its gradient and its optimizer state."""
-        tensor = self.tensors[name]
-        self._remember(name)
-        index = stays.to(tensor.device)
-        gradient, shape = tensor.grad, tensor.shape
-        tensor.grad = None
-        self._narrow_state(name, tensor, shape, dim, index)
-        replace_data(tensor, tensor.data.index_select(dim, index))
-        if gradient is not None:
-            tensor.grad = gradient.index_select(dim, index)
-
-    def _narrow_state(self, name: str, tensor: Tensor, shape: torch.Size, dim: int, index: Tensor) -> None:
-        for optimizer in self._optimizers:
-            state = optimizer.state.get(tensor, {})
-            for key, value in list(state.items()):
-                if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1:
-                    continue
-                if value.shape != shape:
-                    raise CutError(
-                        f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for {name!r} of shape "
-                        f"{tuple(shape)}, which does not say what belongs to a channel; use SGD, Adam(W) or RMSprop"
-                    )
-                self._state.append((state, key, value))
-                state[key] = value.index_select(dim, index.to(value.device))
-
-    def add(self, name: str, amount: Tensor) -> None:
-        """Add to a tensor, into new memory so that the old values can come back."""
-        self._remember(name)
-        self.tensors[name].data = self.tensors[name].data + amount.to(self.tensors[name])
-
-    def renumber(self, name: str, numbers: Tensor) -> None:
-        """Replace every position in a buffer of positions by its new number."""
-        self._remember(name)
-        tensor = self.tensors[name]
-        tensor.data = numbers.to(tensor.device)[tensor.data.long()].to(tensor.dtype)
-
-    def _remember(self, name: str) -> None:
-        self._data.setdefault(name, (self.tensors[name].data, self.tensors[name].grad))
-
-    def undo(self) -> None:
-        """Put everything back, bit for bit."""
-        for name, (data, gradient) in self._data.items():
-            self.tensors[name].grad = None
-            replace_data(self.tensors[name], data)
-            self.tensors[name].grad = gradient
-        for state, key, value in reversed(self._state):
-            state[key] = value
-        for module, kind, sizes in self._attributes:
-            module.__class__ = kind
-            module.__dict__.update(sizes)
-
-
-def _plain(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if isinstance(value, int | tuple)}

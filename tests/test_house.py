@@ -21,7 +21,7 @@ ROWS = [
     ["graph.flow", "graph.table"],
     ["graph.rules", "graph.grouping", "graph.trail"],
     ["graph.recorder"],
-    ["graph.trace", "graph.retrace", "criteria"],
+    ["graph.trace", "graph.retrace", "criteria", "transaction"],
     ["costs", "masks", "surgery", "schedules", "limits", "widths"],
     ["selection", "verification", "calibration"],
     ["ledger"],

@@ -266,3 +266,35 @@ def test_restore_shapes_gives_the_structure_of_a_cut_model() -> None:
     assert str(model) == str(other)
     with pytest.raises(InputError, match=r"belong to another model: .0\.weight. is only in one"):
         restore_shapes(other, dict.fromkeys(list(model.state_dict())[1:], (1,)))
+
+
+def test_a_copy_follows_and_stays_a_copy_of_its_own() -> None:
+    """The oracle: cutting the copy by itself."""
+    model = shake(small())
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with torch.no_grad():
+        for parameter in average.module.parameters():
+            parameter.mul_(0.9)
+    alone = copy.deepcopy(average.module)
+    x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
+    graph, other = compressor.trace(model, x), compressor.trace(alone, x)
+    keep = random_keep(graph)
+    compressor.cut(graph, keep, copies=[average.module])
+    compressor.cut(other, keep)
+    assert same(dict(average.module.state_dict()), dict(alone.state_dict()))
+    assert str(average.module) == str(model)
+    train_step(model, OPTIMIZERS["sgd"](model.parameters()), 0)
+    average.update_parameters(model)
+    assert average.module.train()(x.repeat(2, 1, 1, 1)).shape == (2, 4)
+
+
+def test_a_refused_cut_leaves_the_copy_alone_and_a_stranger_is_refused() -> None:
+    model = Baked().double()
+    graph = compressor.trace(model, torch.randn(1, 3, 8, 8, dtype=torch.float64))
+    average = copy.deepcopy(model)
+    before = copy.deepcopy(average.state_dict())
+    with pytest.raises(CutError):
+        compressor.cut(graph, {"a": [0, 1]}, copies=[average])
+    assert same(dict(average.state_dict()), dict(before))
+    with pytest.raises(InputError, match=r"Sequential is no copy of the model: '0.weight' is \(8, 3, 3, 3\) there"):
+        compressor.cut(graph, {"b": [0, 1]}, copies=[small()])
