@@ -40,7 +40,7 @@ class UnknownNameError(InputError):
         known = sorted(known)
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         listed = ", ".join(known) if len(known) <= 20 else ", ".join(known[:20]) + ", ..."
-        advice = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {listed}"
+        advice = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {listed or 'none'}"
         super().__init__(f"unknown {kind} {name!r}: {advice}{'; ' + hint if hint else ''}")
 
 
@@ -97,10 +97,11 @@ class BudgetError(CompressorError):
 
     def __init__(self, measure: str, asked: float, best: float, blocked: Sequence[str]) -> None:
         self.measure, self.asked, self.best, self.blocked = measure, asked, best, tuple(blocked)
-        why = "".join(f"\n  - {line}" for line in blocked)
+        why, reachable = "".join(f"\n  - {line}" for line in blocked), int(best * 1000) / 1000
+        less = f"at most {best:.1%} can go; ask for --sparsity {reachable:g} or less"
+        advice = less if reachable else "nothing can go"
         super().__init__(
-            f"cannot remove {asked:.1%} of the {measure}: at most {best:.1%} can go; "
-            f"ask for --sparsity {int(best * 1000) / 1000:g} or less. What blocks it:{why or ' nothing is left to cut'}"
+            f"cannot remove {asked:.1%} of the {measure}: {advice}. What blocks it:{why or ' nothing is left to cut'}"
         )
 
 

@@ -214,6 +214,7 @@ class Pruner:
 
     Raises:
         RangeError, UnknownNameError, InputError: as for `prune`.
+        BudgetError: every channel is frozen; says why.
     """
 
     def __init__(
@@ -246,6 +247,8 @@ class Pruner:
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._total = _positive("total_steps", total_steps)
         self._collect = _positive("collect", collect or max(1, total_steps // 20))
+        if not self.graph.groups:
+            require_reachable(self.graph, self.budget)
         self._how = _How(scope, round_to, (limits or Limits()).shares(self.graph), optimizers, verify)
         self._compensate, self._seen = compensate == "mean", example_inputs
         self._delta, self._ledger, self._blocked = delta, Ledger(self.graph), tuple[str, ...]()

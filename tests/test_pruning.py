@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import compressor
 import compressor.surgery
-from compressor.errors import BudgetError, RangeError, UnknownNameError
+from compressor.errors import BudgetError, InputError, RangeError, UnknownNameError
 
 X = torch.randn(1, 3, 8, 8, dtype=torch.float64)
 
@@ -99,6 +99,66 @@ def test_bad_arguments_say_what_to_type_and_change_nothing(arguments, error, mes
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
+def test_every_group_is_scored_once_however_many_refuse() -> None:
+    scored: list[str] = []
+
+    def judge(group: compressor.Group, snapshot: compressor.Snapshot) -> Tensor:
+        scored.append(group.name)
+        return group.rows(snapshot.values).abs().sum(dim=1)
+
+    model = Baked().double()
+    result = compressor.prune(model, X, criterion=judge, sparsity=0.9)
+    assert "a: its cut was refused" in result.blocked
+    assert sorted(scored) == ["a", "b"]
+
+
+def test_a_group_that_stays_whole_is_not_scored() -> None:
+    def judge(group: compressor.Group, snapshot: compressor.Snapshot) -> Tensor:
+        assert group.name == "3"
+        return torch.arange(group.size).float()
+
+    model = shake(small())
+    limits = compressor.Limits(keep=["0"])
+    assert compressor.prune(model, X, criterion=judge, sparsity=0.2, limits=limits).reached
+
+
+def test_a_model_without_parameters_has_nothing_to_prune() -> None:
+    with pytest.raises(InputError, match="ReLU has no parameters, so there is nothing to prune: pass the whole model"):
+        compressor.prune(nn.ReLU(), X)
+
+
+class Sorted(nn.Module):
+    """Every channel reaches an operation that no cut can follow, the model's input, or its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).sort(1).values.mean((2, 3)))
+
+
+def test_where_everything_is_frozen_the_result_says_what_and_why() -> None:
+    model = Sorted().double()
+    before = copy.deepcopy(model.state_dict())
+    result = compressor.prune(model, X)
+    assert (result.reached, result.removed, result.widths) == (False, 0.0, {})
+    assert result.blocked[0] == "242 of 242 params belong to no group"
+    assert result.blocked[1].startswith("frozen: 'conv.weight': aten.sort in the model: ")
+    assert "'head.bias': model output" in result.blocked[1] or "more" in result.blocked[1]
+    assert same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("criterion", ["relevance", "l1"])
+def test_where_everything_is_frozen_no_training_begins(criterion: str) -> None:
+    model = Sorted()
+    message = (
+        r"cannot remove 50.0% of the params: nothing can go. What blocks it:\n.*\n.*frozen: .*aten.sort"
+    )
+    with pytest.raises(BudgetError, match=message):
+        pruner_of(model, sgd(model), criterion)
+
+
 # -- while training
 
 
@@ -167,7 +227,7 @@ def test_a_run_that_is_taken_up_again_goes_on_as_if_nothing_had_happened(criteri
     kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), pruner.state_dict()))
     first = train(pruner, optimizer, range(17, 40))
     again = wide()
-    compressor.surgery.restore_shapes(again, {name: tuple(t.shape) for name, t in kept[0].items()})
+    compressor.sizes.restore_shapes(again, {name: tuple(t.shape) for name, t in kept[0].items()})
     again.load_state_dict(kept[0])
     other = sgd(again)
     other.load_state_dict(kept[1])
@@ -209,3 +269,29 @@ def test_evaluation_in_the_middle_of_training_sees_no_masks() -> None:
     model.eval()
     assert torch.equal(model(x), copy.deepcopy(model)(x))
     assert all(not m._forward_pre_hooks for m in model.modules())
+
+
+def test_relevance_goes_on_when_a_group_refuses() -> None:
+    model = Baked()
+    optimizer = sgd(model)
+    pruner = compressor.Pruner(
+        model, torch.randn(1, 3, 8, 8), "relevance", compressor.Budget(0.3, "channels"),
+        optimizer=optimizer, total_steps=20, collect=4, round_to=1, verify=True,
+    )  # fmt: skip
+    train(pruner, optimizer, range(20))
+    result = pruner.result()
+    assert (result.reached, result.widths["a"]) == (True, (8, 8))
+    assert model.b.out_channels < 6
+
+
+@pytest.mark.parametrize("criterion", ["relevance", "l1"])
+def test_verified_cuts_while_training_are_the_same_cuts(criterion: str) -> None:
+    states = []
+    for verify in (False, True):
+        model = wide()
+        optimizer = sgd(model)
+        pruner = pruner_of(model, optimizer, criterion, verify=verify)
+        events = train(pruner, optimizer, range(20))
+        assert events
+        states.append(everything(model, optimizer))
+    assert same(*states)
