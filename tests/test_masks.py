@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import compressor
 from compressor.errors import InputError, RangeError, UnknownNameError
 from compressor.graph.group import ChannelGraph, ConsumerInput, Group, Member
-from compressor.masks import Gates, observable, silence
+from compressor.intraining.gates import Gates, observable
+from compressor.masks import silence
 
 
 class Branches(nn.Module):
@@ -247,6 +248,71 @@ def test_channels_last_stays_so(graph: ChannelGraph) -> None:
     assert not torch.equal(seen[0], h)
 
 
+def test_what_a_layer_saves_is_made_again_for_its_backward_pass() -> None:
+    """So it cannot be, and is not, where the input was changed meanwhile."""
+    layer = nn.Linear(4, 2)
+    model = nn.Sequential(nn.Linear(4, 4), layer).train()
+    graph = compressor.trace(model, torch.zeros(2, 4))
+    h = torch.randn(3, 4)
+    with Gates(graph).applied(torch.rand(3, 4)):
+        out = layer(h)
+    h.zero_()
+    with pytest.raises(RuntimeError, match="modified in place before its backward pass"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_gated_inputs_share_memory_only_where_nobody_sees_it(hooked: bool) -> None:
+    """Two layers of the same shape, one after the other; a hook of the user's sees inputs and gradients that stay."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Conv2d(4, 4, 3, padding=1) for _ in range(4)]).double().train()
+    graph = compressor.trace(model, torch.zeros(1, 4, 5, 5, dtype=torch.float64))
+    gates, inputs, gradients = Gates(graph), [], []
+    remove = [
+        handle.remove
+        for layer in model[1:]
+        if hooked
+        for handle in (
+            layer.register_forward_hook(lambda module, inputs_, output: inputs.append(inputs_[0])),
+            layer.register_full_backward_hook(lambda module, by_input, by_output: gradients.append(by_input[0])),
+        )
+    ]
+    rows = torch.rand(2, sum(gates.sizes.values()), dtype=torch.float64)
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    with gates.applied(rows.requires_grad_()):
+        model(x).square().sum().backward()
+    for each in remove:
+        each()
+    u, h, kept = rows.detach().clone().requires_grad_(), model[0](x), []
+    for layer, gate in zip(model[1:], u.split(4, dim=1), strict=True):
+        kept.append(gate[:, :, None, None] * h)
+        kept[-1].retain_grad()
+        h = layer(kept[-1])
+    mine = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    h.square().sum().backward()
+    assert relative_error(rows.grad, u.grad) <= 1e-12
+    for grad, parameter in zip(mine, model.parameters(), strict=True):
+        assert relative_error(grad, parameter.grad) <= 1e-12
+    for seen, expected in zip(inputs, kept, strict=hooked):
+        assert relative_error(seen.detach(), expected.detach()) <= 1e-12
+    for seen, expected in zip(reversed(gradients), kept, strict=hooked):
+        assert relative_error(seen, expected.grad) <= 1e-12
+
+
+def test_means_are_taken_in_a_part_of_the_passes(graph: ChannelGraph) -> None:
+    gates, often = Gates(graph, track_every=3, half_life=6.0), Gates(graph, half_life=2.0)
+    for number in range(6):
+        x = (1 + number) * images(4)
+        with gates.applied(ones(graph, 4)):
+            graph.model(x)
+        if number % 3 == 0:
+            with often.applied(ones(graph, 4)):
+                graph.model(x)
+    for weight, mean in often.means().items():
+        assert gates.means()[weight] == pytest.approx(mean.detach())
+
+
 # -- what is left behind
 
 
@@ -265,7 +331,7 @@ def test_hooks_are_gone_after_an_exception(graph: ChannelGraph) -> None:
     with contextlib.suppress(RuntimeError), Gates(graph).applied(ones(graph, 2)):
         during = hooks(graph.model)
         raise RuntimeError
-    assert (during, hooks(graph.model)) == (4, 0)
+    assert (during, hooks(graph.model)) == (8, 0)
     assert all(torch.equal(tensor, state[name]) for name, tensor in graph.model.state_dict().items())
 
 

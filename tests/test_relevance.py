@@ -17,9 +17,9 @@ from compressor.errors import InputError, RangeError, UnknownNameError
 from compressor.graph.group import ChannelGraph, ConsumerInput, Group, Member
 from compressor.intraining.draws import independently_drawn
 from compressor.intraining.estimators import ESTIMATORS, Estimator, Step
+from compressor.intraining.gates import Gates
 from compressor.intraining.relevance import Relevance
 from compressor.intraining.statistics import ControlVariate, RunningMean
-from compressor.masks import Gates
 
 NAMES = list(ESTIMATORS)
 

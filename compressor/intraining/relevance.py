@@ -30,6 +30,7 @@ from compressor.graph.group import ChannelGraph
 from compressor.intraining.draws import thinned
 from compressor.intraining.estimators import ESTIMATORS, Step
 from compressor.intraining.evidence import Evidence
+from compressor.intraining.gates import Gates
 from compressor.intraining.observation import Observation, leaving_no_trace, per_sample
 from compressor.intraining.statistics import (
     ControlVariate,
@@ -38,8 +39,8 @@ from compressor.intraining.statistics import (
     needed_samples,
     rank_correlation,
 )
-from compressor.masks import Gates
 
+TRACK_EVERY = 8  # steps; on one in so many the means of the inputs are taken, which reads them all
 CONTROL_EVERY = 4  # steps; on one in so many the samples also run without gates, a third of a step's work
 DECIDE_EVERY = 10  # steps; after so many it is looked up which channels are relevant beyond doubt
 RELEVANT_RATE = 0.5  # these are drawn so much less often than the undecided ones
@@ -316,7 +317,7 @@ class Relevance:
             if state[name] != value:
                 raise InputError(f"this state is of {name} {state[name]}, not {value}: make Relevance as it was made")
         self._graph.freeze(self._gates.sizes.keys() - sizes.keys(), "frozen before the run was interrupted")
-        self._gates = Gates(self._graph, half_life=self._half_life)
+        self._gates = Gates(self._graph, half_life=self._half_life, track_every=TRACK_EVERY)
         self._lay_out()
         self._evidence = Evidence(self._how, self._group_of, self._dummies_each, self._half_life)
         self._evidence.load_state_dict(state["evidence"])
@@ -342,7 +343,7 @@ def _kept(before: Mapping[str, Tensor], keep: Mapping[str, Tensor], name: str, s
 
 def _watching(graph: ChannelGraph, half_life: float) -> Gates:
     """Give gates for every group that can be watched; the others are frozen."""
-    gates = Gates(graph, half_life=half_life)
+    gates = Gates(graph, half_life=half_life, track_every=TRACK_EVERY)
     unseen = [name for name in graph.sizes() if name not in gates.sizes]
     graph.freeze(unseen, "no module sees these channels at its input, so relevance cannot watch them")
     return gates
