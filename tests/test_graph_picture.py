@@ -95,6 +95,10 @@ def test_the_picture_is_one_svg_with_its_own_background_and_below_a_megabyte(nam
     assert len(picture.encode()) < 1_000_000
 
 
+def test_even_densenet201_stays_below_a_megabyte() -> None:
+    assert len(graph_picture(graph_of("densenet201")).encode()) < 1_000_000
+
+
 @every_model
 def test_no_mark_lies_outside_the_picture(name: str) -> None:
     root = ET.fromstring(graph_picture(graph_of(name)))
