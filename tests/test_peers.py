@@ -195,6 +195,14 @@ def test_an_importance_that_cannot_judge_says_why(name: str, error: type, messag
         compressor.prune(model, x, criterion=name)
 
 
+def test_scores_that_are_not_finite_are_no_scores() -> None:
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # their normalisation divides by the mean
+    with pytest.raises(ScoreError, match="GroupTaylorImportance gave 8 scores, 0 of them finite; run backward"):
+        compressor.prune(model, torch.randn(1, 3), criterion="tp:GroupTaylorImportance")
+
+
 def test_a_snapshot_without_modules_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     (group,) = compressor.trace(model, torch.randn(1, 3)).groups

@@ -67,9 +67,11 @@ def torch_pruning(importance: Callable[[Any], Tensor | None]) -> Callable[[Group
             scores = importance(theirs) if len(theirs) else None
         except Exception as error:
             raise ScoreError(group.name, f"{name} failed: {error}", _advice(name)) from error
-        if scores is None or len(scores) != group.size * unit:
-            reason = f"{name} looks at none of its layers" if scores is None else f"{name} gave {len(scores)} scores"
-            raise ScoreError(group.name, reason, "use another criterion, l1 say")
+        if scores is None:
+            raise ScoreError(group.name, f"{name} looks at none of its layers", _advice(""))
+        if len(scores) != group.size * unit or not scores.isfinite().all():
+            reason = f"{name} gave {len(scores)} scores, {int(scores.isfinite().sum())} of them finite"
+            raise ScoreError(group.name, reason, _advice(name))
         return scores.detach().float().view(group.size, unit).mean(1)
 
     judge.__name__ = f"{PREFIX}{name}"

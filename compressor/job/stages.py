@@ -69,10 +69,12 @@ class Stages:
             pruner = self._pruner(trained, SGD(trained.parameters()), settings.epochs * self._epoch_steps())
             inputs, targets = next(iter(self.data.validation.batches(2, device=settings.device)))
             pruner.loss(inputs, targets, F.cross_entropy)
+            if isinstance(pruner, Pruner):
+                pruner.require_time(settings.batch_size)
         if masking(settings.criterion):
             return
         for parameter in double.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.ones_like(parameter)  # some gradient, so that a criterion that wants one can judge
         result = self._cut(double, "random" if settings.criterion == OBSERVING else settings.criterion)
         if not result.reached:
             raise BudgetError(result.measure, result.asked, result.removed, result.blocked)
@@ -149,6 +151,7 @@ class Stages:
         how: dict[str, Any] = {}
         if settings.criterion == OBSERVING:
             how = {"estimator": settings.relevance_estimator, "drop": settings.drop, "delta": settings.delta}
+            how |= {"dummies": settings.dummies, **({} if settings.warmup is None else {"warmup": settings.warmup})}
         made = _RecalibratingPruner if settings.recalibrate else Pruner
         pruner = made(
             model,
