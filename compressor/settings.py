@@ -12,17 +12,17 @@ import re
 import shlex
 import tomllib
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.errors import InputError, RangeError, UnknownNameError
+from compressor.checks import OBSERVING, check, masking
+from compressor.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
     from compressor.limits import Limits
 
-OBSERVING = "relevance"  # the criterion that watches the training instead of looking at weights
 _KINDS: dict[Any, str] = {
     str: "text in quotes",
     int: "a whole number",
@@ -98,9 +98,13 @@ class Settings:
         None, "Masks", "How sparse each layer is: erk, uniform, or global (magnitude).", "erk; uniform for magnitude"
     )
 
-    relevance_estimator: str | None = _option(None, "Relevance", "source, loss, soft or gate.", "soft")
+    relevance_estimator: str | None = _option(None, "Relevance", "source, loss, soft, gate or mixed.", "soft")
     drop: float | None = _option(None, "Relevance", "Share of channels drawn in each sample, in (0, 0.5].", "0.15")
     delta: float | None = _option(None, "Relevance", "Channels whose p is above this are cut last, in (0, 1].", "0.99")
+    dummies: int | None = _option(None, "Relevance", "Channels of no effect to compare with, 10 or more.", "100")
+    warmup: int | None = _option(
+        None, "Relevance", "Steps over which --drop rises from 0.", "a twentieth of the training, 0 for source"
+    )
 
     seed: int = _option(0, "Run", "Seed of everything that draws.")
     device: str = _option("auto", "Run", "cpu, cuda, cuda:1, ..., or auto: a GPU if there is one.")
@@ -108,9 +112,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check, and work out what was left open."""
-        _check_names(self)
-        _check_ranges(self)
-        _check_effects(self)
+        check(self)
         self.limits()
         for name, value in _worked_out(self).items():
             object.__setattr__(self, name, value)
@@ -236,104 +238,6 @@ def _number(word: Any) -> Any:
         return word
 
 
-def criteria() -> list[str]:
-    """Give the names that `--criterion` takes."""
-    from compressor.criteria import CRITERIA  # imports torch
-    from compressor.intraining.regrowth import METHODS
-
-    return [OBSERVING, *METHODS, *CRITERIA]
-
-
-def masking(criterion: str) -> bool:
-    """Tell whether a criterion trains under masks instead of scoring channels."""
-    from compressor.intraining.regrowth import METHODS
-
-    return criterion in METHODS
-
-
-def _check_names(settings: Settings) -> None:
-    from compressor.calibration import COMPENSATIONS
-    from compressor.costs import MEASURES
-    from compressor.criteria import lookup
-    from compressor.intraining.allocation import ALLOCATIONS
-    from compressor.intraining.estimators import ESTIMATORS
-    from compressor.intraining.sparse import GRANULARITIES
-
-    if settings.criterion.startswith("tp:"):
-        lookup(settings.criterion)
-    tables = {
-        "criterion": [settings.criterion] if settings.criterion.startswith("tp:") else criteria(),
-        "measure": MEASURES,
-        "scope": ("global", "local"),
-        "stem": ("imagenet", "cifar"),
-        "when": ("during", "after"),
-        "relevance_estimator": ESTIMATORS,
-        "compensate": COMPENSATIONS,
-        "granularity": GRANULARITIES,
-        "allocation": (*ALLOCATIONS, "global"),
-    }
-    for name, known in tables.items():
-        value = getattr(settings, name)
-        if value is not None and value not in known:
-            raise UnknownNameError(name.replace("_", " "), value, known)
-
-
-def _check_ranges(settings: Settings) -> None:
-    allowed: dict[str, tuple[str, Callable[[Any], bool]]] = {
-        "sparsity": ("[0, 1)", lambda x: 0 <= x < 1),
-        "round_to": ("1, 2, 3, ...", lambda x: x >= 1),
-        "recalibrate": ("0, 2, 3, 4, ...", lambda x: x == 0 or x >= 2),
-        "epochs": ("1, 2, 3, ...", lambda x: x >= 1),
-        "finetune_epochs": ("0, 1, 2, ...", lambda x: x >= 0),
-        "batch_size": ("2, 3, 4, ...", lambda x: x >= 2),
-        "lr": ("(0, inf)", lambda x: 0 < x < float("inf")),
-        "drop": ("(0, 0.5]", lambda x: 0 < x <= 0.5),
-        "delta": ("(0, 1]", lambda x: 0 < x <= 1),
-        "collect": ("1, 2, 3, ...", lambda x: x >= 1),
-        "seed": ("0 to 2**63 - 1", lambda x: 0 <= x < 2**63),
-    }
-    for name, (text, is_allowed) in allowed.items():
-        value = getattr(settings, name)
-        if value is not None and not is_allowed(value):
-            raise RangeError(name.replace("_", "-"), value, text)
-
-
-def _check_effects(settings: Settings) -> None:
-    """Refuse what contradicts itself or would do nothing."""
-    observing = settings.criterion == OBSERVING
-    if observing and settings.when == "after":
-        raise InputError(
-            f"--criterion {OBSERVING} watches the training: leave out --when after, or choose another criterion"
-        )
-    masked = masking(settings.criterion)
-    if masked and settings.when == "after":
-        raise InputError(
-            f"--criterion {settings.criterion} changes its masks in training: leave out --when after, "
-            "or choose another criterion"
-        )
-    during = settings.when == "during" or ((observing or masked) and settings.when is None)
-    without_effect = {
-        "finetune_epochs": "--when during" if during else "",
-        "collect": "" if during else "--when after",
-        "download": "" if settings.data in ("cifar10", "cifar100") else f"--data {settings.data}",
-        **dict.fromkeys(
-            ("relevance_estimator", "drop", "delta"), "" if observing else f"--criterion {settings.criterion}"
-        ),
-        **dict.fromkeys(("granularity", "allocation"), "" if masked else f"--criterion {settings.criterion}"),
-        "scope": f"--criterion {settings.criterion}" if masked else "",
-        **dict.fromkeys(("compensate", "recalibrate", "verify"), f"--criterion {settings.criterion}" if masked else ""),
-        **dict.fromkeys(
-            ("measure", "round_to", "keep", "only", "sparsity_by_pattern"),
-            "--granularity weight" if masked and settings.granularity != "channel" else "",
-        ),
-    }
-    usual = {item.name: item.default for item in dataclasses.fields(settings)}
-    for name, other in without_effect.items():
-        if other and getattr(settings, name) != usual[name]:
-            typed = {"sparsity_by_pattern": "sparsity PATTERN=...", "verify": "no-verify"}.get(name, name)
-            raise InputError(f"--{typed.replace('_', '-')} has no effect with {other}: leave one of them out")
-
-
 def _worked_out(settings: Settings) -> dict[str, Any]:
     """Give what the options that were left open come to."""
     observing, masked = settings.criterion == OBSERVING, masking(settings.criterion)
@@ -351,7 +255,7 @@ def _worked_out(settings: Settings) -> dict[str, Any]:
         usual: dict[str, Any] = {"compensate": "mean", "recalibrate": 2000 if when == "after" else 0}
         opened |= {name: value for name, value in usual.items() if getattr(settings, name) is None}
     if observing:
-        usual = {"relevance_estimator": "soft", "drop": 0.15, "delta": 0.99}
+        usual = {"relevance_estimator": "soft", "drop": 0.15, "delta": 0.99, "dummies": 100}
         opened |= {name: value for name, value in usual.items() if getattr(settings, name) is None}
     if masked:
         usual = {"granularity": "weight", "allocation": "uniform" if settings.criterion == "magnitude" else "erk"}

@@ -116,10 +116,10 @@ def test_compensation_while_training_keeps_the_mean_output(criterion: str, compe
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     pruner = compressor.Pruner(
         model, x, criterion, compressor.Budget(0.5, "channels"), compressor.OneShot(1.0),
-        optimizer=optimizer, total_steps=2, collect=1, round_to=1, compensate=compensate,
+        optimizer=optimizer, total_steps=4, collect=2, round_to=1, compensate=compensate,
     )  # fmt: skip
     before = model(x).mean(0)
-    for _ in range(2):
+    for _ in range(4):
         pruner.loss(x, y, nn.functional.cross_entropy).backward()
         optimizer.step()
         pruner.update()

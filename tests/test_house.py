@@ -28,7 +28,7 @@ ROWS = [
     ["intraining"],
     ["pruning", "models", "data"],
     ["training", "artifact", "parity", "latency", "flops"],
-    ["export"],
+    ["export", "checks"],
     ["report", "settings"],
     ["job"],
     ["cli"],

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
+from compressor.checks import OBSERVING, masking
 from compressor.criteria import needs_gradients
 from compressor.data import Data
 from compressor.errors import BudgetError
@@ -23,7 +24,7 @@ from compressor.job.folder import Metrics, checkpoint
 from compressor.ledger import PruneResult
 from compressor.pruning import Pruner, prune
 from compressor.selection import Budget
-from compressor.settings import OBSERVING, Settings, masking
+from compressor.settings import Settings
 from compressor.training import HookFactory, PlainStep, TrainingConfig, recalibrate, require_scores, train
 
 Progress = Callable[[str, int, int], None]  # what, done, total
