@@ -5,6 +5,7 @@
     │   ├── UnknownNameError        a model, criterion, data set, ... that does not exist; says what is close
     │   ├── RangeError              a number outside its range
     │   ├── ScoreError              a criterion cannot judge a group, or gave scores that cannot be ranked
+    │   ├── PeriodError             too few training steps to tell any channel from chance
     │   └── RunFolderError          the run folder is already there, or is not one
     ├── DataError                   a data folder is missing, empty or broken
     ├── TraceError                  the model did not run on the example inputs
@@ -61,6 +62,21 @@ class ScoreError(InputError):
 
 class RunFolderError(InputError):
     """The run folder cannot be used as it is."""
+
+
+class PeriodError(InputError):
+    """Too few steps to tell any channel from chance.
+
+    Attributes:
+        needed: how many steps it takes.
+    """
+
+    def __init__(self, what: str, steps: int, needed: int, batch_size: int, instead: str) -> None:
+        self.needed = needed
+        super().__init__(
+            f"{what} = {steps} step{'s' * (steps != 1)} cannot resolve anything: with batches of {batch_size} it takes "
+            f"{needed} to tell from chance even a channel that saves a whole standard deviation of the loss; {instead}"
+        )
 
 
 class DataError(CompressorError):

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from compressor.calibration import COMPENSATIONS, input_means
 from compressor.costs import CostModel
 from compressor.criteria import Criterion, ModuleSnapshot, lookup, score
-from compressor.errors import BudgetError, CutError, InputError, RangeError, UnknownNameError
+from compressor.errors import BudgetError, CutError, InputError, PeriodError, RangeError, UnknownNameError
 from compressor.graph.group import ChannelGraph, Group
 from compressor.graph.trace import trace
 from compressor.ledger import Ledger, PruneResult
@@ -202,7 +202,8 @@ class Pruner:
             it to 65 %.
         optimizer: one or several; their state is sliced along.
         total_steps: how many times `update` will be called in all.
-        collect: steps between two cuts; a twentieth of the training by default.
+        collect: steps between two cuts; a twentieth of the training by default, with relevance as many as it takes to
+            tell any channel from chance.
         scope, round_to, limits, verify: as for `prune`; the groups' own shares follow the schedule too, and cuts are
             verified on the last batch.
         delta: with relevance, channels whose p-value (the chance to be more useful than a random one) is above `delta`
@@ -210,7 +211,8 @@ class Pruner:
         compensate: "mean" folds what a removed channel carries on average into the next bias or running mean, over the
             steps that were watched, or over the last batch where the criterion does not watch; "none" does not.
         seed: for whatever draws.
-        observing: further arguments for `Relevance` (estimator, drop, dummies; half_life, by default `collect`).
+        observing: further arguments for `Relevance` (estimator, drop, dummies; half_life, by default `collect`;
+            warmup, by default a twentieth of the training, none for the published method).
 
     Raises:
         RangeError, UnknownNameError, InputError: as for `prune`.
@@ -246,14 +248,19 @@ class Pruner:
         self._schedule = schedule or Cubic(0.1, 0.65)
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._total = _positive("total_steps", total_steps)
-        self._collect = _positive("collect", collect or max(1, total_steps // 20))
+        self._last = _last_cut(self._schedule, self._total)
+        self._open = collect is None  # then the first batch may make it longer
+        self._collect = max(1, total_steps // 20) if collect is None else _positive("collect", collect)
         if not self.graph.groups:
             require_reachable(self.graph, self.budget)
         self._how = _How(scope, round_to, (limits or Limits()).shares(self.graph), optimizers, verify)
         self._compensate, self._seen = compensate == "mean", example_inputs
         self._delta, self._ledger, self._blocked = delta, Ledger(self.graph), tuple[str, ...]()
         self._generator = torch.Generator().manual_seed(seed)
-        observing = {"half_life": self._collect, **observing}
+        warmup = 0 if observing.get("estimator") == "source" else min(self._total // 20, self._last - 1)
+        observing = {"half_life": self._collect, "delta": delta, "warmup": warmup, **observing}
+        if observing["warmup"] >= self._last:
+            raise RangeError("warmup", observing["warmup"], f"[0, {self._last}): then the whole budget is due")
         self._observer = _observer(self.graph, seed, observing) if criterion == "relevance" else None
         self._judge = None if self._observer else lookup(criterion)
 
@@ -280,7 +287,12 @@ class Pruner:
 
         Returns:
             What was cut and why, JSON-able, or None where nothing was.
+
+        Raises:
+            PeriodError: at the first step, as `require_time`.
         """
+        if self.step == 0:
+            self.require_time(len(self._seen))
         if self._observer and self._due(self.step) < 1:
             self._observer.update()
         before, self.step = self._due(self.step), self.step + 1
@@ -289,6 +301,22 @@ class Pruner:
         if not now or not (last or (self.step % self._collect == 0 and before < 1)):
             return None
         return self._cut(Budget(self.budget.sparsity * now, self.budget.measure), now)
+
+    def require_time(self, batch_size: int) -> None:
+        """Raise PeriodError if relevance, in the time that it has, cannot tell any channel from chance.
+
+        Where `collect` was left open, it becomes as long as it takes.
+        """
+        if not self._observer:
+            return
+        needed = self._observer.needed_steps(batch_size)
+        if self._open and needed > self._collect:
+            self._collect, self._observer.half_life = needed, needed
+        if self._collect < needed:
+            raise PeriodError("collect", self._collect, needed, batch_size, f"give --collect {needed} or more")
+        if self._last < needed:
+            what = "the time until the whole budget is due"
+            raise PeriodError(what, self._last, needed, batch_size, "train longer, or on larger batches")
 
     def _due(self, step: int) -> float:
         return self._schedule(min(step / self._total, 1.0))
@@ -343,6 +371,7 @@ class Pruner:
         """Give what a resumed run needs beside the model and the optimizers: plain numbers, strings and tensors."""
         return {
             "step": self.step,
+            "collect": self._collect,
             "ledger": self._ledger.state_dict(),
             "blocked": list(self._blocked),
             "generator": self._generator.get_state(),
@@ -351,7 +380,7 @@ class Pruner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`; the model must have been narrowed to its shapes before this pruner was made."""
-        self.step, self._blocked = int(state["step"]), tuple(state["blocked"])
+        self.step, self._collect, self._blocked = int(state["step"]), int(state["collect"]), tuple(state["blocked"])
         self._ledger.load_state_dict(state["ledger"])
         self._generator.set_state(state["generator"])
         stuck = [name for name in self.graph.sizes() if name not in state["ledger"]["widths"]]
@@ -373,6 +402,18 @@ def require_reachable(
     selection = select(graph, zeros, budget, scope=scope, round_to=round_to, costs=costs, shares=shares)
     if not selection.reached:
         raise BudgetError(budget.measure, budget.sparsity, selection.removed, selection.blocked)
+
+
+def _last_cut(schedule: Schedule, total_steps: int) -> int:
+    """Give the step at which the whole budget is due."""
+    due = (step for step in range(1, total_steps + 1) if schedule(step / total_steps) >= 1)
+    last = next(due, None)
+    if last is None:
+        raise InputError(
+            f"after all {total_steps} steps the schedule asks for {schedule(1.0):.0%} of the budget, which is never "
+            "reached: give a schedule that gets to 1, Cubic(0.1, 0.65) say"
+        )
+    return last
 
 
 def _positive(name: str, value: int) -> int:

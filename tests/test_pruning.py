@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import compressor
 import compressor.surgery
-from compressor.errors import BudgetError, InputError, RangeError, UnknownNameError
+from compressor.errors import BudgetError, InputError, PeriodError, RangeError, ScoreError, UnknownNameError
 
 X = torch.randn(1, 3, 8, 8, dtype=torch.float64)
 
@@ -152,9 +152,7 @@ def test_where_everything_is_frozen_the_result_says_what_and_why() -> None:
 @pytest.mark.parametrize("criterion", ["relevance", "l1"])
 def test_where_everything_is_frozen_no_training_begins(criterion: str) -> None:
     model = Sorted()
-    message = (
-        r"cannot remove 50.0% of the params: nothing can go. What blocks it:\n.*\n.*frozen: .*aten.sort"
-    )
+    message = r"cannot remove 50.0% of the params: nothing can go. What blocks it:\n.*\n.*frozen: .*aten.sort"
     with pytest.raises(BudgetError, match=message):
         pruner_of(model, sgd(model), criterion)
 
@@ -182,7 +180,7 @@ def wide() -> nn.Sequential:
 def pruner_of(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: str, **extra) -> compressor.Pruner:
     return compressor.Pruner(
         model, torch.randn(1, 3, 8, 8), criterion, compressor.Budget(0.5),
-        optimizer=optimizer, total_steps=40, collect=5, round_to=4, **extra,
+        optimizer=optimizer, total_steps=40, collect=6, round_to=4, **extra,
     )  # fmt: skip
 
 
@@ -248,6 +246,74 @@ def test_a_budget_that_cannot_be_reached_is_refused_at_the_first_step() -> None:
         pruner.loss(*batches(1)[0], F.cross_entropy)
 
 
+def observing(batch: int = 16, **extra) -> compressor.Pruner:
+    model = wide()
+    pruner = compressor.Pruner(
+        model, X.float(), "relevance", compressor.Budget(0.5), optimizer=sgd(model), **{"total_steps": 400, **extra}
+    )
+    x, y = torch.randn(batch, 3, 8, 8), torch.arange(batch) % 4
+    pruner.loss(x, y, F.cross_entropy).backward()
+    return pruner
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"collect": 5}, "collect = 5 steps cannot resolve anything: with batches of 16 it takes 6 .*give --collect 6"),
+        ({"collect": 81, "estimator": "source"}, "collect = 81 steps cannot resolve anything.* it takes 82"),
+        ({"total_steps": 7}, "the time until the whole budget is due = 5 steps cannot .*; train longer, or on larger"),
+        ({"total_steps": 100, "estimator": "source"}, "the time until the whole budget is due = 65 steps"),
+        ({"schedule": compressor.OneShot(0.1), "total_steps": 50}, "the time until the whole budget is due = 5 steps"),
+    ],
+)
+def test_a_period_in_which_nothing_can_be_resolved_is_refused(extra: dict, message: str) -> None:
+    pruner = observing(**extra)
+    with pytest.raises(PeriodError, match=message):
+        pruner.update()
+
+
+@pytest.mark.parametrize(("estimator", "collect"), [("soft", 20), ("source", 82)])
+def test_a_period_left_open_becomes_as_long_as_it_takes(estimator: str, collect: int) -> None:
+    pruner = observing(estimator=estimator)
+    pruner.update()
+    assert pruner.state_dict()["collect"] == collect
+    assert pruner.state_dict()["observer"]["half_life"] == collect
+
+
+def test_no_time_is_needed_by_criteria_that_do_not_watch() -> None:
+    model = wide()
+    pruner = compressor.Pruner(model, X.float(), "l1", optimizer=sgd(model), total_steps=3, collect=1)
+    pruner.require_time(1)
+
+
+@pytest.mark.parametrize(
+    ("extra", "error", "message"),
+    [
+        ({"schedule": lambda progress: progress / 2}, InputError, "after all 400 steps the schedule asks for 50% of"),
+        ({"warmup": 260}, RangeError, r"warmup = 260 is out of range: give warmup in \[0, 260\): then the whole"),
+        ({"delta": 1.5}, RangeError, r"delta = 1\.5 is out of range"),
+        ({"drop": 0.7}, RangeError, r"drop = 0\.7 is out of range"),
+        ({"collect": 0}, RangeError, "collect = 0 is out of range"),
+    ],
+)
+def test_observing_out_of_range_is_refused(extra: dict, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        observing(**extra)
+
+
+def test_gradients_that_were_cleared_too_early_are_missed_by_a_criterion_that_needs_them() -> None:
+    model = wide()
+    optimizer = sgd(model)
+    pruner = pruner_of(model, optimizer, "taylor")
+    for x, y in batches(5):
+        pruner.loss(x, y, F.cross_entropy).backward()
+        optimizer.zero_grad()
+        pruner.update()
+    pruner.loss(x, y, F.cross_entropy)
+    with pytest.raises(ScoreError, match=r"taylor needs gradients.*run backward"):
+        pruner.update()
+
+
 def test_floors_are_a_share_of_the_whole_model_however_often_it_is_cut() -> None:
     model = wide()
     optimizer = sgd(model)
@@ -276,7 +342,7 @@ def test_relevance_goes_on_when_a_group_refuses() -> None:
     optimizer = sgd(model)
     pruner = compressor.Pruner(
         model, torch.randn(1, 3, 8, 8), "relevance", compressor.Budget(0.3, "channels"),
-        optimizer=optimizer, total_steps=20, collect=4, round_to=1, verify=True,
+        optimizer=optimizer, total_steps=20, collect=6, round_to=1, verify=True,
     )  # fmt: skip
     train(pruner, optimizer, range(20))
     result = pruner.result()

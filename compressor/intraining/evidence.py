@@ -23,11 +23,10 @@ class Evidence:
         how: the estimator.
         group_of: `(N,)` int64, the group of every channel.
         dummies: `D`.
-        half_life: steps after which an observation counts half.
     """
 
-    def __init__(self, how: Estimator, group_of: Tensor, dummies: int, half_life: float) -> None:
-        self._how, self._dummies_each, self._decay = how, dummies, 0.5 ** (1 / half_life)
+    def __init__(self, how: Estimator, group_of: Tensor, dummies: int) -> None:
+        self._how, self._dummies_each = how, dummies
         channels, groups, device = len(group_of), int(group_of.max()) + 1, group_of.device
         self._group_of = group_of
         self._means = {
@@ -40,20 +39,21 @@ class Evidence:
         if how.learn:
             self._means["factor"] = RunningMean(channels, parts=2, device=device)
 
-    def add(self, number: int, step: Step, generator: torch.Generator) -> None:
-        """Take in what step `number` showed."""
+    def add(self, number: int, step: Step, decay: float, generator: torch.Generator) -> None:
+        """Take in what step `number` showed; what was shown before counts `decay` times as much from now on."""
         channels, shown = len(self._group_of), self._how.measure(step)
         drawn = step.draw[:, :channels].sum(0).float()
-        self._add("relevance", number, Increment(shown.totals[:channels], shown.weights[:channels]))
-        self._add("dummies", number, self._chance(shown, generator))
-        self._add("draws", number, Increment(drawn, torch.ones_like(drawn)))
+        increments = {
+            "relevance": Increment(shown.totals[:channels], shown.weights[:channels]),
+            "dummies": self._chance(shown, generator),
+            "draws": Increment(drawn, torch.ones_like(drawn)),
+        }
         if self._how.rank:
-            self._add("rank", number, self._how.rank(step))
+            increments["rank"] = self._how.rank(step)
+        for name, increment in increments.items():
+            self._means[name].add(number, increment, decay)
         if self._how.learn:
-            self._add("factor", int(step.controlled), self._how.learn(step))
-
-    def _add(self, name: str, number: int, increment: Increment) -> None:
-        self._means[name].add(number, increment, self._decay)
+            self._means["factor"].add(int(step.controlled), self._how.learn(step), decay)
 
     def _chance(self, shown: Increment, generator: torch.Generator) -> Increment:
         """Give what the dummies add: those that were drawn along, or channels' own increments with random signs."""

@@ -60,7 +60,7 @@ class Relevance:
             that the undecided ones get the samples (not by "source", which draws all alike).
         warmup: steps over which the share rises from 0 to `drop`.
         dummies: channels without effect per group, at least 10.
-        half_life: steps after which an observation counts half; about one period between cuts.
+        half_life: steps after which an observation counts half; about one period between cuts. May be set later.
         seed: of the draws.
 
     Raises:
@@ -85,14 +85,14 @@ class Relevance:
         self.estimator, self.steps = estimator, 0
         self._how, self._count, self._dummies_each = ESTIMATORS[estimator], round(1 / drop), dummies
         self._delta, self._warmup = delta, warmup
-        self._graph, self._half_life, self._decay = graph, half_life, 0.5 ** (1 / half_life)
+        self._graph, self.half_life = graph, half_life
         self._gates = _watching(graph, half_life)
         parameter = next(graph.model.parameters())
         self._device, self._dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
         self._generator = torch.Generator(self._device).manual_seed(seed)
         self._pending: list[Observation] = []
         self._lay_out()
-        self._evidence = Evidence(self._how, self._group_of, dummies, half_life)
+        self._evidence = Evidence(self._how, self._group_of, dummies)
         self._relevant = torch.zeros(len(self._group_of), dtype=torch.bool, device=self._device)
         self._level, self._variance = RunningMean(device=self._device), RunningMean(device=self._device)
         self._control = ControlVariate(self._device)
@@ -168,10 +168,14 @@ class Relevance:
         if not pending:
             raise InputError("update() came without a batch: call loss(...) and backward() first")
         for observation in pending:
-            self._evidence.add(self.steps, self._measured(observation), self._generator)
+            self._evidence.add(self.steps, self._measured(observation), self._decay, self._generator)
             self.steps += 1
             if self.steps % DECIDE_EVERY == 0:
                 self._relevant = self._evidence.p_values() > self._delta
+
+    @property
+    def _decay(self) -> float:
+        return float(0.5 ** (1 / self.half_life))
 
     def _measured(self, observation: Observation) -> Step:
         """Bring one batch into units of the running deviation, and the deviation up to date."""
@@ -293,6 +297,7 @@ class Relevance:
             "steps": self.steps,
             "estimator": self.estimator,
             "dummies": self._dummies_each,
+            "half_life": self.half_life,
             "sizes": dict(self._gates.sizes),
             "evidence": self._evidence.state_dict(),
             "running": {name: mean.state_dict() for name, mean in self._running().items()},
@@ -317,16 +322,16 @@ class Relevance:
             if state[name] != value:
                 raise InputError(f"this state is of {name} {state[name]}, not {value}: make Relevance as it was made")
         self._graph.freeze(self._gates.sizes.keys() - sizes.keys(), "frozen before the run was interrupted")
-        self._gates = Gates(self._graph, half_life=self._half_life, track_every=TRACK_EVERY)
+        self._gates = Gates(self._graph, half_life=state["half_life"], track_every=TRACK_EVERY)
         self._lay_out()
-        self._evidence = Evidence(self._how, self._group_of, self._dummies_each, self._half_life)
+        self._evidence = Evidence(self._how, self._group_of, self._dummies_each)
         self._evidence.load_state_dict(state["evidence"])
         for name, mean in self._running().items():
             mean.load_state_dict(state["running"][name])
         self._gates.load_state_dict(state["gates"])
         self._relevant = state["relevant"].to(self._device, copy=True)
         self._generator.set_state(state["generator"].cpu())
-        self.steps, self._pending = int(state["steps"]), []
+        self.steps, self.half_life, self._pending = int(state["steps"]), state["half_life"], []
 
 
 def _kept(before: Mapping[str, Tensor], keep: Mapping[str, Tensor], name: str, size: int) -> Tensor:
