@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 from conftest import relative_error, shake
+from test_masks import Branches
 from test_pruning import batches, wide
 from test_surgery import everything, same
 from torch import Tensor, nn
@@ -15,9 +17,12 @@ from torch.nn import functional as F
 
 import compressor
 from compressor.errors import BudgetError, InputError, RangeError, UnknownNameError
+from compressor.intraining.allocation import erdos_renyi
+from compressor.intraining.empty import without_weight
 from compressor.intraining.sparse import SparseTraining
 
 X = torch.zeros(1, 3, 8, 8)
+SHAPES = {"0.weight": (32, 3, 3, 3), "3.weight": (32, 32, 3, 3), "8.weight": (4, 128)}
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=1e-2),
     "adam": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=1e-2, amsgrad=True),
@@ -70,7 +75,7 @@ def test_masked_weights_and_their_state_are_zero_after_every_step(criterion: str
             states.add(len(state_of(model, optimizer, name)))
     assert min(states) > 1
     assert training.result().reached
-    assert sum(int((~mask).sum()) for mask in training.masks.values()) == -(-0.6 * 10592 // 1)
+    assert sum(int((~mask).sum()) for mask in training.masks.values()) == math.ceil(0.6 * 10592)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -143,27 +148,44 @@ def test_magnitude_only_ever_switches_off_and_what_is_smallest(granularity: str)
     assert len(shares) > 3
 
 
-def test_global_magnitude_keeps_the_largest_weights_of_the_model_and_local_those_of_each_layer() -> None:
-    for allocation in ("global", "erk", "uniform"):
-        model, optimizer, training = made(
-            "magnitude", "weight", allocation=allocation, schedule=compressor.OneShot(0.1)
-        )
-        for event in steps(training, optimizer, range(4)):
-            if event is None:
-                dense = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        del dense
-        weights = {name: dict(model.named_parameters())[name].detach().abs() for name in training.masks}
-        kept = {name: weights[name][mask].min() for name, mask in training.masks.items()}
-        shares = [1 - float(mask.float().mean()) for mask in training.masks.values()]
-        assert sum(int((~mask).sum()) for mask in training.masks.values()) == 6356
-        assert all(value > 0 for value in kept.values())
-        if allocation == "global":
-            assert max(kept.values()) / min(kept.values()) < 1.05
-        if allocation == "uniform":
-            assert shares[0] == 0
-            assert shares[1] == pytest.approx(shares[2], abs=0.001)
-        if allocation == "erk":
-            assert shares[0] < shares[1]
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_a_weight_that_is_zero_but_on_does_not_change_places_with_one_that_is_off(allocation: str) -> None:
+    model = wide()
+    training = made("magnitude", "weight", model, allocation=allocation)[2]
+    training._units.switch(training._thinned(0.5))
+    before = training.masks
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    after = training._thinned(0.8)
+    assert not any((after[name] & ~before[name]).any() for name in after)
+    assert sum(int((~mask).sum()) for mask in after.values()) == math.ceil(0.6 * 0.8 * 10592)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_magnitude_switches_nothing_on_again_when_a_schedule_turns_back(granularity: str) -> None:
+    training = made("magnitude", granularity)[2]
+    training._units.switch(training._thinned(1.0))
+    assert same(training._thinned(0.3), training.masks)
+
+
+@pytest.mark.parametrize("allocation", ["global", "erk", "uniform"])
+def test_magnitude_keeps_the_largest_weights_of_the_model_or_of_each_layer(allocation: str) -> None:
+    model = wide()
+    training = made("magnitude", "weight", model, allocation=allocation)[2]
+    weights = {name: parameter.detach().abs() for name, parameter in model.named_parameters() if name in training.masks}
+    masks = training._thinned(1.0)
+    least = {name: float(weights[name][mask].min()) for name, mask in masks.items()}
+    most = {name: float(weights[name][~mask].max()) for name, mask in masks.items() if not mask.all()}
+    shares = [float((~mask).float().mean()) for mask in masks.values()]
+    assert sum(int((~mask).sum()) for mask in masks.values()) == math.ceil(0.6 * 10592)
+    assert all(most[name] <= least[name] for name in most)
+    if allocation == "global":
+        assert max(most.values()) <= min(least.values())
+    elif allocation == "uniform":
+        assert shares[0] == 0
+        assert shares[1] == pytest.approx(shares[2], abs=0.002)
+    else:
+        assert shares == pytest.approx(list(erdos_renyi(SHAPES, 0.6).values()), abs=0.002)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -203,6 +225,25 @@ def test_a_channel_that_is_off_is_a_channel_that_was_cut(criterion: str) -> None
     assert relative_error(graph.model(x), model(x)) <= 1e-12
 
 
+@torch.no_grad()
+def test_channels_side_by_side_in_one_consumer_are_masked_each_for_itself() -> None:
+    model = shake(Branches())
+    x = torch.randn(5, 3, 9, 9, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters())
+    training = SparseTraining(
+        model, x[:1], "rigl", compressor.Budget(0.3), optimizer=optimizer, total_steps=400, granularity="channel"
+    )
+    off = {"a": [1, 2], "b": [0, 4], "c": [3], "fc": [5]}
+    training._units.switch({name: _without(mask, off[name]) for name, mask in training.masks.items()})
+    graph = compressor.trace(copy.deepcopy(model), x[:1])
+    compressor.cut(graph, {name: mask.nonzero().flatten() for name, mask in training.masks.items()})
+    assert relative_error(graph.model(x), model(x)) <= 1e-12
+
+
+def _without(mask: Tensor, channels: list[int]) -> Tensor:
+    return mask.index_fill(0, torch.tensor(channels), False)
+
+
 def test_a_channel_that_grows_changes_nothing_at_first() -> None:
     model, optimizer, training = made("rigl", "channel", round_to=1)
     list(steps(training, optimizer, range(4)))
@@ -240,11 +281,67 @@ def test_a_group_whose_cut_is_refused_is_never_masked() -> None:
         model, X, "rigl", compressor.Budget(0.2), optimizer=optimizer, total_steps=40, collect=5,
         granularity="channel", round_to=1,
     )  # fmt: skip
-    list(steps(training, optimizer, range(40)))
+    next(steps(training, optimizer, range(1)))
+    assert list(training.masks) == ["b"]
+    list(steps(training, optimizer, range(1, 40)))
     result = training.result()
     assert result.reached
     assert result.widths["a"] == (8, 8)
     assert result.widths["b"][1] < 6
+
+
+class Attending(nn.Module):
+    """Queries and keys meet without a weight; a LayerNorm mixes the channels of `wide`; nobody looks at `idle`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.idle = (nn.Linear(3, 6) for _ in range(4))
+        self.wide, self.norm, self.out = nn.Linear(6, 10), nn.LayerNorm(10), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)
+        self.idle(x)
+        seen = torch.tanh(self.q(x)) @ torch.tanh(self.k(x)).transpose(1, 2) @ self.v(x)
+        return self.out(self.norm(self.wide(seen))).mean(1)
+
+
+def test_groups_whose_channels_cannot_be_switched_are_frozen_with_the_reason() -> None:
+    budget = compressor.Budget(0.1, "channels")
+    _, optimizer, training = made("rigl", "channel", Attending(), round_to=1, budget=budget)
+    list(steps(training, optimizer, range(40)))
+    assert list(training.masks) == ["v"]
+    reasons = {each.tensor: each.reason for each in training.graph.frozen}
+    assert reasons["idle.weight"] == "no weight reads these channels, so none can be masked"
+    for name in ("q.weight", "norm.weight"):
+        assert reasons[name] == "a channel that is off is not one that was cut: others depend on it"
+
+
+def test_masks_on_weights_leave_such_groups_whole_however_empty() -> None:
+    _, _, training = made("rigl", "weight", Attending())
+    masks = {name: mask.clone() for name, mask in training.masks.items()}
+    for name in ("q", "k", "v", "wide", "idle"):
+        masks[f"{name}.weight"][2] = False
+    training._units.switch(masks)
+    training._units.cut()
+    assert {name: after for name, (_, after) in training.result().widths.items()} == {
+        "q": 6, "v": 5, "wide": 10, "idle": 6,
+    }  # fmt: skip
+
+
+def test_erk_on_channels_gives_every_group_a_density_in_proportion() -> None:
+    model = nn.Sequential(
+        *[nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 100, 3, padding=1), nn.ReLU()],
+        *[nn.Conv2d(100, 120, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(120, 4)],
+    )
+    _, optimizer, training = made("set", "channel", model, round_to=1, budget=compressor.Budget(0.5, "channels"))
+    next(steps(training, optimizer, range(1)))
+    density = {name: float(mask.float().mean()) for name, mask in training.masks.items()}
+    raw = {"2": (64 + 100 + 6) / (64 * 100 * 9), "4": (100 + 120 + 2) / (100 * 120)}
+    assert density["0"] == 1
+    assert sum(int(mask.sum()) for mask in training.masks.values()) == 142
+    scale = {name: density[name] / raw[name] for name in raw}
+    assert density["2"] == pytest.approx(0.1, abs=0.011)  # its share would be 0.09: the floor of every group
+    assert scale["2"] == pytest.approx(scale["4"], rel=0.3)
 
 
 def test_channels_refuse_a_budget_that_they_cannot_meet() -> None:
@@ -297,6 +394,16 @@ def test_channels_without_weight_are_cut_and_their_constants_folded_exactly() ->
         name: tuple(p.shape) for name, p in model.named_parameters() if name in training.masks
     }
     assert all(mask.all() for mask in training.masks.values())
+
+
+def test_what_an_empty_channel_alone_reads_is_empty_too() -> None:
+    _, training = emptied(padding=0)
+    masks = {name: torch.ones_like(mask) for name, mask in training.masks.items()}
+    masks["10.weight"][:, 5] = False  # nobody reads channel 5 of '8' ...
+    masks["8.weight"][[0, 1, 2, 3, 4, 6], 4:8] = False  # ... which alone reads channel 1 of '3' ...
+    masks["3.weight"][[0, 2, 3, 4], 2] = False  # ... which alone reads channel 2 of '0'
+    empty = without_weight(training.graph, masks)
+    assert {name: gone.nonzero().flatten().tolist() for name, gone in empty.items()} == {"0": [2], "3": [1], "8": [5]}
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ nothing at first, like a single weight that grows.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import NoReturn
 
 import torch
@@ -131,21 +132,20 @@ class ChannelMasks(Units):
         return {name: where for name, where in zeros.items() if where.any()}
 
     def settle(self) -> None:
-        """Try a cut that meets the budget and take it back; groups that refuse are frozen.
+        """Try to cut half of every group and take it back; groups that refuse are frozen.
 
         Raises:
             BudgetError: without them it cannot be met.
         """
         while True:
+            half = {name: torch.arange((size + 1) // 2) for name, size in self.graph.sizes().items()}
             try:
-                cut(self.graph, _kept(self.best(self.values())), self._optimizers, check=_take_back)
-            except _TakenBack:
+                with suppress(_TakenBack):
+                    cut(self.graph, half, self._optimizers, check=_take_back)
                 break
             except CutError as refusal:
                 self._go_without(refusal)
-            else:
-                break  # nothing was to be cut
-        self._all_on()
+        self.best(self.values())
 
     def cut(self) -> None:
         """Remove the channels that are off. A group that refuses stays whole: its channels are switched on again."""
@@ -180,24 +180,26 @@ def _freeze_fixed(graph: ChannelGraph) -> None:
         InputError: no group is left.
     """
     parameters = dict(graph.model.named_parameters())
-    reasons: dict[str, list[str]] = {}
-    for group in graph.groups:
-        consumers = [member.tensor for member in group.of_role("consumer")]
-        if not group.exact:
-            reasons.setdefault("a channel that is off is not one that was cut: others depend on it", []).append(
-                group.name
-            )
-        elif not consumers:
-            reasons.setdefault("no weight reads these channels, so none can be masked", []).append(group.name)
-        elif not all(name in parameters and parameters[name].requires_grad for name in consumers):
-            reasons.setdefault("a weight that reads these channels does not train", []).append(group.name)
-    for reason, names in reasons.items():
-        graph.freeze(names, reason)
+    reasons = {group.name: _why_fixed(group, parameters) for group in graph.groups}
+    for name, reason in reasons.items():
+        if reason:
+            graph.freeze([name], reason)
     if not graph.groups:
-        why = "; ".join(reasons) or "every channel is frozen, as `graph.frozen` says"
+        why = "; ".join(sorted(set(reasons.values()))) or "every channel is frozen, as `graph.frozen` says"
         raise InputError(
             f"{type(graph.model).__name__} has no channel that can be switched off ({why}): use granularity 'weight'"
         )
+
+
+def _why_fixed(group: Group, parameters: Mapping[str, nn.Parameter]) -> str:
+    """Say why the channels of a group cannot be switched at their consumers; nothing if they can."""
+    consumers = [member.tensor for member in group.of_role("consumer")]
+    if not group.exact:
+        return "a channel that is off is not one that was cut: others depend on it"
+    if not consumers:
+        return "no weight reads these channels, so none can be masked"
+    trains = all(name in parameters and parameters[name].requires_grad for name in consumers)
+    return "" if trains else "a weight that reads these channels does not train"
 
 
 def _marked(like: Tensor, kept: Tensor | None) -> Tensor:

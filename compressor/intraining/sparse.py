@@ -182,7 +182,8 @@ class SparseTraining:
 
     def _event(self, before: Mapping[str, Tensor]) -> dict[str, Any]:
         changed = sum(int((mask != before[name]).sum()) for name, mask in self.masks.items())
-        off = 1 - _count_on(self.masks) / _count(self.masks)
+        whole = _count(self.masks)
+        off = (whole - _count_on(self.masks)) / whole
         return {"event": "masks", "step": self.step, "off": off, "changed": changed}
 
     def _cut(self) -> dict[str, Any] | None:
@@ -211,7 +212,7 @@ class SparseTraining:
         return replace(
             cut,
             measure="weights",
-            removed=1 - on / self._whole,
+            removed=(self._whole - on) / self._whole,
             reached=reached,
             blocked=blocked,
             notes=self._left_over(cut),
@@ -223,8 +224,8 @@ class SparseTraining:
         refused = self._ledger.refused()
         kept = f"; the cut of {', '.join(refused)} was refused" if refused else ""
         return (
-            f"{before - after:,} of {before:,} channels ended without a weight and are cut{kept}; other weights that are "
-            "off stay in the file as zeros (granularity 'channel' cuts all that is off)",
+            f"{before - after:,} of {before:,} channels ended without a weight and are cut{kept}; other weights that "
+            "are off stay in the file as zeros (granularity 'channel' cuts all that is off)",
         )
 
     def state_dict(self) -> dict[str, Any]:
