@@ -102,7 +102,7 @@ class SparseTraining:
             if granularity == "weight"
             else ChannelMasks(self.graph, optimizers, self.budget, allocation, round_to or 8, shares)
         )
-        self._whole = _count(self._units.masks)
+        self._whole = self._units.size
         self._generator = torch.Generator().manual_seed(seed)
         self._begun = False
 
@@ -177,13 +177,12 @@ class SparseTraining:
 
     def _thinned(self, share: float) -> Masks:
         """Give masks that meet that share of the budget; what is off stays off."""
-        wanted = self._units.best(_strengths(self._units.values(), self.masks), share)
+        wanted = self._units.best(self._units.strengths(), share)
         return {name: mask & wanted[name] for name, mask in self.masks.items()}
 
     def _event(self, before: Mapping[str, Tensor]) -> dict[str, Any]:
         changed = sum(int((mask != before[name]).sum()) for name, mask in self.masks.items())
-        whole = _count(self.masks)
-        off = (whole - _count_on(self.masks)) / whole
+        off = self._units.off / self._units.size
         return {"event": "masks", "step": self.step, "off": off, "changed": changed}
 
     def _cut(self) -> dict[str, Any] | None:
@@ -206,7 +205,7 @@ class SparseTraining:
         cut = self._ledger.result(self.budget)
         if self._about["granularity"] == "channel":
             return cut
-        on = _count_on(self.masks)
+        on = self._units.size - self._units.off
         reached = on <= self.budget.goal(self._whole)
         blocked = () if reached else ("at least one weight of every layer stays",)
         return replace(
@@ -258,22 +257,6 @@ class SparseTraining:
         self._ledger.load_state_dict(state["ledger"])
         self._generator.set_state(state["generator"].cpu())
         self._units.switch({name: mask.to(self.masks[name].device) for name, mask in masks.items()})
-
-
-def _strengths(values: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
-    """Give magnitudes; what is off lies below anything that is on, be it zero."""
-    return {
-        name: torch.where(mask, values[name].abs() + torch.finfo(values[name].dtype).tiny, 0.0)
-        for name, mask in masks.items()
-    }
-
-
-def _count(masks: Masks) -> int:
-    return sum(mask.numel() for mask in masks.values())
-
-
-def _count_on(masks: Masks) -> int:
-    return sum(int(mask.sum()) for mask in masks.values())
 
 
 def _check(

@@ -69,6 +69,22 @@ class Units(ABC):
     def cut(self) -> None:
         """Remove the channels that the masks left without weight, for good; writes model, optimizers, graph, masks."""
 
+    @property
+    def size(self) -> int:
+        """The number of units."""
+        return sum(mask.numel() for mask in self.masks.values())
+
+    @property
+    def off(self) -> int:
+        """The number of units that are off."""
+        return self.size - sum(int(mask.sum()) for mask in self.masks.values())
+
+    def strengths(self) -> dict[str, Tensor]:
+        """Give the magnitudes of `values()`; a unit that is off lies below all that are on, even if they are zero."""
+        values = self.values()
+        least = {name: torch.finfo(value.dtype).tiny for name, value in values.items()}
+        return {name: torch.where(self.masks[name], values[name].abs() + least[name], 0.0) for name in values}
+
     def switch(self, masks: Mapping[str, Tensor]) -> None:
         """Take other masks, and write the zeros that they want."""
         self.masks = dict(masks)
