@@ -100,29 +100,24 @@ def whole_numbers(module: nn.Module) -> set[int]:
     return {value for values in found for value in values if type(value) is int}
 
 
-def follow(model: nn.Module, changed: Mapping[str, Mapping[int, int]]) -> bool:
-    """Change whole numbers among the attributes of a model's own modules along with sizes; writes the model.
+def follow(module: nn.Module, changed: Mapping[int, int]) -> bool:
+    """Change whole numbers among the attributes of a module along with sizes; writes the module.
 
     Code such as `x.view(b, n, self.num_heads, self.head_dim)` follows a cut only so. Whether a number really was that
     size shows when the cut is held against the trace.
 
     Args:
-        model: the model.
-        changed: by module name, the sizes that axes had in that module's own code, and what they are now.
+        module: a module; torch's own are left alone.
+        changed: sizes that axes had in that module's own code, and what they are now.
 
     Returns:
         Whether anything changed.
     """
-    modules = dict(model.named_modules())
-    any_changed = False
-    for name, sizes in changed.items():
-        module = modules.get(name)
-        if module is None or not whole_numbers(module) & sizes.keys():
-            continue
-        any_changed = True
-        for attribute, value in numbers(module).items():
-            setattr(module, attribute, _renamed(value, sizes))
-    return any_changed
+    if not whole_numbers(module) & changed.keys():
+        return False
+    for attribute, value in numbers(module).items():
+        setattr(module, attribute, _renamed(value, changed))
+    return True
 
 
 def _renamed(value: Any, sizes: Mapping[int, int]) -> Any:

@@ -8,6 +8,7 @@ copies that refer to them carry on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from compressor.graph.group import ChannelGraph, Group
 from compressor.graph.retrace import retrace
 from compressor.graph.table import Table
 from compressor.graph.trail import Mismatch, Trail
-from compressor.sizes import follow, refit
+from compressor.sizes import follow, is_torchs_own, refit
 from compressor.transaction import Transaction
 
 
@@ -114,31 +115,49 @@ def removed_channels(group: Group, kept: Tensor) -> Tensor:
 def _removed_classes(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> BoolArray:
     """Tell for every class of the trail whether it goes, `(classes,)`."""
     trail: Trail = graph.trail
-    removed = np.zeros(trail.classes, dtype=bool)
+    removed = np.zeros_like(trail.live)
     for name, indices in kept.items():
         removed[trail.channels[name][removed_channels(graph[name], indices).numpy()]] = True
     return removed
 
 
 def _verified(graph: ChannelGraph, removed: BoolArray) -> Trail:
-    """Run the cut model without data and hold it against the trace; attributes that say a size may follow once."""
-    try:
-        return retrace(graph, removed)
-    except Mismatch as mismatch:
-        if not follow(graph.model, graph.trail.changes(removed)):
-            raise _refusal(graph.trail, removed, mismatch) from mismatch
-    try:
-        return retrace(graph, removed)
-    except Mismatch as mismatch:
-        raise _refusal(graph.trail, removed, mismatch) from mismatch
+    """Run the cut model without data and hold it against the trace.
+
+    Where a module's code does not follow, its attributes that say a size follow once, and so do those of its like.
+    """
+    trail: Trail = graph.trail
+    after = trail.without(removed)
+    modules = dict(graph.model.named_modules())
+    first: dict[str, tuple[Mismatch, list[int]]] = {}
+    while True:
+        try:
+            return retrace(graph, after)
+        except Mismatch as mismatch:
+            at = min(mismatch.step, len(trail.script.steps) - 1)
+            module = trail.script.steps[at].module
+            if module in first:  # it has followed, in vain: what counts is why it had to
+                raise _refusal(trail, removed, *first[module]) from mismatch
+            alike = trail.alike(at, after, partial(_kind, modules))
+            places = {trail.script.steps[number].module for number in alike} - first.keys()
+            first |= dict.fromkeys(places, (mismatch, alike))
+            followed = [follow(modules[name], trail.changes(name, after)) for name in places]
+            if not any(followed):
+                raise _refusal(trail, removed, mismatch, alike) from mismatch
 
 
-def _refusal(trail: Trail, removed: BoolArray, mismatch: Mismatch) -> CutError:
-    """Say which operation does not follow, and which groups stand there."""
+def _kind(modules: Mapping[str, nn.Module], name: str) -> object:
+    """Give what the code that runs in a module is known by; torch's own modules have only their place."""
+    return name if is_torchs_own(modules[name]) else type(modules[name])
+
+
+def _refusal(trail: Trail, removed: BoolArray, mismatch: Mismatch, alike: Sequence[int]) -> CutError:
+    """Say which operation does not follow, and which groups stand there, or at its like elsewhere."""
     steps = trail.script.steps
-    at = min(mismatch.step, len(steps) - 1)
-    where = f"{steps[at].op} in {steps[at].module or 'the model'}"
-    return CutError(f"{where} does not follow the cut: {mismatch}", trail.blamed(at, removed))
+    step = steps[min(mismatch.step, len(steps) - 1)]
+    groups = dict.fromkeys(name for number in alike for name in trail.blamed(number, removed))
+    where = f"{step.op} in {step.module or 'the model'}"
+    return CutError(f"{where} does not follow the cut: {mismatch}", list(groups))
 
 
 # -- folding

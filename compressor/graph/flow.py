@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -97,7 +98,7 @@ class Flow:
     module: str = ""
     says: Callable[[int], bool] = field(default=lambda value: False)
     _known: dict[int, Known] = field(default_factory=dict)
-    _alive: list[Tensor] = field(default_factory=list)
+    _alive: dict[int, Any] = field(default_factory=dict)
     _starts: list[int] = field(default_factory=list)
     _ordered: list[Source] = field(default_factory=list)
     _uses: dict[int, int] = field(default_factory=dict)
@@ -107,10 +108,16 @@ class Flow:
     # -- tensors
 
     def know(self, tensor: Tensor, known: Known) -> None:
-        """Remember what is known of a tensor; the tensor is kept alive so that its id stays its own."""
-        if id(tensor) not in self._known:
-            self._alive.append(tensor)
-        self._known[id(tensor)] = known
+        """Remember what is known of a tensor, as long as it lives; one without data is kept, so that its id stays."""
+        number = id(tensor)
+        if number not in self._known:
+            self._alive[number] = tensor if tensor.is_meta else weakref.ref(tensor, lambda _: self.forget(number))
+        self._known[number] = known
+
+    def forget(self, number: int) -> None:
+        """Know nothing any more of the tensor that had this id."""
+        for table in (self._known, self._alive, self.origins, self._uses, self._numbers):
+            table.pop(number, None)
 
     def known(self, tensor: Tensor) -> Known:
         """Give what is known of a tensor; a tensor never seen is a constant without channels."""

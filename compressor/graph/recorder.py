@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from compressor.attention import headwise
 from compressor.graph.axes import FREE, blank
 from compressor.graph.flow import Axes, Flow, Known, Origin, Rule
-from compressor.graph.rules import IGNORED, RULES, is_steady
+from compressor.graph.rules import DATA_DEPENDENT, IGNORED, RULES, is_steady
 from compressor.graph.rules.pointwise import filled
 from compressor.graph.shortcuts import SHORTCUTS
 from compressor.graph.trail import Form, Mismatch, Script, Step
@@ -173,6 +173,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = leaves(out)[0]
         origins = tuple(flow.origins.get(id(tensor)) or self._origin(tensor) for tensor in inputs)
         call = Call(func, name, tuple(plain), inputs, origins, tuple(flow.axes(tensor) for tensor in inputs))
+        handed_out = len(flow.labels.journal)
         axes, understood = self._axes(rule, args, kwargs, out, results, inputs)
         weights = [flow.weight(tensor) for tensor in inputs]
         weight = weights[0] if weights and all(weights) else None
@@ -181,11 +182,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._seen.add(id(tensor))
             flow.know(tensor, Known(each, weight, made_by))
         if name not in IGNORED:
-            number = self._record(call, axes, results, understood)
+            number = self._record(call, axes, results, understood and len(flow.labels.journal) == handed_out)
             flow.origins.update({id(tensor): ("step", number, index) for index, tensor in enumerate(results)})
 
-    def _record(self, call: Call, axes: list[Axes], results: list[Tensor], understood: bool) -> int:
-        """Write a step into the script and give its number."""
+    def _record(self, call: Call, axes: list[Axes], results: list[Tensor], plain: bool) -> int:
+        """Write a step into the script and give its number; `plain` where its rule only handed on what it got."""
         script = self.script
         forms = tuple(_form(script, each, tensor) for each, tensor in zip(axes, results, strict=True))
         sure = all(map(_is_sure, forms)) and all(map(_is_sized, call.taken, call.inputs))
@@ -198,8 +199,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             taken=tuple(script.slots(each) for each in call.taken),
             results=forms,
             written=bool(results) and bool(call.inputs) and results[0] is call.inputs[0],
-            steady=script.meta and understood and sure and is_steady(call.name, call.plain),
+            steady=script.meta and plain and sure and is_steady(call.name, call.plain),
         )
+        if script.loose_from is None and _depends_on_data(call):
+            script.loose_from = len(script.steps)
         script.steps.append(step)
         return len(script.steps) - 1
 
@@ -239,6 +242,11 @@ def _fits(axes: list[Axes], results: list[Tensor]) -> bool:
         )
         for each, tensor in zip(axes, results, strict=True)
     )
+
+
+def _depends_on_data(call: Call) -> bool:
+    masked = call.name == "aten.index" and any(index.dtype in (torch.bool, torch.uint8) for index in call.inputs[1:])
+    return masked or call.name in DATA_DEPENDENT
 
 
 def _form(script: Script, axes: Axes, tensor: Tensor) -> Form:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressor.graph.axes import BoolArray
-from compressor.graph.flow import Axes, Origin
+from compressor.graph.flow import Axes
 from compressor.graph.group import ChannelGraph
 from compressor.graph.recorder import Call, Recorder, leaves
 from compressor.graph.trail import Form, Mismatch, ReplayFlow, Step, Trail, compare
@@ -22,20 +21,19 @@ from compressor.graph.trail import Form, Mismatch, ReplayFlow, Step, Trail, comp
 _META = torch.device("meta")
 
 
-def retrace(graph: ChannelGraph, removed: BoolArray) -> Trail:
+def retrace(graph: ChannelGraph, trail: Trail) -> Trail:
     """Run the model after a cut and hold every operation against the trace: the same channels, less the removed ones.
 
     Args:
         graph: the graph as it was before the cut, of the model that is cut already.
-        removed: `(number of classes,)`, which classes the cut took away.
+        trail: the graph's trail without what the cut removed.
 
     Returns:
-        The trail of the cut model, for the next cut.
+        The same trail, for the next cut.
 
     Raises:
         Mismatch: an operation does not carry what the cut should leave; its `step` is the number of the operation.
     """
-    trail: Trail = graph.trail.without(removed)
     flow = ReplayFlow(trail)
     follower = Follower(graph.model, flow, trail.script, trail=trail)
     try:
@@ -45,7 +43,7 @@ def retrace(graph: ChannelGraph, removed: BoolArray) -> Trail:
         raise
     except Exception as failure:
         raise Mismatch(f"{type(failure).__name__}: {failure}", flow.at) from failure
-    if flow.at < len(trail.script.steps):
+    if flow.at < (trail.end if trail.is_loose(flow.at) else len(trail.script.steps)):
         raise Mismatch("the cut model stops before this operation", flow.at)
     return trail
 
@@ -73,6 +71,8 @@ class Follower(Recorder):  # type: ignore[no-untyped-call]
             tensors, plain = leaves((args, kwargs or {}))
             if self._as_before(steps[at], tensors, plain):
                 return self._result(steps[at], tensors)
+        if at >= self.trail.end and self.trail.is_loose(at):
+            return func(*args, **(kwargs or {}))  # no channel comes after this, and what runs may depend on values
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _as_before(self, step: Step, tensors: list[Tensor], plain: list[Any]) -> bool:
@@ -86,7 +86,9 @@ class Follower(Recorder):  # type: ignore[no-untyped-call]
     def _result(self, step: Step, tensors: list[Tensor]) -> Any:
         made = [tensors[0]] if step.written else [self._made(form) for form in step.results]
         for index, tensor in enumerate(made):
-            self._note(tensor, ("step", self.flow.at, index))
+            self.flow.came_from(tensor, ("step", self.flow.at, index))
+            self._seen.add(id(tensor))
+        self._alive += made
         self.flow.at += 1
         return made[0] if len(made) == 1 else tuple(made)
 
@@ -99,17 +101,10 @@ class Follower(Recorder):  # type: ignore[no-untyped-call]
             step *= max(shape[dim], 1)
         return torch.empty_strided(shape, strides, dtype=form.dtype, device=_META)
 
-    def _note(self, tensor: Tensor, origin: Origin) -> None:
-        self.flow.origins[id(tensor)] = origin
-        self.flow.forget(tensor)
-        self._seen.add(id(tensor))
-        self._alive.append(tensor)
-
-    def _record(self, call: Call, axes: list[Axes], results: list[Tensor], understood: bool) -> int:
+    def _record(self, call: Call, axes: list[Axes], results: list[Tensor], plain: bool) -> int:
         """Compare instead of writing."""
         compare(self.trail, self.flow.at, call.name, axes, results)
         self._require_same(self.script.steps[self.flow.at], call)
-        self._alive += results
         self.flow.at += 1
         return self.flow.at - 1
 
@@ -118,6 +113,8 @@ class Follower(Recorder):  # type: ignore[no-untyped-call]
 
         Whole numbers may differ where an operation has sizes among its arguments.
         """
+        if self.trail.is_loose(self.flow.at):
+            return
         if call.origins != step.inputs:
             raise Mismatch("it gets other tensors than before the cut", self.flow.at)
         before, now = (_values(plain, step.steady) for plain in (step.plain, call.plain))

@@ -6,8 +6,10 @@ channel classes each. A cut takes positions out of the arrays; what the cut mode
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -65,9 +67,11 @@ class Script:
         indices: by name of a buffer of positions, the axis whose positions they are.
         arrays: the labelled axes as they were recorded, by slot.
         meta: whether the model ran on tensors without data.
+        loose_from: the first step after which sizes may depend on values; None where none do.
     """
 
     def __init__(self, meta: bool) -> None:
+        self.loose_from: int | None = None
         self.steps: list[Step] = []
         self.journal: list[tuple[Slot, ...]] = []
         self.parameters: dict[str, tuple[Slot, ...]] = {}
@@ -98,14 +102,16 @@ class Trail:
         flat: the channel classes of all axes, one behind the other; slot `s` is `flat[starts[s]:starts[s + 1]]`.
         starts: `(slots + 1,)`.
         channels: by group name, the class of each channel, `(C,)`.
-        classes: how many classes there are.
+        live: `(classes,)` which classes are channels of groups.
+        end: how many steps there are up to the last one where a channel of a group stands.
     """
 
     script: Script
     flat: IntArray
     starts: IntArray
     channels: Mapping[str, IntArray]
-    classes: int
+    live: BoolArray
+    end: int
     sizes: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,7 +123,14 @@ class Trail:
         """Make the trail of a trace, from the class of each label."""
         starts = np.cumsum([0, *map(len, script.arrays)])
         flat = of[np.concatenate([*script.arrays, np.empty(0, dtype=np.int64)])]
-        return Trail(script, flat, starts, channels, int(of.max(initial=-1)) + 1)
+        live = np.zeros(int(of.max(initial=-1)) + 1, dtype=bool)
+        live[np.concatenate([*channels.values(), np.empty(0, dtype=np.int64)])] = True
+        before = np.concatenate([[0], np.cumsum(live[flat])])
+        alive = (before[starts[1:]] > before[starts[:-1]]).tolist()
+        end = len(script.steps)
+        while end and not any(alive[slot] for slot in _slots_of(script.steps[end - 1])):
+            end -= 1
+        return Trail(script, flat, starts, channels, live, end)
 
     def without(self, removed: BoolArray) -> Trail:
         """Give the trail of the model from which these classes, `(classes,)`, were removed."""
@@ -150,31 +163,70 @@ class Trail:
                 found[name] = np.where(gone, -1, np.cumsum(~gone) - 1)
         return found
 
-    def changes(self, removed: BoolArray) -> dict[str, dict[int, int]]:
-        """Give, by module, sizes of axes where its own code has sizes in arguments, and what the cut makes of them.
+    def is_loose(self, at: int) -> bool:
+        """Tell whether sizes that are no channels may depend on values at a step."""
+        loose_from = self.script.loose_from
+        return loose_from is not None and at >= loose_from
+
+    def alike(self, at: int, after: Trail, kind: Callable[[str], object]) -> list[int]:
+        """Give the steps that are the same operation in the code of the same kind of module, where sizes change too.
+
+        What fails in one block of a network fails in all of them. The step itself is always among them.
+
+        Args:
+            at: the number of a step.
+            after: the trail after the cut.
+            kind: gives the kind of a module by its name.
+        """
+        step, turns = self.script.steps[at], self._turns
+        same = [
+            number
+            for number, other in enumerate(self.script.steps)
+            if (other.op, turns[number]) == (step.op, turns[at]) and kind(other.module) == kind(step.module)
+        ]
+        return [number for number in same if number == at or self._changes_at(number, after)]
+
+    def _changes_at(self, number: int, after: Trail) -> bool:
+        return any(self.sizes[slot] != after.sizes[slot] for slot in _slots_of(self.script.steps[number]))
+
+    @cached_property
+    def _turns(self) -> list[int]:
+        """Give, for every step, the how many-th it is in the code of its module."""
+        counts: Counter[str] = Counter()
+        turns = []
+        for step in self.script.steps:
+            turns.append(counts[step.module])
+            counts[step.module] += 1
+        return turns
+
+    def changes(self, module: str, after: Trail) -> dict[int, int]:
+        """Give sizes of axes where a module's own code has sizes in arguments, and what a cut makes of them.
 
         Axes that keep their size do not count, and a size that became several others is left out.
         """
-        after = self.without(removed).sizes
-        found: dict[str, dict[int, set[int]]] = {}
-        for step in (step for step in self.script.steps if not step.steady):
-            slots = [slot for axes in (*step.taken, *(form.slots for form in step.results)) for slot in axes]
-            for slot in (slot for slot in slots if not isinstance(slot, Blank)):
-                if self.sizes[slot] != after[slot]:
-                    found.setdefault(step.module, {}).setdefault(self.sizes[slot], set()).add(after[slot])
-        return {name: {size: min(now) for size, now in sizes.items() if len(now) == 1} for name, sizes in found.items()}
+        found: dict[int, set[int]] = {}
+        for step in (step for step in self.script.steps if step.module == module and not step.steady):
+            for slot in _slots_of(step):
+                if self.sizes[slot] != after.sizes[slot]:
+                    found.setdefault(self.sizes[slot], set()).add(after.sizes[slot])
+        return {size: min(now) for size, now in found.items() if len(now) == 1}
 
     def blamed(self, at: int, removed: BoolArray) -> list[str]:
         """Give the names of groups that lose channels and stand at a step, or else at the nearest step before it."""
         for step in self.script.steps[at::-1]:
-            slots = [slot for axes in (*step.taken, *(form.slots for form in step.results)) for slot in axes]
-            arrays = [self.classes_in(slot) for slot in slots if not isinstance(slot, Blank)]
+            arrays = [self.classes_in(slot) for slot in _slots_of(step)]
             here = np.zeros_like(removed)
             here[np.concatenate([*arrays, np.empty(0, dtype=np.int64)])] = True
             here &= removed
             if here.any():
                 return [name for name, classes in self.channels.items() if here[classes].any()]
         return [name for name, classes in self.channels.items() if removed[classes].any()]
+
+
+def _slots_of(step: Step) -> list[int]:
+    """Give the slots of labelled axes at a step."""
+    axes = (*step.taken, *(form.slots for form in step.results))
+    return [slot for each in axes for slot in each if not isinstance(slot, Blank)]
 
 
 class Mismatch(Exception):
@@ -201,11 +253,15 @@ class ReplayLabels(Labels):
             found = [axis for axis in found if not isinstance(axis, np.ndarray) or len(axis) > 1]
         if len(found) != len(sizes):
             raise Mismatch(f"a view into {tuple(sizes)} has other dimensions than before the cut", self._here())
-        for axis, size in zip(found, sizes, strict=True):
-            if isinstance(axis, np.ndarray) and len(axis) != size:
-                raise Mismatch(f"a size of {size} stands where the cut leaves {len(axis)}", self._here())
         self._read += 1
-        return found
+        return [self._fitting(axis, size) for axis, size in zip(found, sizes, strict=True)]
+
+    def _fitting(self, axis: Axis, size: int) -> Axis:
+        if not isinstance(axis, np.ndarray) or len(axis) == size:
+            return axis
+        if self._trail.is_loose(self._here()) and not self._trail.live[axis].any():
+            return np.full(size, axis[0])  # no channels: what counts is that it is not one
+        raise Mismatch(f"a size of {size} stands where the cut leaves {len(axis)}", self._here())
 
     def fresh(self, size: int) -> IntArray:
         """Give what was given here the first time, less the removed channels."""
@@ -221,7 +277,7 @@ class ReplayLabels(Labels):
 
     def tie(self, first: IntArray, second: IntArray) -> None:
         """Everything is tied already: what meets must be the same channels."""
-        if not np.array_equal(first, second):
+        if not np.array_equal(first, second) and not self._trail.is_loose(self._here()):
             raise Mismatch("channels meet that do not belong together", self._here())
 
     def freeze(self, axis: Axis, reason: str) -> None:
@@ -260,8 +316,9 @@ class ReplayFlow(Flow):
             found = Known(tuple(self._trail.axis(slot) for slot in form.slots))
         return found or super().known(tensor)
 
-    def forget(self, tensor: Tensor) -> None:
+    def came_from(self, tensor: Tensor, origin: Origin) -> None:
         """Know of a tensor only where it comes from."""
+        self.origins[id(tensor)] = origin
         self._known.pop(id(tensor), None)
 
     def rectangle(self, axis: Axis, rows: int, tie: int) -> Axis:
@@ -293,6 +350,8 @@ def compare(trail: Trail, index: int, op: str, axes: Sequence[Axes], results: Se
     for form, now, result in zip(before.results, axes, results, strict=True):
         for dim, (slot, size) in enumerate(zip(form.slots, form.shape, strict=True)):
             wanted = trail.axis(slot)
+            if trail.is_loose(index) and not (isinstance(wanted, np.ndarray) and trail.live[wanted].any()):
+                continue
             found = result.shape[dim] if dim < result.dim() else None
             if not _same(wanted, size, now[dim] if dim < len(now) else FIXED, found):
                 left = len(wanted) if isinstance(wanted, np.ndarray) else size

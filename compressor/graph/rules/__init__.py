@@ -41,6 +41,15 @@ def is_steady(name: str, plain: Sequence[object]) -> bool:
     return name in _STEADY and RULES.get(name) is _STEADY[name] and (name != "aten.convolution" or plain[-1] == 1)
 
 
+# Operations whose result has a size, or is a number, that depends on values: what follows them may change with these.
+DATA_DEPENDENT = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("nonzero", "nonzero_static", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive"),
+        *("bincount", "_local_scalar_dense", "item", "is_nonzero", "equal"),
+    )
+) | {"torchvision.nms"}
+
 IGNORED = MappingProxyType(
     {
         "aten._assert_async": "checks a value, returns nothing",
