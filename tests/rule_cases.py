@@ -148,6 +148,7 @@ KEEP: dict[str, Callable[[Tensor], Tensor]] = {
     "zero": lambda h: h + aten.zero(h),
     "normal": lambda h: h + aten.empty_like(h).normal_(),
     "uniform": lambda h: h + aten.empty_like(h).uniform_(),
+    "log_sigmoid_forward": lambda h: aten.log_sigmoid_forward(h)[0],
     "native_dropout": lambda h: aten.native_dropout(h, 0.5, False)[0],
     "lift": lambda h: aten.lift(h),
     "lift_fresh": lambda h: aten.lift_fresh(h),
@@ -334,6 +335,7 @@ ORDERED: dict[str, Callable[[Tensor], Tensor]] = {
     "kthvalue": lambda h: h * h.kthvalue(2, 1, keepdim=True).values,
     "median": lambda h: h * h.median(1, keepdim=True).values,
     "mode": lambda h: h * h.mode(1, keepdim=True).values,
+    "searchsorted": lambda h: torch.searchsorted(torch.arange(4.0), h).float(),
     "bucketize": lambda h: torch.bucketize(h, torch.arange(4.0)).float(),
 }
 
@@ -698,6 +700,18 @@ CONTRACTIONS = {
         between(nn.Conv2d(3, 3, 3, groups=3), 3, 3),
         IMAGE,
         {"a": {"a.weight.0": I3, "w.weight.0": I3, "w.bias.0": I3, "b.weight.1": I3}},
+    ),
+    "depthwise and transposed": Case(
+        "convolution",
+        between(nn.ConvTranspose2d(3, 3, 2, groups=3), 3, 3),
+        IMAGE,
+        {"a": {"a.weight.0": I3, "w.weight.0": I3, "w.bias.0": I3, "b.weight.1": I3}},
+    ),
+    "mv": Case(
+        "mv",
+        Net(lambda n, x: torch.mv(n.a(x), n.v), a=nn.Linear(3, 4, bias=False), v=nn.Parameter(torch.ones(4))),
+        (6, 3),
+        {"a": {"a.weight.0": I4, "v.0": I4}},
     ),
     "depthwise, two filters a channel": Case(
         "convolution",
