@@ -77,8 +77,20 @@ class Evidence:
 
     def ranking(self) -> Tensor:
         """Give what ranks the channels, `(N,)`, larger means keep."""
-        # NOTE: Subsets of fixed size make relevance a contrast with the other channels; the dummies shift alike.
-        return self._means["rank"].mean() if self._how.rank else self.relevance() - self.dummies().mean(0)
+        if self._how.rank:
+            return self._means["rank"].mean()
+        above = self.relevance() - self.dummies().mean(0)
+        return above if self._how.soft else above * self._own_share()
+
+    def _own_share(self) -> Tensor:
+        """Give the share of a channel's distance from its dummies that is its own effect, `(N,)`.
+
+        Of `n` channels and dummies of a group equally many are out, whoever is: one that is not drawn is replaced by
+        another, so that losses with it out less losses with it in are its effect less the others' mean. For a dummy
+        that is less the mean of all. The distance is `n / (n - 1)` times the effect.
+        """
+        together = torch.bincount(self._group_of) + self._dummies_each
+        return (1 - 1 / together)[self._group_of]
 
     def halves(self) -> Tensor:
         """Give the same from two interleaved halves of the steps, `(2, N)`."""

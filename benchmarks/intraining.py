@@ -1,0 +1,69 @@
+"""Pruning during training: how right the statistics are, what a step of them costs, and what comes of it.
+
+    python benchmarks/intraining.py --part oracle|planted|cost|cut|accuracy [--only TEXT] [--again] [--minutes 60]
+
+* `oracle`: every estimator against enumerated truth, bias and variance.
+* `planted`: planted channels among those that are selected.
+* `cost`: time and memory of a relevance step over a plain step, and of a whole training over a dense one.
+* `cut`: a cut of ResNet-18 in mid-training, optimizer included, Torch-Pruning beside it.
+* `accuracy`: accuracy over sparsity for every criterion, three seeds; begins no new cell after `--minutes`.
+
+Every row is written as soon as it is there. Rows that are in today's file already are kept, unless `--again`.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+import time
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+from results_file import RESULTS, write
+from rich.progress import track
+
+from compressor.errors import InputError, UnknownNameError
+from compressor.latency import machine
+
+PARTS = ("oracle", "planted", "cost", "cut", "accuracy")
+
+
+def earlier(name: str) -> list[dict[str, Any]]:
+    """Give the rows that this machine wrote today."""
+    path = RESULTS / f"{datetime.date.today().isoformat()}-{name}.json"
+    document = json.loads(path.read_text()) if path.exists() else {}
+    return document.get("rows", []) if document.get("machine") == machine() else []
+
+
+def main(
+    part: Annotated[str, typer.Option(help="One of: " + ", ".join(PARTS))],
+    only: Annotated[str, typer.Option(help="Only cells whose name has this in it.")] = "",
+    again: Annotated[bool, typer.Option(help="Measure cells anew that are there.")] = False,
+    minutes: Annotated[float, typer.Option(help="Begin no new cell after so long.")] = 60.0,
+) -> None:
+    """Measure one part, row by row."""
+    if part not in PARTS:
+        raise UnknownNameError("part", part, PARTS)
+    what, name, began = importlib.import_module(f"intraining.{part}"), f"intraining-{part}", time.monotonic()
+    cells = {key: cell for key, cell in what.cells().items() if only in key}
+    if not cells:
+        raise InputError(f"no cell of {part} has {only!r} in its name: there are {', '.join(what.cells())}")
+    rows = [row for row in earlier(name) if not (again and row["cell"] in cells)]
+    there = {row["cell"] for row in rows}
+    for key in track([each for each in cells if each not in there], description=part):
+        if time.monotonic() - began > 60 * minutes:
+            break
+        rows.append({"cell": key, **cells[key]()})
+        write(name, _sorted(rows, what.cells()), what.NOTE)
+    print(write(name, _sorted(rows, what.cells()), what.NOTE))
+
+
+def _sorted(rows: list[dict[str, Any]], cells: Iterable[str]) -> list[dict[str, Any]]:
+    places = {key: place for place, key in enumerate(cells)}
+    return sorted(rows, key=lambda row: places.get(row["cell"], len(places)))
+
+
+if __name__ == "__main__":
+    typer.run(main)

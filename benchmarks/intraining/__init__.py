@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/intraining.py`: each has `NOTE` and `cells`, what measures its rows, by name."""

@@ -1,0 +1,101 @@
+"""Accuracy over sparsity, for every criterion under the same schedule: digits, and CIFAR-10, reduced on a CPU.
+
+A cell is one training: criterion, sparsity, seed, data. Cells come seed by seed, the middle sparsity first, so that a
+run that is stopped early has compared all criteria.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import compressor
+from compressor import models
+from compressor.data import Data, load
+from compressor.data.parts import split
+from compressor.intraining.estimators import ESTIMATORS
+from compressor.intraining.regrowth import METHODS
+from compressor.intraining.sparse import SparseTraining
+from compressor.training import PlainStep, TrainingConfig, evaluate, train
+
+NOTE = (
+    "Share of the parameters removed while training, cubic from 10 % to 65 % of it (`set` and `rigl`: channels, masked "
+    "from the beginning and cut at the end); accuracy on the test part after equally many epochs. `dense` is trained "
+    "alike. On a CPU: ResNet-18 of 16 x 16 digits, and of 5,000 images of CIFAR-10; with a GPU all of CIFAR-10."
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CRITERIA = ("dense", "random", *(f"relevance-{name}" for name in ESTIMATORS), "l1", "euclidean", *METHODS)
+SPARSITIES, SEEDS = (0.6, 0.8, 0.4), 3
+EPOCHS = {"digits": 24, "cifar10": 30 if DEVICE == "cuda" else 8}
+CIFAR = Path(".data/cifar10")  # train/CLASS/*.png and test/CLASS/*.png, or torchvision's own files in .data
+Row = dict[str, Any]
+
+
+@cache
+def data(name: str) -> Data:
+    """Give a data set, of CIFAR-10 a tenth where there is no GPU."""
+    if name == "digits":
+        return load("digits", image_size=32 if DEVICE == "cuda" else 16)
+    whole = load(f"imagefolder:{CIFAR}" if CIFAR.is_dir() else "cifar10", image_size=32)
+    if DEVICE == "cuda":
+        return whole
+    return replace(whole, train=split(whole.train, 0.9, 0, whole.classes)[0])
+
+
+def hook(criterion: str, sparsity: float, seed: int, example: torch.Tensor, epoch_steps: int) -> Callable[..., Any]:
+    """Give what takes part in the training steps."""
+
+    def make(model: nn.Module, optimizer: Optimizer, total_steps: int) -> Any:
+        budget = compressor.Budget(sparsity)
+        if criterion == "dense":
+            return PlainStep(model, optimizer, total_steps)
+        if criterion in METHODS:
+            extra: dict[str, Any] = {"collect": epoch_steps} if criterion == "set" else {}
+            return SparseTraining(
+                model, example, criterion, budget,
+                optimizer=optimizer, total_steps=total_steps, granularity="channel", seed=seed, **extra,
+            )  # fmt: skip
+        name, _, estimator = criterion.partition("-")
+        how = {"estimator": estimator} if estimator else {}
+        return compressor.Pruner(
+            model, example, name, budget, optimizer=optimizer, total_steps=total_steps, seed=seed, **how
+        )
+
+    return make
+
+
+def measure(name: str, criterion: str, sparsity: float, seed: int) -> Row:
+    """Train once, and look at the test part."""
+    found, batch = data(name), 128 if DEVICE == "cuda" else 64
+    model = models.build("resnet18", classes=len(found.classes), stem="cifar", seed=seed)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    config = TrainingConfig(EPOCHS[name], batch, 0.05, seed=seed, device=DEVICE)
+    example = torch.zeros(1, *found.image_shape, device=DEVICE)
+    history = train(model, found, config, hook(criterion, sparsity, seed, example, len(found.train) // batch))
+    after = sum(parameter.numel() for parameter in model.parameters())
+    return {
+        "data": name, "criterion": criterion, "asked %": 100 * sparsity, "seed": seed, "epochs": EPOCHS[name],
+        "params removed %": 100 * (1 - after / before),
+        "test accuracy %": 100 * evaluate(model, found.test, device=DEVICE).accuracy,
+        "seconds": sum(epoch["seconds"] for epoch in history.epochs),
+    }  # fmt: skip
+
+
+def cells() -> dict[str, Callable[[], Row]]:
+    """Give what measures every row, by its name."""
+    found: dict[str, Callable[[], Row]] = {}
+    for name in EPOCHS:
+        for seed in range(SEEDS):
+            for sparsity in SPARSITIES:
+                for criterion in CRITERIA:
+                    share = 0.0 if criterion == "dense" else sparsity
+                    key = f"{name} {criterion} {share:g} {seed}"
+                    found.setdefault(key, partial(measure, name, criterion, share, seed))
+    return found
