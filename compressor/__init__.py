@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from compressor.intraining.sparse import SparseTraining
     from compressor.ledger import PruneResult
     from compressor.limits import Limits
-    from compressor.pruning import Pruner, prune
+    from compressor.pruner import Pruner
+    from compressor.pruning import prune
     from compressor.schedules import Cubic, Linear, OneShot
     from compressor.selection import Budget
     from compressor.surgery import cut
@@ -37,7 +38,7 @@ _HOME = {
     "Linear": "schedules",
     "OneShot": "schedules",
     "PruneResult": "ledger",
-    "Pruner": "pruning",
+    "Pruner": "pruner",
     "RULES": "graph.rules",
     "Snapshot": "graph.group",
     "SparseTraining": "intraining.sparse",

@@ -34,6 +34,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             vars(module)["training"] = flag  # what `module.training = flag` does, less torch's search for parameters
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Give the model itself where `torch.compile` wrapped it; both share all parameters."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Give the device of a model's first tensor; the CPU for a model without any."""
     tensor = next(chain(model.parameters(), model.buffers()), None)

@@ -11,7 +11,7 @@ tried by themselves beforehand, and taken back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -36,6 +36,7 @@ def verified_cut(
     inputs: Any,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     means: Means | None = None,
+    copies: Sequence[nn.Module] = (),
 ) -> None:
     """Cut as `compressor.cut` does, and only if the outputs are those of the silenced model.
 
@@ -43,7 +44,7 @@ def verified_cut(
     output's largest value, half of the digits that the coarsest tensor has.
 
     Args:
-        graph, keep, optimizer, means: as for `compressor.cut`; indices sorted.
+        graph, keep, optimizer, means, copies: as for `compressor.cut`; indices sorted.
         inputs: real inputs that the model accepts.
 
     Raises:
@@ -55,10 +56,10 @@ def verified_cut(
     inputs = moved(inputs, device_of(graph.model))
     try:
         if len(exact) == len(keep):
-            _cut_as_silenced(graph, keep, inputs, optimizer, means)
+            _cut_as_silenced(graph, keep, inputs, means, optimizer, copies)
         else:
             _try(graph, exact, inputs, means)
-            cut(graph, keep, optimizer, means, check=partial(_require_runs, graph.model, inputs))
+            cut(graph, keep, optimizer, means, partial(_require_runs, graph.model, inputs), copies)
     except _Differs as refusal:
         guilty = [name for name in exact if not _agrees(graph, {name: exact[name]}, inputs, means)]
         raise CutError(refusal.reason, guilty or sorted(exact)) from refusal
@@ -76,8 +77,9 @@ def _cut_as_silenced(
     graph: ChannelGraph,
     keep: Mapping[str, Tensor],
     inputs: Any,
-    optimizer: Optimizer | Iterable[Optimizer] | None,
     means: Means | None,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    copies: Sequence[nn.Module] = (),
     afterwards: Callable[[], None] = lambda: None,
 ) -> None:
     with _silenced(graph, {name: removed_channels(graph[name], kept) for name, kept in keep.items()}, means or {}):
@@ -87,7 +89,7 @@ def _cut_as_silenced(
         _compare(_run_cut(graph.model, inputs), expected, _tolerance(graph.model))
         afterwards()
 
-    cut(graph, keep, optimizer, means, check)
+    cut(graph, keep, optimizer, means, check, copies)
 
 
 def _try(graph: ChannelGraph, keep: Mapping[str, Tensor], inputs: Any, means: Means | None) -> None:
@@ -97,7 +99,7 @@ def _try(graph: ChannelGraph, keep: Mapping[str, Tensor], inputs: Any, means: Me
         raise _Tried
 
     try:
-        _cut_as_silenced(graph, keep, inputs, None, means, take_back)
+        _cut_as_silenced(graph, keep, inputs, means, afterwards=take_back)
     except _Tried:
         return
 

@@ -13,7 +13,8 @@ When the masks are final, channels that they left without a weight are cut for g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from compressor.intraining.units import Masks, Units
 from compressor.intraining.weight_masks import WeightMasks
 from compressor.ledger import Ledger, PruneResult
 from compressor.limits import Limits
+from compressor.runtime import uncompiled
 from compressor.schedules import Schedule
 from compressor.selection import Budget
 
@@ -87,13 +89,13 @@ class SparseTraining:
         limits: Limits | None = None,
         seed: int = 0,
     ) -> None:
-        self.model, self.budget, self.step = model, budget or Budget(0.5), 0
+        self.model, self.budget, self.steps = model, budget or Budget(0.5), 0
         allocation = allocation or ("uniform" if criterion == "magnitude" else "erk")
         _check(criterion, granularity, allocation, self.budget, round_to, limits)
         self._about = {"criterion": criterion, "granularity": granularity, "allocation": allocation}
         self._regrowth = METHODS[criterion]
         self._timetable = timetable(criterion, total_steps, collect, schedule)
-        self.graph = trace(model, example_inputs)
+        self.graph = trace(uncompiled(model), example_inputs)
         self._ledger = Ledger(self.graph)
         shares = limits.shares(self.graph) if limits else {}
         optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
@@ -116,8 +118,6 @@ class SparseTraining:
     def loss(self, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
         """Give the mean loss of one batch, a scalar to call `backward` on; the first call puts the first masks on.
 
-        A loop that runs the model itself calls `update` all the same; its first step is then a dense one.
-
         Args:
             inputs: `(B, ...)`, one batch.
             targets: `(B, ...)`, what `loss_fn` compares with.
@@ -128,6 +128,16 @@ class SparseTraining:
         """
         self._begin()
         return loss_fn(self.model(inputs), targets)
+
+    @contextmanager
+    def step(self, inputs: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Run your own forward pass of one batch, `(B, ...)`, in this `with`; the first one puts the first masks on.
+
+        Yields:
+            A function that gives the mean of losses, to call `backward` on.
+        """
+        self._begin()
+        yield Tensor.mean
 
     def _begin(self) -> None:
         # NOTE: Not when the object is made: the weights of a run that goes on must not be masked anew.
@@ -146,14 +156,14 @@ class SparseTraining:
             What was changed or cut, JSON-able, or None where nothing was.
         """
         self._begin()
-        self.step += 1
+        self.steps += 1
         self._units.enforce()
-        if not self._timetable.is_due(self.step):
+        if not self._timetable.is_due(self.steps):
             return None
-        before, share = self._units.masks, self._timetable.share(self.step)
+        before, share = self._units.masks, self._timetable.share(self.steps)
         self._units.switch(self._regrown(self._regrowth, share) if self._regrowth else self._thinned(share))
         changed = self._event(before)
-        return (self._cut() if self.step == self._timetable.last else None) or changed
+        return (self._cut() if self.steps == self._timetable.last else None) or changed
 
     # -- changes of the masks
 
@@ -183,7 +193,7 @@ class SparseTraining:
     def _event(self, before: Mapping[str, Tensor]) -> dict[str, Any]:
         changed = sum(int((mask != before[name]).sum()) for name, mask in self.masks.items())
         off = self._units.off / self._units.size
-        return {"event": "masks", "step": self.step, "off": off, "changed": changed}
+        return {"event": "masks", "step": self.steps, "off": off, "changed": changed}
 
     def _cut(self) -> dict[str, Any] | None:
         widths = self.graph.sizes()
@@ -192,7 +202,7 @@ class SparseTraining:
         narrower = {name: [width, sizes[name]] for name, width in widths.items() if sizes.get(name, width) != width}
         if not narrower:
             return None
-        event: dict[str, Any] = {"event": "cut", "step": self.step, "target": self.budget.sparsity, "widths": narrower}
+        event: dict[str, Any] = {"event": "cut", "step": self.steps, "target": self.budget.sparsity, "widths": narrower}
         return event | {"removed": result.removed, "params": result.params[1], "macs": result.macs[1]}
 
     # -- what came of it
@@ -231,7 +241,7 @@ class SparseTraining:
         """Give what a resumed run needs beside the model and the optimizers: plain numbers, strings and tensors."""
         return {
             **self._about,
-            "step": self.step,
+            "step": self.steps,
             "begun": self._begun,
             "masks": dict(self.masks),
             "whole": self._whole,
@@ -253,7 +263,7 @@ class SparseTraining:
         if len(masks) < len(state["masks"]) or any(masks[name].shape != self.masks[name].shape for name in masks):
             raise InputError("this state is of another model: narrow the model as it was before this object is made")
         self.graph.freeze(self.graph.sizes().keys() - set(state["groups"]), "frozen before the run was interrupted")
-        self.step, self._begun, self._whole = int(state["step"]), bool(state["begun"]), int(state["whole"])
+        self.steps, self._begun, self._whole = int(state["step"]), bool(state["begun"]), int(state["whole"])
         self._ledger.load_state_dict(state["ledger"])
         self._generator.set_state(state["generator"].cpu())
         self._units.switch({name: mask.to(self.masks[name].device) for name, mask in masks.items()})

@@ -22,7 +22,8 @@ from compressor.errors import BudgetError
 from compressor.intraining.sparse import SparseTraining
 from compressor.job.folder import Metrics, checkpoint
 from compressor.ledger import PruneResult
-from compressor.pruning import Pruner, prune
+from compressor.pruner import Pruner
+from compressor.pruning import prune
 from compressor.selection import Budget
 from compressor.settings import Settings
 from compressor.training import HookFactory, PlainStep, TrainingConfig, recalibrate, require_scores, train

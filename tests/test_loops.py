@@ -1,0 +1,261 @@
+"""People's own training loops: whatever they do around the pruner goes on, and nothing of ours stays behind."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from conftest import relative_error
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import compressor
+from compressor import Budget, Linear, Pruner
+from compressor.errors import InputError
+
+STEPS = 48
+
+
+class Net(nn.Module):
+    """A residual network with everything that a cut touches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.one, self.two = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 16, 3, padding=1)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn(self.stem(x)))
+        return self.head(F.relu(h + self.two(F.relu(self.one(h)))).mean((2, 3)))
+
+
+X = torch.randn(16, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+Y = torch.randint(4, (16,), generator=torch.Generator().manual_seed(2))
+CRITERIA = ["relevance", "l1", "taylor"]
+
+
+def made(model: nn.Module, optimizer, criterion: str, **options) -> Pruner:
+    options = {"total_steps": STEPS, "collect": 12, "schedule": Linear(0.1, 0.8), "round_to": 1, **options}
+    return Pruner(model, X, criterion, Budget(0.5, "channels"), optimizer=optimizer, **options)
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+
+
+def nothing_left(model: nn.Module) -> bool:
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def shrunk(pruner: Pruner) -> bool:
+    return pruner.result().reached and pruner.result().channels[1] <= 28
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_ones_own_forward_pass(criterion: str) -> None:
+    model = Net()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, criterion)
+    for _ in range(STEPS):
+        with pruner.step(X) as mean:
+            loss = mean(F.cross_entropy(model(X), Y, reduction="none"))
+        loss.backward()
+        optimizer.step()
+        pruner.update()
+        optimizer.zero_grad()
+        assert nothing_left(model)
+    assert shrunk(pruner)
+
+
+def test_ones_own_forward_pass_observes_what_the_call_of_loss_observes() -> None:
+    scores = []
+    for own in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        optimizer = sgd(model)
+        pruner = made(model, optimizer, "relevance", estimator="soft")
+        for _ in range(4):
+            if own:
+                with pruner.step(X) as mean:
+                    loss = mean(F.cross_entropy(model(X), Y, reduction="none"))
+            else:
+                loss = pruner.loss(X, Y, F.cross_entropy)
+            loss.backward()
+            optimizer.step()
+            pruner.update()
+            optimizer.zero_grad()
+        scores.append(pruner._observer.scores())
+    assert all(torch.equal(scores[0][name], scores[1][name]) for name in scores[0])
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_autocast_and_a_gradient_scaler(criterion: str) -> None:
+    model = Net()
+    optimizer, scaler = sgd(model), torch.amp.GradScaler("cpu", init_scale=256.0)
+    pruner = made(model, optimizer, criterion)
+    for _ in range(STEPS):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = pruner.loss(X, Y, F.cross_entropy)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        pruner.update()
+        optimizer.zero_grad()
+    assert shrunk(pruner)
+    assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_gradient_accumulation(criterion: str) -> None:
+    model = Net()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, criterion)
+    for _ in range(STEPS):
+        for half in (slice(0, 8), slice(8, 16)):
+            (pruner.loss(X[half], Y[half], F.cross_entropy) / 2).backward()
+        optimizer.step()
+        pruner.update()
+        optimizer.zero_grad()
+    assert shrunk(pruner)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_several_optimizers_and_a_scheduler(criterion: str) -> None:
+    model = Net()
+    trunk = [parameter for name, parameter in model.named_parameters() if "head" not in name]
+    optimizers = [torch.optim.AdamW(trunk, lr=1e-3), torch.optim.SGD(model.head.parameters(), lr=0.01, momentum=0.9)]
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], STEPS)
+    pruner = made(model, optimizers, criterion)
+    for _ in range(STEPS):
+        pruner.loss(X, Y, F.cross_entropy).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        scheduler.step()
+        pruner.update()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    assert shrunk(pruner)
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            assert all(v.shape in (parameter.shape, torch.Size([])) for v in state.values() if isinstance(v, Tensor))
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_frozen_layers_stay_frozen(criterion: str) -> None:
+    model = Net()
+    model.stem.requires_grad_(False)
+    before = model.stem.weight.detach().clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
+    pruner = made(model, optimizer, criterion)
+    for _ in range(STEPS):
+        pruner.loss(X, Y, F.cross_entropy).backward()
+        optimizer.step()
+        pruner.update()
+        optimizer.zero_grad()
+    assert shrunk(pruner)
+    kept = list(model.stem.weight.detach().flatten(1))
+    assert all(any(torch.equal(row, old) for old in before.flatten(1)) for row in kept)
+    assert model.stem.weight.grad is None
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_inference_in_the_middle_is_that_of_the_model_as_it_is(criterion: str) -> None:
+    model = Net()
+    optimizer = sgd(model)
+    pruner = made(model, optimizer, criterion)
+    for step in range(STEPS):
+        loss = pruner.loss(X, Y, F.cross_entropy)
+        if step % 7 == 0:  # between the forward and the backward pass
+            plain = copy.deepcopy(model.state_dict())
+            model.eval()
+            with torch.no_grad():
+                first, second = model(X), model(X)
+            assert torch.equal(first, second)
+            model.train()
+            assert all(torch.equal(value, plain[name]) for name, value in model.state_dict().items())
+        loss.backward()
+        optimizer.step()
+        pruner.update()
+        optimizer.zero_grad()
+    assert shrunk(pruner)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_moving_average_is_cut_along(criterion: str) -> None:
+    model = Net()
+    optimizer = sgd(model)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    pruner = made(model, optimizer, criterion, copies=[average.module])
+    for _ in range(STEPS):
+        pruner.loss(X, Y, F.cross_entropy).backward()
+        optimizer.step()
+        pruner.update()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+    assert shrunk(pruner)
+    model.eval()
+    average.eval()
+    with torch.no_grad():
+        assert relative_error(average(X), model(X)) < 0.5
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_compiled_model(criterion: str) -> None:
+    torch._dynamo.reset()
+    model = Net()
+    compiled = torch.compile(model, backend="eager")
+    optimizer = sgd(model)
+    pruner = made(compiled, optimizer, criterion)
+    for _ in range(STEPS):
+        pruner.loss(X, Y, F.cross_entropy).backward()
+        optimizer.step()
+        pruner.update()
+        optimizer.zero_grad()
+    assert shrunk(pruner)
+    compiled.eval()
+    with torch.no_grad():
+        assert torch.allclose(compiled(X), model.eval()(X))
+    torch._dynamo.reset()
+
+
+def test_an_exception_leaves_no_hook() -> None:
+    model = Net()
+    pruner = made(model, sgd(model), "relevance")
+    with pytest.raises(ZeroDivisionError), pruner.step(X):
+        model(X).sum() / (1 // 0)
+    assert nothing_left(model)
+    with pytest.raises(ZeroDivisionError):
+        pruner.loss(X, Y, lambda *args, **options: 1 / 0)
+    assert nothing_left(model)
+
+
+@pytest.mark.parametrize("criterion", ["relevance", "l1"])
+def test_an_optimizer_of_another_model_is_refused(criterion: str) -> None:
+    with pytest.raises(InputError, match=r"the optimizer holds none of the model's 9 parameters \('stem.weight'"):
+        made(Net(), sgd(Net()), criterion)
+
+
+def test_pruning_a_compiled_model_cuts_the_model_itself() -> None:
+    model = Net()
+    result = compressor.prune(torch.compile(model, backend="eager"), X, sparsity=0.5, measure="channels")
+    assert result.reached
+    assert model.stem.out_channels < 16 or model.one.out_channels < 24
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_sparse_training_in_ones_own_loop(granularity: str) -> None:
+    model = Net()
+    optimizer = sgd(model)
+    options = {"granularity": granularity, "collect": 6, "total_steps": STEPS}
+    training = compressor.SparseTraining(model, X, "rigl", Budget(0.5), optimizer=optimizer, **options)
+    for _ in range(STEPS):
+        with training.step(X) as mean:
+            loss = mean(F.cross_entropy(model(X), Y, reduction="none"))
+        loss.backward()
+        optimizer.step()
+        training.update()
+        optimizer.zero_grad()
+    assert training.steps == STEPS
+    assert training.result().reached
