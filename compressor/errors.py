@@ -10,6 +10,7 @@
     ├── DataError                   a data folder is missing, empty or broken
     ├── TraceError                  the model did not run on the example inputs
     ├── CutError                    a cut was refused; model and optimizer are as they were
+    │   └── StaleGraphError         the model does not run any more as it did when it was traced
     ├── BudgetError                 the asked sparsity cannot be reached; names what blocks it
     ├── TrainingError               the loss became infinite or not a number
     ├── ArtifactError               a model file is damaged, foreign, or of another model
@@ -106,6 +107,16 @@ class CutError(CompressorError):
         self.reason, self.groups = reason, tuple(groups)
         names = f" (group {', '.join(self.groups)})" if groups else ""
         super().__init__(f"cut refused{names}: {reason}; nothing was changed")
+
+
+class StaleGraphError(CutError):
+    """Even uncut, the model does not run the operations of its trace any more."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"{reason}. The same shows without any cut: the model keeps something of an earlier run, or was changed; "
+            "graph = compressor.trace(model, example_inputs) once more"
+        )
 
 
 class BudgetError(CompressorError):

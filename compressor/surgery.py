@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor.errors import CutError, InputError, UnknownNameError
+from compressor.errors import CutError, InputError, StaleGraphError, UnknownNameError
 from compressor.graph.axes import BoolArray
 from compressor.graph.group import ChannelGraph, Group
 from compressor.graph.retrace import retrace
@@ -51,6 +51,7 @@ def cut(
         InputError: indices that are out of range, repeated, or none at all; a copy of another model.
         CutError: the cut model does not do what the trace says it should (a size baked into Python code, say), or an
             optimizer's state cannot follow. The model, the optimizers and the graph are as they were.
+        StaleGraphError: the model does not even run uncut as it did when it was traced.
     """
     sizes = graph.sizes()
     kept = {name: _checked(sizes, name, indices) for name, indices in keep.items()}
@@ -74,8 +75,10 @@ def cut(
         transaction.refit_copies()
         if check:
             check()
-    except BaseException:
+    except BaseException as failure:
         transaction.undo()
+        if isinstance(failure, CutError) and failure.groups and not _is_current(graph):
+            raise StaleGraphError(failure.reason) from failure
         raise
     graph.table, graph.trail = table.without(gone), trail
     exact = {group.name: group.exact for group in graph.groups}
@@ -144,6 +147,15 @@ def _verified(graph: ChannelGraph, removed: BoolArray) -> Trail:
             followed = [follow(modules[name], trail.changes(name, after)) for name in places]
             if not any(followed):
                 raise _refusal(trail, removed, mismatch, alike) from mismatch
+
+
+def _is_current(graph: ChannelGraph) -> bool:
+    """Tell whether the model, as it is, still runs what was traced."""
+    try:
+        retrace(graph, graph.trail)
+    except Mismatch:
+        return False
+    return True
 
 
 def _kind(modules: Mapping[str, nn.Module], name: str) -> object:

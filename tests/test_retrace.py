@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressor
-from compressor.errors import CutError
+from compressor.errors import CutError, StaleGraphError
 
 
 class Between(nn.Module):
@@ -209,3 +209,25 @@ def test_of_two_groups_the_one_that_does_not_follow_is_named() -> None:
     with pytest.raises(CutError) as caught:
         compressor.cut(graph, {group.name: [0] for group in graph.groups})
     assert caught.value.groups == ("2.a",)
+
+
+def test_a_model_that_keeps_what_it_computed_must_be_traced_again() -> None:
+    class Lazy(Between):
+        def __init__(self) -> None:
+            super().__init__(lambda self, h: h * self.factor())
+            self.known: Tensor | None = None
+
+        def factor(self) -> Tensor:
+            if self.known is None:
+                self.known = torch.zeros(1, dtype=torch.float64).exp()
+            return self.known
+
+    model = shake(Lazy())
+    graph = compressor.trace(model, X)
+    model(X)
+    with pytest.raises(
+        StaleGraphError, match=r"The same shows without any cut.*trace\(model, example_inputs\) once more"
+    ):
+        compressor.cut(graph, {"a": [0, 1]})
+    assert model.a.out_channels == 8
+    compressor.cut(compressor.trace(model, X), {"a": [0, 1]})

@@ -30,14 +30,14 @@ def tamper(monkeypatch, group: str, tensor: str) -> None:
     """Let every cut of a group leave the right number of channels of one tensor, and the wrong ones."""
     real = compressor.verification.cut
 
-    def faulty(graph, keep, optimizer=None, means=None, check=None) -> None:
+    def faulty(graph, keep, optimizer=None, means=None, check=None, copies=()) -> None:
         def check_the_wrong_one() -> None:
             if group in keep:
                 wrong = {**dict(graph.model.named_parameters()), **dict(graph.model.named_buffers())}[tensor]
                 wrong.data = wrong.data.flip(0)
             check()
 
-        real(graph, keep, optimizer, means, check_the_wrong_one)
+        real(graph, keep, optimizer, means, check_the_wrong_one, copies)
 
     monkeypatch.setattr("compressor.verification.cut", faulty)
 

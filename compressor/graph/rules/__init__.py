@@ -16,16 +16,29 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from compressor.graph.flow import Rule
-from compressor.graph.rules import contract, norm, pointwise, reduce, shape
+from compressor.graph.rules import contract, norm, number, pointwise, reduce, shape, space
 
-RULES: dict[str, Rule] = {**pointwise.RULES, **contract.RULES, **norm.RULES, **reduce.RULES, **shape.RULES}
+RULES: dict[str, Rule] = {
+    **pointwise.RULES,
+    **contract.RULES,
+    **norm.RULES,
+    **reduce.RULES,
+    **space.RULES,
+    **shape.RULES,
+    **number.RULES,
+}
+
+# A convolution in blocks has their number among its arguments; fused attention has numbers among its results.
+_UNSTEADY = (pointwise.filled, norm.group_norm, norm.layer_norm, contract.deform_conv2d)
 
 _STEADY: Mapping[str, Rule] = MappingProxyType(
     {
-        **{name: rule for name, rule in pointwise.RULES.items() if rule is not pointwise.filled},
-        **contract.RULES,
-        **{name: rule for name, rule in norm.RULES.items() if rule not in (norm.group_norm, norm.layer_norm)},
-        **{name: rule for name, rule in reduce.RULES.items() if rule is not reduce.ordering},
+        **{
+            name: rule
+            for table in (pointwise.RULES, contract.RULES, norm.RULES, reduce.RULES, space.RESIZING)
+            for name, rule in table.items()
+            if rule not in _UNSTEADY and name != "aten._scaled_dot_product_flash_attention"
+        },
         **{f"aten.{name}": shape.RULES[f"aten.{name}"] for name in ("permute", "transpose", "t", "unsqueeze")},
         **{f"aten.{name}": shape.RULES[f"aten.{name}"] for name in ("cat", "stack", "flip", "glu")},
     }

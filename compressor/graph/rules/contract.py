@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch import Tensor
 from compressor.graph.axes import FIXED, Axis, blank
 from compressor.graph.flow import Axes, Flow, Rule
 from compressor.graph.group import Offset
+
+_T = TypeVar("_T")
 
 
 def convolution(
@@ -80,6 +83,19 @@ def _remember_offset(flow: Flow, w: Tensor, bias: Tensor | None) -> None:
     weight, target = flow.weight(w), flow.weight(bias) if bias is not None else None
     if weight and target:
         flow.offsets[weight] = Offset(target, 1)
+
+
+def deform_conv2d(
+    flow: Flow, out: Tensor, x: Tensor, w: Tensor, offset: Tensor, mask: Tensor, bias: Tensor, *numbers: Any
+) -> Axes:
+    """A convolution whose kernel reads at places that `offset` and `mask` move and weigh, the same for all channels."""
+    *sizes, groups, offset_groups, _ = numbers
+    for moved in (offset, mask):
+        flow.freeze(flow.axes(moved)[1:], "moves or weighs the places of a kernel")
+        flow.tie(flow.axes(x)[0], flow.axes(moved)[0])
+    flow.rectangle(flow.axes(x)[1], offset_groups, tie=0)
+    stride, padding, dilation = sizes[:2], sizes[2:4], sizes[4:]
+    return convolution(flow, out, x, w, bias, stride, padding, dilation, False, (0, 0), groups)
 
 
 def mm(flow: Flow, out: Tensor, a: Tensor, b: Tensor) -> Axes:
@@ -163,8 +179,51 @@ def attention(
     return [first, *((batch, heads, FIXED) if t.dim() == 3 else tuple(blank(s) for s in t.shape) for t in rest)]
 
 
+def trilinear(
+    flow: Flow,
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    *dims: Sequence[int],
+    unroll_dim: int = 1,
+) -> Axes:
+    """The product of three tensors, each with dimensions of size one put in, summed over `dims[3]` (`F.bilinear`)."""
+    *added, summed = dims[:4]
+    axes = [_widened(flow.axes(tensor), at) for tensor, at in zip((a, b, c), added, strict=True)]
+    shapes = [_widened(tensor.shape, at) for tensor, at in zip((a, b, c), added, strict=True)]
+    met = [flow.tie(*(axis for axis in each if axis is not None)) for each in zip(*axes, strict=True)]
+    sizes = [max(size or 1 for size in each) for each in zip(*shapes, strict=True)]
+    flow.cost(1, list(zip(met, sizes, strict=True)))
+    for tensor, each in zip((a, b, c), axes, strict=True):
+        for dim, axis in enumerate(each):
+            if flow.weight(tensor) and axis is not None:
+                (flow.consume if dim in summed else flow.produce)(axis)
+    return tuple(axis for dim, axis in enumerate(met) if dim not in summed)
+
+
+def _widened(values: Sequence[_T], at: Sequence[int]) -> list[_T | None]:
+    """Put None in at these places, in order."""
+    found: list[_T | None] = list(values)
+    for place in sorted(at):
+        found.insert(place, None)
+    return found
+
+
+def cdist(flow: Flow, out: Tensor, a: Tensor, b: Tensor, *_: object) -> Axes:
+    """Distances between the rows of `a` (..., P, C) and those of `b` (..., R, C): (..., P, R)."""
+    *batch_a, rows_a, inner_a = flow.axes(a)
+    *batch_b, rows_b, inner_b = flow.axes(b)
+    flow.labels.mark_inexact(flow.tie(inner_a, inner_b))
+    flow.cost(1, [*zip(flow.axes(a), a.shape, strict=True), (rows_b, b.shape[-2])])
+    return (*(flow.tie(*each) for each in zip(batch_a, batch_b, strict=True)), rows_a, rows_b)
+
+
 RULES: dict[str, Rule] = {
     "aten.convolution": convolution,
+    "torchvision.deform_conv2d": deform_conv2d,
+    "aten._trilinear": trilinear,
+    "aten._cdist_forward": cdist,
     "aten.mm": mm,
     "aten.bmm": mm,
     "aten.addmm": addmm,

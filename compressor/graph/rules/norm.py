@@ -63,11 +63,13 @@ def group_norm(
     return [first, *((axes[0], FIXED)[: tensor.dim()] for tensor in list(out)[1:])]
 
 
-def along(flow: Flow, out: Tensor, x: Tensor, dim: int, *rest: object, **_: object) -> Axes:
+def along(
+    flow: Flow, out: Tensor | Sequence[Tensor], x: Tensor, dim: int, *rest: object, **_: object
+) -> Axes | list[Axes]:
     """Softmax and cumulative operations along `dim`: the shape stays, the channels along it are mixed."""
     if x.dim():
         flow.labels.mark_inexact(flow.axes(x)[dim])
-    return flow.axes(x)
+    return flow.axes(x) if isinstance(out, Tensor) else [flow.axes(x) for _ in out]
 
 
 RULES: dict[str, Rule] = {
@@ -92,4 +94,6 @@ RULES: dict[str, Rule] = {
     "aten.cumsum": along,
     "aten.cumprod": along,
     "aten.logcumsumexp": along,
+    "aten.cummax": along,
+    "aten.cummin": along,
 }

@@ -69,8 +69,8 @@ _UNARY = """
 abs acos acosh asin asinh atan atanh bernoulli bitwise_not ceil celu clamp clamp_max clamp_min cos cosh
 deg2rad digamma elu erf erfc erfinv exp exp2 expm1 floor frac gelu hardshrink hardsigmoid hardswish hardtanh
 isfinite isinf isnan leaky_relu lgamma log log10 log1p log2 log_sigmoid logical_not logit
-mish nan_to_num neg positive rad2deg reciprocal relu relu6 round rrelu rsqrt selu sgn sigmoid sign silu sin
-sinc sinh softplus softshrink sqrt square tan tanh threshold trunc
+mish nan_to_num neg positive rad2deg reciprocal relu relu6 round rrelu rrelu_with_noise rsqrt selu sgn sigmoid sign
+silu sin sinc sinh softplus softshrink sqrt square tan tanh threshold trunc
 """
 _MANY = """
 add addcdiv addcmul atan2 bitwise_and bitwise_or bitwise_xor copysign div eq floor_divide fmax fmin fmod ge gt
@@ -81,7 +81,7 @@ _FILLED = """
 empty empty_strided full new_empty new_empty_strided new_full new_ones new_zeros ones scalar_tensor zeros
 """
 _LIKE = """
-_to_copy alias alpha_dropout clone contiguous detach dropout empty_like feature_dropout fill full_like lift
+_to_copy alias alpha_dropout clone contiguous detach dropout empty_like exponential feature_dropout fill full_like lift
 lift_fresh lift_fresh_copy normal ones_like rand_like randn_like uniform zero zeros_like
 """
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compressor.graph.axes import FIXED, FREE, Axis, blank
 from compressor.graph.flow import Axes, Flow, Rule
+from compressor.graph.rules.number import settled
 
 
 def view(flow: Flow, out: Tensor, x: Tensor, *args: object, **kwargs: object) -> Axes:
@@ -195,9 +196,11 @@ def unfold(flow: Flow, out: Tensor, x: Tensor, dim: int, size: int, step: int) -
 def flip(flow: Flow, out: Tensor, x: Tensor, dims: Sequence[int]) -> Axes:
     """Reverse the order of positions."""
     turned = {dim % x.dim() for dim in dims}
-    return tuple(
-        axis[::-1] if dim in turned and isinstance(axis, np.ndarray) else axis for dim, axis in enumerate(flow.axes(x))
-    )
+    return tuple(_reversed(axis) if dim in turned else axis for dim, axis in enumerate(flow.axes(x)))
+
+
+def _reversed(axis: Axis) -> Axis:
+    return axis[::-1] if isinstance(axis, np.ndarray) else axis
 
 
 def roll(flow: Flow, out: Tensor, x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Axes:
@@ -212,50 +215,29 @@ def roll(flow: Flow, out: Tensor, x: Tensor, shifts: Sequence[int], dims: Sequen
     return tuple(axes)
 
 
-def index_select(flow: Flow, out: Tensor, x: Tensor, dim: int, index: Tensor) -> Axes:
-    """Take positions by a list of numbers."""
+def rot90(flow: Flow, out: Tensor, x: Tensor, k: int = 1, dims: Sequence[int] = (0, 1)) -> Axes:
+    """Turn the plane of two dimensions by `k` quarters."""
     axes = list(flow.axes(x))
-    axes[dim] = _taken(flow, x, dim % x.dim(), index)
+    first, second = dims
+    for _ in range(k % 4):
+        axes[first], axes[second] = _reversed(axes[second]), axes[first]
     return tuple(axes)
 
 
-def index(flow: Flow, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> Axes:
-    """Advanced indexing: indexed dimensions are replaced by those of the (broadcast) indices."""
-    used = [dim for dim, each in enumerate(indices) if each is not None]
-    if len(used) == 1 and indices[used[0]].dim() == 1:  # type: ignore[union-attr]
-        return index_select(flow, out, x, used[0], indices[used[0]])  # type: ignore[arg-type]
-    for dim in used:
-        flow.freeze(flow.axes(x)[dim], "positions are taken by number")
-    for each in (each for each in indices if each is not None):
-        flow.freeze(flow.axes(each), "a table of positions")
-    kept = [(dim, axis) for dim, axis in enumerate(flow.axes(x)) if dim not in used]
-    wide = out.dim() - len(kept)
-    together = used == list(range(used[0], used[0] + len(used)))
-    at = sum(dim < used[0] for dim, _ in kept) if together else 0
-    axes = [axis for _, axis in kept]
-    return (*axes[:at], *[FIXED] * wide, *axes[at:])
+def diagonal(flow: Flow, out: Tensor, x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Axes:
+    """Take the positions where two dimensions have the same number, as a new last dimension."""
+    taken = {dim1 % x.dim(), dim2 % x.dim()}
+    flow.freeze([flow.axes(x)[dim] for dim in taken], "positions are taken where two numbers agree")
+    return (*(axis for dim, axis in enumerate(flow.axes(x)) if dim not in taken), blank(out.shape[-1]))
 
 
-def _taken(flow: Flow, x: Tensor, dim: int, index: Tensor) -> Axis:
-    """Give what is left of an axis whose positions a buffer of the model names: a cut renumbers the buffer.
-
-    Numbers that stand elsewhere, or name rows of a parameter, cannot follow a cut: those channels stay.
-    """
-    axis, numbers = flow.axes(x)[dim], flow.positions(index)
-    if isinstance(axis, np.ndarray) and numbers is not None and not flow.weight(x):
-        chosen = axis[numbers]
-        if flow.renumber(index, axis):
-            flow.tie(flow.axes(index)[0], chosen)
-            return chosen
-    flow.freeze([axis, *flow.axes(index)], "positions are taken by number")
-    return FIXED if len(index) != 1 else FREE
-
-
-def gather(flow: Flow, out: Tensor, x: Tensor, dim: int, *args: object, **_: object) -> Axes:
-    """Take values by position from every line."""
-    for index in args:
-        flow.freeze(flow.axes(index) if isinstance(index, Tensor) else (), "a table of positions")
-    return _give_up(flow, out, x, "values are taken by position")
+def triangle(flow: Flow, out: Tensor, x: Tensor, *_: object) -> Axes:
+    """Zero what is above or below the diagonal of the last two dimensions."""
+    flow.freeze(flow.axes(x)[-2:], "zero above or below a diagonal")
+    return (
+        *flow.axes(x)[:-2],
+        *(settled(axis, size) for axis, size in zip(flow.axes(x)[-2:], x.shape[-2:], strict=True)),
+    )
 
 
 def glu(flow: Flow, out: Tensor, x: Tensor, dim: int = -1) -> Axes:
@@ -336,9 +318,10 @@ RULES: dict[str, Rule] = {
     "aten.unfold": unfold,
     "aten.flip": flip,
     "aten.roll": roll,
-    "aten.index_select": index_select,
-    "aten.index": index,
-    "aten.gather": gather,
+    "aten.rot90": rot90,
+    "aten.diagonal": diagonal,
+    "aten.tril": triangle,
+    "aten.triu": triangle,
     "aten.glu": glu,
     "aten.native_channel_shuffle": channel_shuffle,
     "aten.channel_shuffle": channel_shuffle,
