@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +23,7 @@ I1, I2, I3, I4, I5, I6 = ([[position] for position in range(size)] for size in r
 HALVES = [[0, 2], [1, 3]]  # position j of both halves of four
 PAIRS = [[0, 1], [2, 3]]  # neighbours of four
 COLUMNS = [[0, 3], [1, 4], [2, 5]]  # position j of both halves of six
+PALINDROME = [[0, 3], [1, 2]]
 NEIGHBOURS = [[0, 1], [2, 3], [4, 5]]
 
 
@@ -51,7 +53,7 @@ class Case:
     """A model with one operation, and what must come out.
 
     Attributes:
-        ops: the rules that must have been asked, without "aten.".
+        ops: the rules that must have been asked; "aten." is left out.
         model, shape: the model, and the shape of its input.
         groups: by name, the rows of every member; members that are missing here must not exist.
         frozen: besides `a`'s inputs and `b`'s outputs: by tensor dimension, words of the reason.
@@ -68,6 +70,11 @@ class Case:
     inexact: bool | tuple[str, ...] = False
     whole: bool = False
     real: bool = False
+
+    @property
+    def rules(self) -> set[str]:
+        """The full names of the rules."""
+        return {op if "." in op else f"aten.{op}" for op in self.ops.split()}
 
 
 def conv(channels: int, read: int, op: Callable[[Tensor], Tensor], **more: nn.Module | nn.Parameter) -> Net:
@@ -149,6 +156,8 @@ KEEP: dict[str, Callable[[Tensor], Tensor]] = {
     "normal": lambda h: h + aten.empty_like(h).normal_(),
     "uniform": lambda h: h + aten.empty_like(h).uniform_(),
     "log_sigmoid_forward": lambda h: aten.log_sigmoid_forward(h)[0],
+    "exponential": lambda h: h + aten.empty_like(h).exponential_(),
+    "rrelu_with_noise": lambda h: aten.rrelu_with_noise(h, aten.ones_like(h), 0.1, 0.3, False),
     "native_dropout": lambda h: aten.native_dropout(h, 0.5, False)[0],
     "lift": lambda h: aten.lift(h),
     "lift_fresh": lambda h: aten.lift_fresh(h),
@@ -184,12 +193,42 @@ KEEP: dict[str, Callable[[Tensor], Tensor]] = {
     "roll": lambda h: h.roll((1, 2), (2, 3)),
     "index": lambda h: h[:, :, torch.tensor([2, 0])],
     "index_select": lambda h: h.index_select(3, torch.tensor([2, 0, 1])),
+    "index_put": lambda h: aten.index_put(h, [None, None, torch.tensor([0, 2])], h[:, :, 1:3]),
+    "index_add": lambda h: h.index_add(2, torch.tensor([0, 2]), h[:, :, 1:3]),
+    "index_copy": lambda h: h.index_copy(2, torch.tensor([0, 2]), h[:, :, 1:3]),
+    "index_fill": lambda h: h.index_fill(2, torch.tensor([0, 2]), 1.0),
+    "gather": lambda h: h.gather(2, h.topk(2, 2).indices),
+    "scatter": lambda h: h.scatter(2, h.argmax(2, keepdim=True), h),
+    "scatter_add": lambda h: h.scatter_add(-1, h.argmax(-1, keepdim=True), h),
+    "scatter_reduce": lambda h: h.scatter_reduce(2, h.argmax(2, keepdim=True), h, "amax"),
+    "slice_scatter": lambda h: h.slice_scatter(h[:, :, :2], 2, 1, 3),
+    "select_scatter": lambda h: h.select_scatter(h.amax(3), 3, -1),
+    "diagonal": lambda h: h.diagonal(1, 2, 3).unsqueeze(3),
+    "tril": lambda h: h.tril(),
+    "triu": lambda h: h.triu(1),
+    "rot90": lambda h: h.rot90(1, (2, 3)),
+    "grid_sampler_2d": lambda h: F.grid_sample(h, torch.zeros(1, 5, 7, 2), align_corners=False),
+    "grid_sampler_3d": lambda h: F.grid_sample(h[:, :, None], torch.zeros(1, 2, 5, 7, 3), align_corners=False).mean(2),
+    "torchvision.roi_align": lambda h: torchvision.ops.roi_align(h, torch.zeros(3, 5), 2),
+    "torchvision.roi_pool": lambda h: torchvision.ops.roi_pool(h, torch.zeros(3, 5), (2, 3)),
     "constant_pad_nd": lambda h: F.pad(h, (1, 2, 0, 1)),
     "repeat": lambda h: h.repeat(1, 1, 2, 3),
     "cat": lambda h: torch.cat([h, h.neg()], 2),
     "stack": lambda h: torch.stack([h, h.neg()], 2).flatten(2, 3),
     "glu": lambda h: F.glu(h, 3),
+    # ordering space, or going along it
+    "sort": lambda h: h.sort(2).values,
+    "topk": lambda h: h.topk(3, -1).values,
+    "argmax": lambda h: h * h.argmax(2, keepdim=True),
+    "argmin": lambda h: h * h.argmin(3).unsqueeze(3),
+    "kthvalue": lambda h: h * h.kthvalue(2, 3, keepdim=True).values,
+    "median": lambda h: h * h.median(2).values.unsqueeze(2),
+    "nanmedian": lambda h: h * h.nanmedian(-2, keepdim=True).values,
+    "mode": lambda h: h * h.mode(3, keepdim=True).values,
+    "cummax": lambda h: h.cummax(2).values,
+    "cummin": lambda h: h.cummin(-1).values,
     # reductions over space
+    "count_nonzero": lambda h: h * aten.count_nonzero(h, [2, 3])[..., None, None],
     "prod": lambda h: h * h.prod(2, keepdim=True),
     "var_mean": lambda h: h * torch.var_mean(h, (2, 3), keepdim=True)[0],
     "std_mean": lambda h: h * torch.std_mean(h, (2, 3), keepdim=True)[1],
@@ -207,6 +246,9 @@ MIXED: dict[str, Callable[[Tensor], Tensor]] = {
     "cumsum": lambda h: h.cumsum(1),
     "cumprod": lambda h: h.cumprod(1),
     "logcumsumexp": lambda h: h.logcumsumexp(1),
+    "cummax": lambda h: h.cummax(1).values,
+    "cummin": lambda h: h.cummin(1).values,
+    "count_nonzero": lambda h: h * aten.count_nonzero(h, [1]).unsqueeze(1),
     **each(REDUCTIONS, lambda op, h: h * op(h, [1], keepdim=True)),
     **each("all any prod", lambda op, h: h * op(h, 1, keepdim=True)),
     **each("max min", lambda op, h: h * op(h, 1, keepdim=True)[0]),
@@ -265,6 +307,7 @@ SPACE: dict[int, dict[str, Callable[[Tensor], Tensor]]] = {
         "_upsample_bicubic2d_aa": lambda h: F.interpolate(h, size=(2, 3), mode="bicubic", antialias=True),
         "reflection_pad2d": lambda h: F.pad(h, (1, 1, 1, 1), mode="reflect"),
         "replication_pad2d": lambda h: F.pad(h, (1, 1, 1, 1), mode="replicate"),
+        "max_unpool2d": lambda h: F.max_unpool2d(*F.max_pool2d(h, 2, return_indices=True), 2),
     },
     3: {
         "max_pool3d_with_indices": lambda h: F.max_pool3d(h, (1, 2, 2)),
@@ -275,6 +318,7 @@ SPACE: dict[int, dict[str, Callable[[Tensor], Tensor]]] = {
         "upsample_trilinear3d": lambda h: F.interpolate(h, size=(2, 5, 7), mode="trilinear"),
         "reflection_pad3d": lambda h: F.pad(h, (1, 1, 1, 1, 0, 0), mode="reflect"),
         "replication_pad3d": lambda h: F.pad(h, (1, 1, 1, 1, 1, 1), mode="replicate"),
+        "max_unpool3d": lambda h: F.max_unpool3d(*F.max_pool3d(h, (1, 2, 2), return_indices=True), (1, 2, 2)),
     },
 }  # fmt: skip
 
@@ -334,9 +378,23 @@ ORDERED: dict[str, Callable[[Tensor], Tensor]] = {
     "argmin": lambda h: h * h.argmin(1, keepdim=True),
     "kthvalue": lambda h: h * h.kthvalue(2, 1, keepdim=True).values,
     "median": lambda h: h * h.median(1, keepdim=True).values,
+    "nanmedian": lambda h: h * h.nanmedian(),
     "mode": lambda h: h * h.mode(1, keepdim=True).values,
     "searchsorted": lambda h: torch.searchsorted(torch.arange(4.0), h).float(),
     "bucketize": lambda h: torch.bucketize(h, torch.arange(4.0)).float(),
+}
+
+ZEROS = torch.zeros(1, 4, 4, 6, dtype=torch.long)
+NUMBERED: dict[str, Callable[[Tensor], Tensor]] = {
+    "gather": lambda h: h.gather(1, ZEROS),
+    "scatter": lambda h: h.scatter(1, ZEROS, 1.0),
+    "scatter_add": lambda h: h.scatter_add(1, ZEROS, h),
+    "scatter_reduce": lambda h: h.scatter_reduce(1, ZEROS, h, "sum"),
+    "index_add": lambda h: h.index_add(1, torch.tensor([2, 0]), h[:, :2]),
+    "index_copy": lambda h: h.index_copy(1, torch.tensor([2, 0]), h[:, :2]),
+    "index_fill": lambda h: h.index_fill(1, torch.tensor([2, 0]), 1.0),
+    "index_put": lambda h: aten.index_put(h, [None, torch.tensor([2, 0])], torch.ones(2, 4, 6)),
+    "slice_scatter": lambda h: h.slice_scatter(torch.ones(1, 3, 4, 6), 1, 1),
 }
 
 MOVES = {
@@ -469,8 +527,55 @@ MOVES = {
         },
     ),
     "unfold": stuck("unfold", lambda h: h.unfold(1, 2, 2).mean(-1), 2, "a window slides over this axis"),
-    "gather": stuck(
-        "gather", lambda h: h.gather(1, torch.zeros(1, 4, 4, 6, dtype=torch.long)), 4, "values are taken by position"
+    "gather of the first channels": stuck(
+        "gather", lambda h: h.gather(2, ZEROS[:, :3]), 3, "positions are taken by number"
+    ),
+    "gather by a constant table": stuck("gather", lambda h: h.gather(2, ZEROS), 4, "meets an axis without channels"),
+    "index_put under a mask": image("index_put", lambda h: h.index_put((h < 0,), torch.tensor(1.0)), I4, I4),
+    "index_put of a mask of channels": image(
+        "index_put", lambda h: aten.index_put(h, [None, h.amax((0, 2, 3)) < 0], torch.tensor(1.0)), I4, I4
+    ),
+    "slice_scatter over all channels": image(
+        "slice_scatter", lambda h: h.slice_scatter(h.flip(1), 1), PALINDROME, PALINDROME
+    ),
+    "select_scatter": stuck(
+        "select_scatter", lambda h: h.select_scatter(torch.ones(1, 4, 6), 1, 0), 4, "one position is taken"
+    ),
+    "diagonal": stuck("diagonal", lambda h: h.diagonal(0, 1, 2).permute(0, 2, 1)[..., None], 4, "two numbers agree"),
+    "triu": stuck("triu", lambda h: h.transpose(1, 2).triu().transpose(1, 2), 4, "zero above or below a diagonal"),
+    "a quarter turn through channels": image(
+        "rot90", lambda h: h.rot90(1, (1, 3)).transpose(1, 3).rot90(2, (2, 3)), I3, I3
+    ),
+    "three quarters through channels": image(
+        "rot90", lambda h: h.rot90(3, (1, 3)).transpose(1, 3), I3, [[2], [1], [0]]
+    ),
+    "im2col": image("im2col", lambda h: F.unfold(h, 2).unsqueeze(3), I2, [[0, 1, 2, 3], [4, 5, 6, 7]]),
+    "col2im": image("col2im", lambda h: F.fold(h.flatten(2), (5, 7), 2), [[0, 1, 2, 3], [4, 5, 6, 7]], I2),
+    "grid_sampler_2d over channels": stuck(
+        "grid_sampler_2d",
+        lambda h: F.grid_sample(h.transpose(1, 2), torch.zeros(1, 5, 7, 2), align_corners=False).transpose(1, 2),
+        5,
+        "places of an image, by their coordinates",
+    ),
+    "a grid of channels": stuck(
+        "grid_sampler_3d",
+        lambda h: F.grid_sample(h[:, None], h[:, None, None, :, 0, :3], align_corners=False)[:, 0].transpose(1, 3),
+        4,
+        "places of an image, by their coordinates",
+    ),
+    "regions by their place": stuck(
+        "torchvision.ps_roi_align",
+        lambda h: torchvision.ops.ps_roi_align(h, torch.zeros(3, 5), 2),
+        2,
+        "channels are taken by their place in a box",
+        channels=8,
+    ),
+    "pooled regions by their place": stuck(
+        "torchvision.ps_roi_pool",
+        lambda h: torchvision.ops.ps_roi_pool(h, torch.zeros(3, 5), 2),
+        2,
+        "channels are taken by their place in a box",
+        channels=8,
     ),
     "as_strided": stuck("as_strided", lambda h: h.as_strided((1, 4, 4, 6), (96, 1, 24, 4)), 4, "in another order"),
     "broadcast of a scale": Case(
@@ -637,6 +742,7 @@ WHOLE_MOVES = {
         },
         {"b.bias.0": "model output"},
     ),
+    "argsort of space": image("argsort", lambda h: h * h.argsort(2), I4, I4),
     "argsort": stuck("argsort", lambda h: h.argsort(1).float(), 4, "depends on channel positions"),
     "_fused_rms_norm": sequence(
         "_fused_rms_norm", lambda h: aten._fused_rms_norm(h, [4], None, 1e-5)[0], I4, I4, inexact=True
@@ -644,6 +750,15 @@ WHOLE_MOVES = {
 }  # fmt: skip
 
 REAL = {
+    "nms": stuck(
+        "torchvision.nms",
+        lambda h: h * torchvision.ops.nms(h.mean((2, 3)), torch.zeros(1), 0.5).sum(),
+        4,
+        "depends on channel positions",
+    ),
+    "a mask of places": image(
+        "index", lambda h: h.permute(0, 2, 3, 1)[torch.ones(1, 4, 6, dtype=torch.bool)].T[None, ..., None], I4, I4
+    ),
     "nonzero": stuck("nonzero", lambda h: h * h.nonzero().sum(), 4, "depends on channel positions"),
     "unique_consecutive": stuck(
         "unique_consecutive", lambda h: h * h.unique_consecutive().sum(), 4, "depends on channel positions"
@@ -706,6 +821,49 @@ CONTRACTIONS = {
         between(nn.ConvTranspose2d(3, 3, 2, groups=3), 3, 3),
         IMAGE,
         {"a": {"a.weight.0": I3, "w.weight.0": I3, "w.bias.0": I3, "b.weight.1": I3}},
+    ),
+    "deformable": Case(
+        "torchvision.deform_conv2d",
+        Net(
+            lambda n, x: n.b(n.w(n.a(x), n.o(x))),
+            a=nn.Conv2d(3, 4, 1, bias=False),
+            o=nn.Conv2d(3, 18, 1, bias=False),
+            w=torchvision.ops.DeformConv2d(4, 5, 3, padding=1),
+            b=nn.Conv2d(5, 2, 1, bias=False),
+        ),
+        IMAGE,
+        DENSE,
+        {"o.weight.0": "moves or weighs the places", "o.weight.1": "meets an axis without channels"},
+    ),
+    "bilinear": Case(
+        "_trilinear",
+        Net(
+            lambda n, x: n.b(n.w(n.a(x), n.k(x))),
+            a=nn.Linear(3, 4, bias=False),
+            k=nn.Linear(3, 5, bias=False),
+            w=nn.Bilinear(4, 5, 6, bias=False),
+            b=nn.Linear(6, 2, bias=False),
+        ),
+        (7, 3),
+        {
+            "a": {"a.weight.0": I4, "w.weight.1": I4},
+            "k": {"k.weight.0": I5, "w.weight.2": I5},
+            "w": {"w.weight.0": I6, "b.weight.1": I6},
+        },
+        {"k.weight.1": "meets an axis without channels"},
+    ),
+    "distances to prototypes": Case(
+        "_cdist_forward",
+        Net(
+            lambda n, x: n.b(torch.cdist(n.a(x), n.v, p=1.0)),
+            a=nn.Linear(3, 4, bias=False),
+            v=nn.Parameter(torch.ones(2, 5, 4)),
+            b=nn.Linear(5, 2, bias=False),
+        ),
+        SEQUENCE,
+        {"a": {"a.weight.0": I4, "v.2": I4}, "v": {"v.1": I5, "b.weight.1": I5}},
+        {"v.0": "meets an axis without channels"},
+        inexact=("a",),
     ),
     "mv": Case(
         "mv",
@@ -825,6 +983,7 @@ CASES: dict[str, Case] = {
     **on_space(SPACE),
     **{f"{name}, whole": replace(case, whole=True) for name, case in on_space(SPACE_WHOLE).items()},
     **{f"{op} orders": stuck(op, call, 4, "depends on channel positions") for op, call in ORDERED.items()},
+    **{f"{op} over channels": stuck(op, call, 4, "taken by number") for op, call in NUMBERED.items()},
     **MOVES,
     **NORMS,
     **CONTRACTIONS,

@@ -152,7 +152,7 @@ class Flow:
     def positions(self, tensor: Tensor) -> NDArray[np.int64] | None:
         """Give the whole numbers in a buffer of the model, `(n,)`, or None where they are not known."""
         original = self._numbers.get(id(tensor))
-        if original is None or self.weight(tensor) is None or original.dim() != 1:
+        if original is None or original.is_meta or self.weight(tensor) is None or original.dim() != 1:
             return None
         return original.detach().cpu().numpy().astype(np.int64)
 
@@ -209,6 +209,9 @@ class Flow:
         first = np.take(block, [0], axis=tie)
         self.labels.tie(np.broadcast_to(first, block.shape).ravel(), block.ravel())
         return np.ascontiguousarray(first).ravel()
+
+    def hold(self, tensor: Tensor, dim: int) -> None:
+        """Note that a result depends on the size of a dimension; an expanded one can have any, so a cut checks it."""
 
     # -- roles, sites and costs
 

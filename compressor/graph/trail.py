@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compressor.graph.axes import FIXED, Axis, Blank, BoolArray, IntArray, Labels
+from compressor.graph.axes import FIXED, FREE, Axis, Blank, BoolArray, IntArray, Labels
 from compressor.graph.flow import Axes, Flow, Known, Origin, Source
 
 Slot: TypeAlias = int | Blank
@@ -327,6 +327,17 @@ class ReplayFlow(Flow):
             return axis
         block = axis.reshape(rows, -1)
         return block[0] if tie == 0 else block[:, 0]
+
+    def hold(self, tensor: Tensor, dim: int) -> None:
+        """Refuse another size than before the cut of an expanded dimension."""
+        origin = self.origins.get(id(tensor), ("constant",))
+        if origin[0] != "step" or self._trail.is_loose(self.at):
+            return
+        form = self._trail.script.steps[origin[1]].results[origin[2]]
+        if form.slots[dim] is FREE and form.shape[dim] != tensor.shape[dim]:
+            raise Mismatch(
+                f"its result depends on a size that was {form.shape[dim]} and is {tensor.shape[dim]}", self.at
+            )
 
     def renumber(self, tensor: Tensor, axis: IntArray) -> bool:
         """Which buffers hold positions is known already."""

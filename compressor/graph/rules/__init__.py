@@ -49,9 +49,14 @@ def is_steady(name: str, plain: Sequence[object]) -> bool:
     """Tell whether an operation treats positions alike whatever they are.
 
     With the same arguments that are no tensors, a channel that is gone from its tensors is then gone from its results,
-    and nothing else changes. A convolution in blocks is not: their number is an argument, and may be that of channels.
+    and nothing else changes. A convolution in blocks is not, unless every channel is a block: their number is an
+    argument.
     """
-    return name in _STEADY and RULES.get(name) is _STEADY[name] and (name != "aten.convolution" or plain[-1] == 1)
+    return (
+        name in _STEADY
+        and RULES.get(name) is _STEADY[name]
+        and (name != "aten.convolution" or plain[-1] in (1, "channels"))
+    )
 
 
 # Operations whose result has a size, or is a number, that depends on values: what follows them may change with these.

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from compressor.graph.axes import FIXED, Axis, blank
+from compressor.graph.axes import FIXED, FREE, Axis, blank
 from compressor.graph.flow import Axes, Flow, Rule
 from compressor.graph.group import Offset
 
@@ -102,7 +102,8 @@ def mm(flow: Flow, out: Tensor, a: Tensor, b: Tensor) -> Axes:
     """`a` (..., n, k) times `b` (..., k, m), with equal leading dimensions."""
     *batch_a, rows, inner_a = flow.axes(a)
     *batch_b, inner_b, columns = flow.axes(b)
-    flow.tie(inner_a, inner_b)
+    if flow.tie(inner_a, inner_b) is FREE:
+        flow.hold(a, -1)
     if flow.weight(b):
         flow.consume(inner_b)
         flow.produce(columns)
@@ -144,7 +145,8 @@ def linear(flow: Flow, out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = 
 def mv(flow: Flow, out: Tensor, a: Tensor, b: Tensor) -> Axes:
     """`a` (n, k) times the vector `b` (k,)."""
     rows, inner = flow.axes(a)
-    flow.tie(inner, flow.axes(b)[0])
+    if flow.tie(inner, flow.axes(b)[0]) is FREE:
+        flow.hold(a, -1)
     if flow.weight(b):
         flow.consume(flow.axes(b)[0])
     elif flow.weight(a):
@@ -214,7 +216,10 @@ def cdist(flow: Flow, out: Tensor, a: Tensor, b: Tensor, *_: object) -> Axes:
     """Distances between the rows of `a` (..., P, C) and those of `b` (..., R, C): (..., P, R)."""
     *batch_a, rows_a, inner_a = flow.axes(a)
     *batch_b, rows_b, inner_b = flow.axes(b)
-    flow.labels.mark_inexact(flow.tie(inner_a, inner_b))
+    inner = flow.tie(inner_a, inner_b)
+    flow.labels.mark_inexact(inner)
+    if inner is FREE:
+        flow.hold(a, -1)
     flow.cost(1, [*zip(flow.axes(a), a.shape, strict=True), (rows_b, b.shape[-2])])
     return (*(flow.tie(*each) for each in zip(batch_a, batch_b, strict=True)), rows_a, rows_b)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from compressor.graph.axes import FIXED, FREE, Axis
 from compressor.graph.flow import Axes, Flow, Rule
 from compressor.graph.group import Offset
+from compressor.graph.rules.number import settled
 
 
 def batch_norm(flow: Flow, out: Sequence[Tensor], x: Tensor, *rest: object) -> list[Axes]:
@@ -67,9 +68,11 @@ def along(
     flow: Flow, out: Tensor | Sequence[Tensor], x: Tensor, dim: int, *rest: object, **_: object
 ) -> Axes | list[Axes]:
     """Softmax and cumulative operations along `dim`: the shape stays, the channels along it are mixed."""
-    if x.dim():
-        flow.labels.mark_inexact(flow.axes(x)[dim])
-    return flow.axes(x) if isinstance(out, Tensor) else [flow.axes(x) for _ in out]
+    axes = list(flow.axes(x))
+    if axes:
+        flow.labels.mark_inexact(axes[dim])
+        axes[dim] = settled(axes[dim], x.shape[dim])
+    return tuple(axes) if isinstance(out, Tensor) else [tuple(axes) for _ in out]
 
 
 RULES: dict[str, Rule] = {

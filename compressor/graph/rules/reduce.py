@@ -43,6 +43,7 @@ def _reduced(flow: Flow, out: Tensor | Sequence[Tensor], x: Tensor, dims: object
             axes.append(axis)
             continue
         flow.labels.mark_inexact(axis)
+        flow.hold(x, dim)
         if first.dim() == x.dim():
             axes.append(FREE)
     result = tuple(axes)
