@@ -8,33 +8,23 @@
 * `cut`: a cut of ResNet-18 in mid-training, optimizer included, Torch-Pruning beside it.
 * `accuracy`: accuracy over sparsity for every criterion, three seeds; begins no new cell after `--minutes`.
 
-Every row is written as soon as it is there. Rows that are in today's file already are kept, unless `--again`.
+Every row is written as soon as it is there. Rows of today, or else of yesterday, are kept, unless `--again`.
 """
 
 from __future__ import annotations
 
-import datetime
 import importlib
-import json
 import time
 from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
-from results_file import RESULTS, write
+from results_file import earlier, write
 from rich.progress import track
 
 from compressor.errors import InputError, UnknownNameError
-from compressor.latency import machine
 
 PARTS = ("oracle", "planted", "cost", "cut", "accuracy")
-
-
-def earlier(name: str) -> list[dict[str, Any]]:
-    """Give the rows that this machine wrote today."""
-    path = RESULTS / f"{datetime.date.today().isoformat()}-{name}.json"
-    document = json.loads(path.read_text()) if path.exists() else {}
-    return document.get("rows", []) if document.get("machine") == machine() else []
 
 
 def main(

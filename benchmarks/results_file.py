@@ -12,18 +12,30 @@ from typing import Any
 from compressor.latency import machine
 
 RESULTS = Path(__file__).parent / "results"
+BEGAN = datetime.date.today()  # a run over midnight stays in one file
 
 
 def write(name: str, rows: list[dict[str, Any]], notes: str = "") -> Path:
     """Write rows of figures as JSON and as a Markdown table; give the Markdown file's path."""
     RESULTS.mkdir(exist_ok=True)
-    stem = f"{datetime.date.today().isoformat()}-{name}"
+    stem = f"{BEGAN.isoformat()}-{name}"
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     document = {"command": command, "machine": machine(), "notes": notes, "rows": rows}
     (RESULTS / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
     path = RESULTS / f"{stem}.md"
     path.write_text(_markdown(name, document))
     return path
+
+
+def earlier(name: str) -> list[dict[str, Any]]:
+    """Give the rows that this machine wrote under that name today, or else yesterday."""
+    for date in (BEGAN, BEGAN - datetime.timedelta(days=1)):
+        path = RESULTS / f"{date.isoformat()}-{name}.json"
+        document = json.loads(path.read_text()) if path.exists() else {}
+        if document.get("machine") == machine():
+            rows: list[dict[str, Any]] = document["rows"]
+            return rows
+    return []
 
 
 def _markdown(name: str, document: dict[str, Any]) -> str:

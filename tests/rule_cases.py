@@ -173,6 +173,8 @@ KEEP: dict[str, Callable[[Tensor], Tensor]] = {
     "new_full": lambda h: h + h.new_full(h.shape, 1.0),
     "new_ones": lambda h: h + h.new_ones(h.shape),
     "new_zeros": lambda h: h + h.new_zeros(h.shape),
+    "rand": lambda h: h + torch.rand(h.shape),
+    "randn": lambda h: h + torch.randn(h.shape),
     "scalar_tensor": lambda h: h * aten.scalar_tensor(2.0),
     # memory and dimensions of size one
     "permute": lambda h: h.permute(2, 1, 0, 3).permute(2, 1, 0, 3),

@@ -27,7 +27,6 @@ from compressor.errors import CutError
 from zoo.check import Case, Row, half
 
 ROUNDS = 5
-LIMIT_S = 240
 SLOW_S = 20.0
 
 
@@ -35,7 +34,7 @@ class _TimeUp(BaseException):
     """The limit has passed. Not an `Exception`: Torch-Pruning catches those on its way."""
 
 
-def beside_torch_pruning(case: Case, row: Row) -> None:
+def beside_torch_pruning(case: Case, limit_s: int, row: Row) -> None:
     """Time both sides, and write medians, ranges, n, and how it went with Torch-Pruning into the row.
 
     Where one of their runs takes more than 20 s, they run three times; above 60 s once.
@@ -48,20 +47,20 @@ def beside_torch_pruning(case: Case, row: Row) -> None:
     for turn in range(ROUNDS):
         ours.append(timed(build_and_cut, copy.deepcopy(template), x))
         if turn < rounds:
-            rounds = min(rounds, _their_turn(template, x, theirs, row))
+            rounds = min(rounds, _their_turn(template, x, limit_s, theirs, row))
     row |= _figures("ours", ours) | _figures("theirs", theirs)
     if theirs:
         row["ratio"] = median(theirs) / median(ours)
 
 
-def _their_turn(template: nn.Module, x: Any, theirs: list[float], row: Row) -> int:
+def _their_turn(template: nn.Module, x: Any, limit_s: int, theirs: list[float], row: Row) -> int:
     """Let Torch-Pruning run once; give how many rounds it is to have in all."""
     model = copy.deepcopy(template)
     try:
-        with _limited(LIMIT_S), _quiet():
+        with _limited(limit_s), _quiet():
             theirs.append(timed(build_and_cut_by_torch_pruning, model, x))
     except _TimeUp:
-        row["Torch-Pruning"] = f"did not finish in {LIMIT_S} s"
+        row["Torch-Pruning"] = f"did not finish in {limit_s} s"
         return 0
     except Exception as failure:
         row["Torch-Pruning"] = _short("raises", failure)

@@ -126,8 +126,11 @@ def _tabulate(axes: _Axes, group_of: IntArray, channel_of: IntArray, sizes: IntA
     inside = group_of[axes.found] >= 0
     axis, position, found = axes.axis[inside], axes.position[inside], axes.found[inside]
     channel = (np.cumsum(sizes) - sizes)[group_of[found]] + channel_of[found]
-    order = np.argsort(axis * max(int(sizes.sum()), 1) + channel, kind="stable")
-    axis, position, channel, group = axis[order], position[order], channel[order], group_of[found[order]]
+    group = group_of[found]
+    key = axis * max(int(sizes.sum()), 1) + channel
+    if (key[1:] < key[:-1]).any():  # only where channels stand out of order: a shuffle, a flip
+        order = np.argsort(key, kind="stable")
+        axis, position, channel, group = axis[order], position[order], channel[order], group[order]
     start = np.flatnonzero((np.diff(axis, prepend=-1) != 0) | (np.diff(group, prepend=-1) != 0))
     ends = np.append(start, len(axis))
     return Table(axes.places, axes.lengths, (), sizes, channel, position, axis[start], group[start], ends)

@@ -88,6 +88,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         name, rule = _rule_of(func)
         tensors, _ = leaves((args, kwargs))
+        if rule is filled and args and isinstance(args[0], list) and 0 in args[0]:
+            return func(*args, **kwargs)  # nothing is in it; every BatchNorm makes one
         if rule is not filled and not any(self._is_symbol(tensor, func) for tensor in tensors):
             return self._constant(func, args, kwargs, bool(tensors))
         if rule is None and name not in IGNORED:
@@ -172,7 +174,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         flow.use(inputs)
         results = leaves(out)[0]
         origins = tuple(flow.origins.get(id(tensor)) or self._origin(tensor) for tensor in inputs)
-        call = Call(func, name, tuple(plain), inputs, origins, tuple(flow.axes(tensor) for tensor in inputs))
+        call = Call(
+            func, name, comparable(name, plain, inputs), inputs, origins, tuple(flow.axes(tensor) for tensor in inputs)
+        )
         handed_out = len(flow.labels.journal)
         axes, understood = self._axes(rule, args, kwargs, out, results, inputs)
         weights = [flow.weight(tensor) for tensor in inputs]
@@ -277,6 +281,13 @@ def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
             return None
         expected *= tensor.shape[dim]
     return order
+
+
+def comparable(name: str, plain: list[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
+    """Give an operation's plain arguments as they stay when channels go: a block for every channel is not a number."""
+    if name == "aten.convolution" and plain[-1] == tensors[0].shape[1] > 1:
+        return (*plain[:-1], "channels")
+    return tuple(plain)
 
 
 def leaves(value: Any) -> tuple[list[Tensor], list[Any]]:

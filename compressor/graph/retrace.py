@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compressor.graph.flow import Axes
 from compressor.graph.group import ChannelGraph
-from compressor.graph.recorder import Call, Recorder, leaves
+from compressor.graph.recorder import Call, Recorder, comparable, leaves
 from compressor.graph.trail import Form, Mismatch, ReplayFlow, Step, Trail, compare
 
 _META = torch.device("meta")
@@ -69,16 +69,16 @@ class Follower(Recorder):  # type: ignore[no-untyped-call]
         steps, at = self.script.steps, self.flow.at
         if at < len(steps) and steps[at].steady and steps[at].func is func:
             tensors, plain = leaves((args, kwargs or {}))
-            if self._as_before(steps[at], tensors, plain):
+            if self._as_before(steps[at], tensors, comparable(steps[at].op, plain, tensors)):
                 return self._result(steps[at], tensors)
         if at >= self.trail.end and self.trail.is_loose(at):
             return func(*args, **(kwargs or {}))  # no channel comes after this, and what runs may depend on values
         return super().__torch_dispatch__(func, types, args, kwargs)
 
-    def _as_before(self, step: Step, tensors: list[Tensor], plain: list[Any]) -> bool:
+    def _as_before(self, step: Step, tensors: list[Tensor], plain: tuple[Any, ...]) -> bool:
         """Tell whether an operation gets what it got before the cut, less what was removed."""
         origins = self.flow.origins
-        return tuple(plain) == step.plain and all(
+        return plain == step.plain and all(
             (origins.get(id(tensor)) or self._origin(tensor)) == origin
             for tensor, origin in zip(tensors, step.inputs, strict=True)
         )

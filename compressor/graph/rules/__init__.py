@@ -28,8 +28,9 @@ RULES: dict[str, Rule] = {
     **number.RULES,
 }
 
-# A convolution in blocks has their number among its arguments; fused attention has numbers among its results.
-_UNSTEADY = (pointwise.filled, norm.group_norm, norm.layer_norm, contract.deform_conv2d)
+# Sizes or numbers of blocks are among the arguments of these; these give numbers, or their own input, among results.
+_UNSTEADY_RULES = (pointwise.filled, norm.group_norm, norm.layer_norm, contract.deform_conv2d)
+_UNSTEADY = ("aten._scaled_dot_product_flash_attention", "aten.native_dropout")
 
 _STEADY: Mapping[str, Rule] = MappingProxyType(
     {
@@ -37,7 +38,7 @@ _STEADY: Mapping[str, Rule] = MappingProxyType(
             name: rule
             for table in (pointwise.RULES, contract.RULES, norm.RULES, reduce.RULES, space.RESIZING)
             for name, rule in table.items()
-            if rule not in _UNSTEADY and name != "aten._scaled_dot_product_flash_attention"
+            if rule not in _UNSTEADY_RULES and name not in _UNSTEADY
         },
         **{f"aten.{name}": shape.RULES[f"aten.{name}"] for name in ("permute", "transpose", "t", "unsqueeze")},
         **{f"aten.{name}": shape.RULES[f"aten.{name}"] for name in ("cat", "stack", "flip", "glu")},

@@ -36,7 +36,7 @@ def convolution(
     batch, channels, *space = flow.axes(x)
     flow.freeze(space, "a kernel slides over this axis")
     flow.no_channels(flow.axes(w)[2:])
-    made = _conv_channels(flow, channels, w, transposed, groups, blocks=x.shape[1] == groups > 1)
+    made = _conv_channels(flow, channels, w, transposed, groups, blocks=_is_depthwise(flow, x, w, transposed, groups))
     if bias is not None:
         made = flow.tie(made, *flow.axes(bias))
     flow.see(flow.weight(w), -1 - len(space), channels)
@@ -45,6 +45,11 @@ def convolution(
     sizes = [(flow.axes(w)[dim], w.shape[dim]) for dim in (0, 1)]
     flow.cost(math.prod(places[2:]) * math.prod(w.shape[2:]), [(batch, x.shape[0]), *sizes])
     return (batch, made, *[FIXED] * len(space))
+
+
+def _is_depthwise(flow: Flow, x: Tensor, w: Tensor, transposed: bool, groups: int) -> bool:
+    """Tell whether every block is one input channel by design, not because a cut left one."""
+    return x.shape[1] == groups > 1 and (transposed or not isinstance(flow.axes(w)[1], np.ndarray))
 
 
 def _conv_channels(flow: Flow, channels: Axis, w: Tensor, transposed: bool, groups: int, blocks: bool) -> Axis:

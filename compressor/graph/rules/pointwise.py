@@ -31,7 +31,7 @@ def _tensors(values: Iterable[object]) -> list[Tensor]:
 
 
 def filled(flow: Flow, out: Tensor, *args: object, **kwargs: object) -> Axes:
-    """A new tensor with one value everywhere: its positions are whatever they meet (and it may be written to)."""
+    """A new tensor with one value everywhere, or any: its positions are whatever they meet (and it may be written to)."""
     return tuple(FREE if size == 1 else flow.labels.fresh(size) for size in out.shape)
 
 
@@ -78,7 +78,7 @@ heaviside hypot le lerp logaddexp logical_and logical_or logical_xor lt masked_f
 nextafter pow remainder rsub sub true_divide where xlogy
 """
 _FILLED = """
-empty empty_strided full new_empty new_empty_strided new_full new_ones new_zeros ones scalar_tensor zeros
+empty empty_strided full new_empty new_empty_strided new_full new_ones new_zeros ones rand randn scalar_tensor zeros
 """
 _LIKE = """
 _to_copy alias alpha_dropout clone contiguous detach dropout empty_like exponential feature_dropout fill full_like lift

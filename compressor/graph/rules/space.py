@@ -30,6 +30,15 @@ def over_space(dims: int) -> Callable[..., Axes | list[Axes]]:
     return rule
 
 
+def fractional_pool(
+    flow: Flow, out: Sequence[Tensor], x: Tensor, kernel: object, size: object, draws: Tensor
+) -> Axes | list[Axes]:
+    """Pool windows of two dimensions that random numbers `draws` (B, C, 2) place, channel by channel."""
+    for axis, other in zip(flow.axes(x)[-4:-2], flow.axes(draws)[-3:-1], strict=True):
+        flow.tie(axis, other)
+    return over_space(2)(flow, out, x)
+
+
 def unpool(flow: Flow, out: Tensor, x: Tensor, indices: Tensor, size: Sequence[int], *_: object) -> Axes:
     """Put `x` back to where `indices` say that the largest values were, plane by plane."""
     dims = len(size)
@@ -81,7 +90,7 @@ _SPACE = {
     "reflection_pad1d replication_pad1d",
     2: "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d "
     "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa "
-    "_upsample_bicubic2d_aa reflection_pad2d replication_pad2d fractional_max_pool2d",
+    "_upsample_bicubic2d_aa reflection_pad2d replication_pad2d",
     3: "max_pool3d max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d "
     "upsample_nearest3d upsample_trilinear3d reflection_pad3d replication_pad3d",
 }
@@ -92,6 +101,7 @@ RESIZING: dict[str, Rule] = {
 
 RULES: dict[str, Rule] = {
     **RESIZING,
+    "aten.fractional_max_pool2d": fractional_pool,
     "aten.max_unpool2d": unpool,
     "aten.max_unpool3d": unpool,
     "aten.im2col": im2col,
