@@ -31,7 +31,7 @@ def _tensors(values: Iterable[object]) -> list[Tensor]:
 
 
 def filled(flow: Flow, out: Tensor, *args: object, **kwargs: object) -> Axes:
-    """A new tensor with one value everywhere, or any: its positions are whatever they meet (and it may be written to)."""
+    """A new tensor of one value, or of any: its positions are whatever they meet (and it may be written to)."""
     return tuple(FREE if size == 1 else flow.labels.fresh(size) for size in out.shape)
 
 
