@@ -35,6 +35,14 @@ BLOCKS = {
     "repeat": (lambda c: 2 * c, lambda c: nn.Identity(), lambda m, x: x.repeat(1, 2, 1, 1)),
     "prelu": (lambda c: c, lambda c: nn.PReLU(c), lambda m, x: m(x)),
     "transposed": (lambda c: c + 2, lambda c: nn.ConvTranspose2d(c, c + 2, 3, padding=1), lambda m, x: m(x)),
+    "raised": (lambda c: c, lambda c: nn.ConvTranspose2d(c, c, 3, padding=1, groups=c), lambda m, x: m(x)),
+    "attention": (lambda c: c, lambda c: nn.MultiheadAttention(c, c // 2), lambda m, x: attended(m, x)),
+    "reordered": (lambda c: c, lambda c: Reordered(c), lambda m, x: m(x)),
+    "parts": (lambda c: c, lambda c: Parts(c), lambda m, x: m(x)),
+    "topk": (lambda c: c, lambda c: nn.Identity(), lambda m, x: x * x.topk(3, 2).values.mean(2, keepdim=True)),
+    "ranked": (lambda c: c, lambda c: nn.Identity(), lambda m, x: x.gather(2, x.argsort(2))),
+    "columns": (lambda c: c, lambda c: conv(3 * c, c), lambda m, x: m(windows(x))),
+    "sampled": (lambda c: c, lambda c: nn.Identity(), lambda m, x: sampled(x)),
 }  # fmt: skip
 
 
@@ -58,6 +66,44 @@ def gated(m: nn.Module, x: Tensor) -> Tensor:
 def by_hand(x: Tensor) -> Tensor:
     b, c, h, w = x.shape
     return x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)
+
+
+def attended(m: nn.Module, x: Tensor) -> Tensor:
+    sequence = x.flatten(2).permute(2, 0, 1)
+    return m(sequence, sequence, sequence)[0].permute(1, 2, 0).reshape(x.shape)
+
+
+def windows(x: Tensor) -> Tensor:
+    return F.unfold(x, (1, 3), padding=(0, 1)).unflatten(2, x.shape[2:])
+
+
+def sampled(x: Tensor) -> Tensor:
+    theta = torch.tensor([[0.8, 0.1, 0.0], [-0.1, 0.9, 0.2]], dtype=x.dtype).expand(len(x), -1, -1)
+    return F.grid_sample(x, F.affine_grid(theta, (len(x), 1, *x.shape[2:]), align_corners=False), align_corners=False)
+
+
+class Reordered(nn.Module):
+    """Channels in another order, which a buffer keeps."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.randperm(channels, generator=torch.Generator().manual_seed(channels)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.order]
+
+
+class Parts(nn.Module):
+    """Two parts of sizes that the module knows, of which one is worked on."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first, self.second = channels // 4 + 1, channels - channels // 4 - 1
+        self.inner = conv(self.second, self.second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = torch.split(x, [self.first, self.second], 1)
+        return torch.cat([self.inner(second), first], 1)
 
 
 class Drawn(nn.Module):
