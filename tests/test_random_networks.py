@@ -70,7 +70,7 @@ def by_hand(x: Tensor) -> Tensor:
 
 def attended(m: nn.Module, x: Tensor) -> Tensor:
     sequence = x.flatten(2).permute(2, 0, 1)
-    return m(sequence, sequence, sequence)[0].permute(1, 2, 0).reshape(x.shape)
+    return m(sequence, sequence, sequence, need_weights=False)[0].permute(1, 2, 0).unflatten(2, x.shape[2:])
 
 
 def windows(x: Tensor) -> Tensor:
