@@ -119,6 +119,10 @@ class Flow:
         for table in (self._known, self._alive, self.origins, self._uses, self._numbers):
             table.pop(number, None)
 
+    def takes_part(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is one of the run: an input, a stand-in or a result, and not a constant."""
+        return id(tensor) in self._known or id(tensor) in self.origins
+
     def known(self, tensor: Tensor) -> Known:
         """Give what is known of a tensor; a tensor never seen is a constant without channels."""
         found = self._known.get(id(tensor))

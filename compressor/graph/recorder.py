@@ -56,7 +56,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     _modules: dict[str, nn.Module] = field(init=False)
     _owned: Mapping[int, str] = field(init=False)
     _twins: dict[int, Tensor] = field(default_factory=dict)
-    _seen: set[int] = field(default_factory=set)
     _originals: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -80,7 +79,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _input(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        origin = ("input", len(self._seen))
+        origin = ("input", len(self.flow.origins))
         return self._symbol(value, Known(tuple(blank(size) for size in value.shape)), origin)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -113,11 +112,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _is_symbol(self, tensor: Tensor, func: Any) -> bool:
         mutable = id(tensor) in self._owned and func._schema.is_mutable
-        return id(tensor) in self._seen or (id(tensor) in self._owned and tensor.is_floating_point()) or mutable
+        return self.flow.takes_part(tensor) or (id(tensor) in self._owned and tensor.is_floating_point()) or mutable
 
     def _with_stand_ins(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value if id(value) in self._seen else self._stand_in(value)
+            return value if self.flow.takes_part(value) else self._stand_in(value)
         if isinstance(value, list | tuple):
             return type(value)(self._with_stand_ins(each) for each in value)
         if isinstance(value, dict):
@@ -149,7 +148,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         twin = tensor.detach()
         if self.script.meta:
             twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        self._seen.add(id(twin))
         self.flow.origins[id(twin)] = origin
         self.flow.know(twin, known or self.flow.known(twin))
         return twin
@@ -183,7 +181,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         weight = weights[0] if weights and all(weights) else None
         made_by = flow.weight(inputs[1]) if name == "aten.convolution" else None
         for tensor, each in zip(results, axes, strict=True):
-            self._seen.add(id(tensor))
             flow.know(tensor, Known(each, weight, made_by))
         if name not in IGNORED:
             number = self._record(call, axes, results, understood and len(flow.labels.journal) == handed_out)

@@ -87,7 +87,6 @@ class Follower(Recorder):  # type: ignore[no-untyped-call]
         made = [tensors[0]] if step.written else [self._made(form) for form in step.results]
         for index, tensor in enumerate(made):
             self.flow.came_from(tensor, ("step", self.flow.at, index))
-            self._seen.add(id(tensor))
         self._alive += made
         self.flow.at += 1
         return made[0] if len(made) == 1 else tuple(made)
