@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import compressor
 from compressor.errors import CutError, StaleGraphError
+from compressor.graph.retrace import retrace
 
 
 class Between(nn.Module):
@@ -231,3 +232,17 @@ def test_a_model_that_keeps_what_it_computed_must_be_traced_again() -> None:
         compressor.cut(graph, {"a": [0, 1]})
     assert model.a.out_channels == 8
     compressor.cut(compressor.trace(model, X), {"a": [0, 1]})
+
+
+def test_a_trace_on_real_tensors_is_the_same_twice() -> None:
+    """Memory of tensors that died is used again: a constant in the place of one of them is a constant all the same."""
+
+    def code(self: Between, h: Tensor) -> Tensor:
+        h = h + h.detach().nonzero().sum() * 0
+        for _ in range(30):
+            h = h * torch.tensor(0.5, dtype=h.dtype) + torch.relu(h).abs()
+        return h
+
+    graph = compressor.trace(Between(code).double(), X)
+    retrace(graph, graph.trail)
+    assert "aten.lift_fresh" not in {step.op for step in graph.trail.script.steps}
