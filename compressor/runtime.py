@@ -6,6 +6,7 @@ dimension of every tensor in it is the batch.
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from compressor.errors import InputError
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Put Python's search for cyclic garbage off: with many new objects it takes longer than what they are for."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

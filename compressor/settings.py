@@ -99,7 +99,7 @@ class Settings:
     )
 
     relevance_estimator: str | None = _option(None, "Relevance", "source, loss, soft, gate or mixed.", "soft")
-    drop: float | None = _option(None, "Relevance", "Share of channels drawn in each sample, in (0, 0.5].", "0.15")
+    drop: float | None = _option(None, "Relevance", "Share of channels drawn in each sample, in (0, 0.5].", "0.05")
     delta: float | None = _option(None, "Relevance", "Channels whose p is above this are cut last, in (0, 1].", "0.99")
     dummies: int | None = _option(None, "Relevance", "Channels of no effect to compare with, 10 or more.", "100")
     warmup: int | None = _option(
@@ -255,7 +255,7 @@ def _worked_out(settings: Settings) -> dict[str, Any]:
         usual: dict[str, Any] = {"compensate": "mean", "recalibrate": 2000 if when == "after" else 0}
         opened |= {name: value for name, value in usual.items() if getattr(settings, name) is None}
     if observing:
-        usual = {"relevance_estimator": "soft", "drop": 0.15, "delta": 0.99, "dummies": 100}
+        usual = {"relevance_estimator": "soft", "drop": 0.05, "delta": 0.99, "dummies": 100}
         opened |= {name: value for name, value in usual.items() if getattr(settings, name) is None}
     if masked:
         usual = {"granularity": "weight", "allocation": "uniform" if settings.criterion == "magnitude" else "erk"}

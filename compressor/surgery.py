@@ -21,10 +21,12 @@ from compressor.graph.group import ChannelGraph, Group
 from compressor.graph.retrace import retrace
 from compressor.graph.table import Table
 from compressor.graph.trail import Mismatch, Trail
+from compressor.runtime import uncollected
 from compressor.sizes import follow, is_torchs_own, refit
 from compressor.transaction import Transaction
 
 
+@uncollected()
 def cut(
     graph: ChannelGraph,
     keep: Mapping[str, Tensor | Sequence[int]],

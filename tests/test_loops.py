@@ -38,6 +38,8 @@ CRITERIA = ["relevance", "l1", "taylor"]
 
 def made(model: nn.Module, optimizer, criterion: str, **options) -> Pruner:
     options = {"total_steps": STEPS, "collect": 12, "schedule": Linear(0.1, 0.8), "round_to": 1, **options}
+    if criterion == "relevance":
+        options = {"drop": 0.15, **options}  # few steps: many channels in each
     return Pruner(model, X, criterion, Budget(0.5, "channels"), optimizer=optimizer, **options)
 
 

@@ -25,6 +25,7 @@ from compressor.runtime import as_arguments, evaluating
 from compressor.sizes import is_torchs_own, named_tensors_of, whole_numbers
 
 _CONSTANT_NUMEL = 1 << 20
+_COMPARED_NUMEL = 64
 
 
 class Call(NamedTuple):
@@ -86,7 +87,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one operation."""
         kwargs = kwargs or {}
         name, rule = _rule_of(func)
-        tensors, _ = leaves((args, kwargs))
+        tensors, plain = leaves((args, kwargs))
         if rule is filled and args and isinstance(args[0], list) and 0 in args[0]:
             return func(*args, **kwargs)  # nothing is in it; every BatchNorm makes one
         if rule is not filled and not any(self._is_symbol(tensor, func) for tensor in tensors):
@@ -96,10 +97,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        inputs = [tensor if self.flow.takes_part(tensor) else self._stand_in(tensor) for tensor in tensors]
         args, kwargs = self._with_stand_ins(args), self._with_stand_ins(kwargs)
         out = self._execute(name, func, args, kwargs)
-        self._apply(name, func, rule, args, kwargs, out)
+        self._apply(self._call(func, name, inputs, plain), rule, args, kwargs, out)
         return out
+
+    def _call(self, func: Any, name: str, inputs: list[Tensor], plain: list[Any]) -> Call:
+        origins = tuple(self.flow.origins.get(id(tensor)) or self._origin(tensor) for tensor in inputs)
+        taken = tuple(self.flow.axes(tensor) for tensor in inputs)
+        return Call(func, name, comparable(name, plain, inputs), inputs, origins, taken)
 
     def _execute(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         shortcut = SHORTCUTS.get(name) if self.script.meta else None
@@ -136,12 +143,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return twin
 
     def _origin(self, tensor: Tensor) -> Origin:
-        """Give where a tensor comes from that no operation of the trail made; of a lone constant, also its value."""
+        """Give where a tensor comes from that no operation of the trail made; of a small constant, also its values."""
         name = self._owned.get(id(tensor))
         if name:
             return ("tensor", name)
-        value = tensor.item() if tensor.numel() == 1 and not tensor.is_meta else None
-        return ("constant", tuple(tensor.shape), value)
+        small = tensor.numel() <= _COMPARED_NUMEL and not tensor.is_meta
+        return ("constant", tuple(tensor.shape), str(tensor.tolist()) if small else None)
 
     def _symbol(self, tensor: Tensor, known: Known | None, origin: Origin) -> Tensor:
         """Give the tensor that takes part in the run for this one."""
@@ -165,16 +172,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- rules
 
-    def _apply(self, name: str, func: Any, rule: Rule | None, args: Any, kwargs: Any, out: Any) -> None:
-        flow = self.flow
+    def _apply(self, call: Call, rule: Rule | None, args: Any, kwargs: Any, out: Any) -> None:
+        flow, name, inputs = self.flow, call.name, call.inputs
         flow.op = name
-        inputs, plain = leaves((args, kwargs))
         flow.use(inputs)
         results = leaves(out)[0]
-        origins = tuple(flow.origins.get(id(tensor)) or self._origin(tensor) for tensor in inputs)
-        call = Call(
-            func, name, comparable(name, plain, inputs), inputs, origins, tuple(flow.axes(tensor) for tensor in inputs)
-        )
         handed_out = len(flow.labels.journal)
         axes, understood = self._axes(rule, args, kwargs, out, results, inputs)
         weights = [flow.weight(tensor) for tensor in inputs]

@@ -20,8 +20,10 @@ from compressor.graph.group import ChannelGraph
 from compressor.graph.grouping import group_channels
 from compressor.graph.recorder import Recorder
 from compressor.graph.trail import Script, Trail
+from compressor.runtime import uncollected
 
 
+@uncollected()
 def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     """Work out which channels of a model go together.
 

@@ -74,7 +74,7 @@ class Relevance:
         graph: ChannelGraph,
         *,
         estimator: str = "soft",
-        drop: float = 0.15,
+        drop: float = 0.05,
         delta: float = 0.99,
         warmup: int = 0,
         dummies: int = 100,
