@@ -53,7 +53,7 @@ BAKED: dict[str, Callable[[Between, Tensor], Tensor]] = {
     "a value from the shape": lambda self, h: h * h.shape[1] ** -0.5,
     "a whole value from the shape": lambda self, h: h / h.shape[1],
     "a constant from the shape": lambda self, h: h * torch.tensor(1.0 / h.shape[1], dtype=h.dtype),
-    "constants from the shape": lambda self, h: h * torch.tensor([1.0, h.shape[1]], dtype=h.dtype).sum(),
+    "constants from the shape": lambda self, h: h * torch.tensor([h.shape[1], 1.0, 1.0, 1.0], dtype=h.dtype),
     "a fill from the shape": lambda self, h: h * torch.full((1,), 1.0 / h.shape[1], dtype=h.dtype),
 }
 

@@ -35,10 +35,21 @@ CALLS = {
     "whole times a fraction": lambda x: x.int() * 1.5,
     "promoted": lambda x: x + x.double(),
     "with alpha": lambda x: torch.add(x, x, alpha=2),
+    "gated": lambda x: x * torch.empty(gate(x.shape), device="meta", dtype=x.dtype),
+    "gates": lambda x: torch.empty(gate(x.shape), device="meta", dtype=x.dtype) * x,
+    "broadcast from nothing": lambda x: x + torch.empty(x.shape[-1:], device="meta", dtype=x.dtype),
+    "mean over one": lambda x: x.mean(-1),
+    "mean over all but one": lambda x: x.mean(list(range(1, x.dim())), keepdim=True),
+    "mean of all": lambda x: x.mean(),
+    "mean of whole numbers": lambda x: x.int().mean(-1, dtype=torch.float32),
     "layer norm": lambda x: F.layer_norm(x, x.shape[-1:]),
     "layer norm over two": lambda x: F.layer_norm(x, x.shape[-2:]),
     "batch norm": lambda x: nn.BatchNorm2d(x.shape[1], device="meta", dtype=x.dtype).eval()(x) if x.dim() == 4 else x,
 }
+
+
+def gate(shape: torch.Size) -> tuple[int, ...]:
+    return (*shape[:2], *[1] * (len(shape) - 2)) if len(shape) > 2 else (shape[0], 1)
 
 
 def empty(*shape: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -98,7 +99,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if result is not NotImplemented:
                 return result
         inputs = [tensor if self.flow.takes_part(tensor) else self._stand_in(tensor) for tensor in tensors]
-        args, kwargs = self._with_stand_ins(args), self._with_stand_ins(kwargs)
+        if any(map(operator.is_not, inputs, tensors)) or any(isinstance(value, torch.device) for value in plain):
+            args, kwargs = self._with_stand_ins(args), self._with_stand_ins(kwargs)
         out = self._execute(name, func, args, kwargs)
         self._apply(self._call(func, name, inputs, plain), rule, args, kwargs, out)
         return out

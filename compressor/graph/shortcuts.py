@@ -17,13 +17,26 @@ def _unary(x: Tensor, *args: object, **kwargs: object) -> Any:
 
 
 def _binary(x: object, y: object, *args: object, **kwargs: object) -> Any:
-    """Two floating tensors of one shape, type and order in memory, or one and a number."""
+    """Two floating tensors of one type, or one and a number; of one shape and order in memory, or both contiguous."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or kwargs:
         return NotImplemented
     if isinstance(y, int | float):
         return x.clone()
-    alike = isinstance(y, Tensor) and (y.shape, y.dtype, y.stride()) == (x.shape, x.dtype, x.stride())
-    return x.clone() if alike else NotImplemented
+    if not isinstance(y, Tensor) or y.dtype != x.dtype:
+        return NotImplemented
+    if (y.shape, y.stride()) == (x.shape, x.stride()):
+        return x.clone()
+    plain = x.dim() == y.dim() and x.is_contiguous() and y.is_contiguous()
+    return x.clone() if plain and all(b in (1, a) for a, b in zip(x.shape, y.shape, strict=True)) else NotImplemented
+
+
+def _mean(x: Tensor, dims: Any = None, keepdim: bool = False, **kwargs: object) -> Any:
+    """The mean over some dimensions of a floating tensor in plain order."""
+    if not isinstance(dims, list) or not dims or kwargs or not x.is_floating_point() or not x.is_contiguous():
+        return NotImplemented
+    gone = {dim % x.dim() for dim in dims}
+    shape = [1 if dim in gone else size for dim, size in enumerate(x.shape) if keepdim or dim not in gone]
+    return x.new_empty(shape)
 
 
 def _batch_norm(x: Tensor, weight: object, bias: object, mean: object, var: object, *rest: object) -> Any:
@@ -42,6 +55,7 @@ _UNARY = "relu gelu silu hardswish hardsigmoid hardtanh sigmoid tanh leaky_relu 
 SHORTCUTS: dict[str, Callable[..., Any]] = {
     **{f"aten.{name}": _unary for name in _UNARY.split()},
     **{f"aten.{name}": _binary for name in ("add", "mul", "sub", "div")},
+    "aten.mean": _mean,
     "aten.native_batch_norm": _batch_norm,
     "aten.native_layer_norm": _layer_norm,
 }
