@@ -36,7 +36,7 @@ NOTE = (
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CRITERIA = ("dense", "random", *(f"relevance-{name}" for name in ESTIMATORS), "l1", "euclidean", *METHODS)
 SPARSITIES, SEEDS = (0.6, 0.8, 0.4), 3
-EPOCHS = {"cifar10": 30 if DEVICE == "cuda" else 10, "digits": 12}
+EPOCHS = {"cifar10": 30 if DEVICE == "cuda" else 10, "digits": 20}
 ROUND_TO = 8 if DEVICE == "cuda" else 2
 CIFAR = Path(".data/cifar10")  # train/CLASS/*.png and test/CLASS/*.png, or torchvision's own files in .data
 Row = dict[str, Any]
