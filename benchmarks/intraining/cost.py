@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -96,13 +96,19 @@ def in_own_process(function: Callable[[str | None], float], argument: str | None
 def peak(estimator: str | None) -> float:
     """Give the peak memory of a few steps, in bytes."""
     side = Side(estimator)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = resident("VmRSS")
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
     side.steps(2)
     if DEVICE == "cuda":
         return float(torch.cuda.max_memory_allocated())
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+    return resident("VmHWM") - before
+
+
+def resident(which: str) -> float:
+    """Give this process's memory, now or at its peak, in bytes; what `getrusage` says includes the parent's (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(float(line.split()[1]) for line in lines if line.startswith(which))
 
 
 def training(estimator: str) -> Row:
