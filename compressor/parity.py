@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from compressor.errors import InputError
-from compressor.runtime import as_arguments, batch_size, device_of, moved, named_tensors, open_session
+from compressor.runtime import as_arguments, batch_size, device_of, full_precision, moved, named_tensors, open_session
 
 TOLERANCE = 1e-4  # of the largest absolute value of an output
 BATCH_SIZES = (1, 7)
@@ -62,7 +61,7 @@ def compare(model: nn.Module, path: Path, examples: list[Any]) -> Parity:
     runs = {session.get_providers()[0]: _onnx_run(session) for session in _sessions(path)}
     names = output_names(model, examples[0])
     for size in BATCH_SIZES:
-        with _full_precision():
+        with full_precision():
             expected = _answers(_torch_run(model), examples, size)
         for provider, run in runs.items():
             where = f"at batch size {size} on {provider}"
@@ -115,18 +114,6 @@ def _sessions(path: Path) -> Iterator[Any]:
         return
     except Exception as refusal:
         raise UnequalError(f"onnxruntime does not load it: {first_line(refusal)}") from refusal
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Let a GPU multiply float32 in full; with ten bits of each factor nothing agrees to 1e-4."""
-    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, cublas.allow_tf32
-    cudnn.allow_tf32 = cublas.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, cublas.allow_tf32 = before
 
 
 def _torch_run(model: nn.Module) -> Run:

@@ -54,6 +54,18 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return inner
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Let a GPU multiply float32 in full; with ten bits of each factor no outputs agree to a few digits."""
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cublas.allow_tf32
+    cudnn.allow_tf32 = cublas.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, cublas.allow_tf32 = before
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Give the device of a model's first tensor; the CPU for a model without any."""
     tensor = next(chain(model.parameters(), model.buffers()), None)

@@ -127,7 +127,7 @@ def _removed_classes(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> BoolArr
 
 
 def _verified(graph: ChannelGraph, removed: BoolArray) -> Trail:
-    """Run the cut model without data and hold it against the trace.
+    """Run the cut model without data and hold it against the trace; give the trail for the next cut.
 
     Where a module's code does not follow, its attributes that say a size follow once, and so do those of its like.
     """
@@ -137,7 +137,8 @@ def _verified(graph: ChannelGraph, removed: BoolArray) -> Trail:
     first: dict[str, tuple[Mismatch, list[int]]] = {}
     while True:
         try:
-            return retrace(graph, after)
+            retrace(graph, after)
+            return after
         except Mismatch as mismatch:
             at = min(mismatch.step, len(trail.script.steps) - 1)
             module = trail.script.steps[at].module

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from compressor.errors import CutError, TraceError
 from compressor.graph.group import ChannelGraph
 from compressor.masks import silence
-from compressor.runtime import as_arguments, device_of, evaluating, moved, named_tensors
+from compressor.runtime import as_arguments, device_of, evaluating, full_precision, moved, named_tensors
 from compressor.surgery import cut, removed_channels
 
 Outputs = list[tuple[str, Tensor]]
@@ -171,7 +171,7 @@ def _run(model: nn.Module, inputs: Any) -> Outputs:
     """Give the floating-point outputs in evaluation mode, each with its place."""
     arguments, named = as_arguments(inputs)
     try:
-        with evaluating(model), _full_precision():
+        with evaluating(model), full_precision():
             outputs = named_tensors(model(*arguments, **named))
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for _, tensor in named_tensors(inputs))
@@ -188,18 +188,6 @@ def _run_cut(model: nn.Module, inputs: Any) -> Outputs:
         return _run(model, inputs)
     except TraceError as error:
         raise _Differs(f"the cut model does not run on real inputs: {error.__cause__}") from error
-
-
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Let a GPU multiply float32 in full: ten bits of each factor would hide what is looked for."""
-    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, cublas.allow_tf32
-    cudnn.allow_tf32 = cublas.allow_tf32 = False
-    try:
-        yield
-    finally:
-        cudnn.allow_tf32, cublas.allow_tf32 = before
 
 
 def _tolerance(model: nn.Module) -> float:

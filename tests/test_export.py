@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor import export, parity
+from compressor import export, parity, runtime
 from compressor.errors import ExportError, InputError, ParityError, RangeError
 from compressor.export import export_onnx
 from compressor.files import written_beside
@@ -286,7 +286,7 @@ def test_full_precision_is_asked_for_and_given_back() -> None:
     before = cudnn.allow_tf32, cublas.allow_tf32
     try:
         cudnn.allow_tf32 = cublas.allow_tf32 = True
-        with parity._full_precision():
+        with runtime.full_precision():
             assert (cudnn.allow_tf32, cublas.allow_tf32) == (False, False)
         assert (cudnn.allow_tf32, cublas.allow_tf32) == (True, True)
     finally:

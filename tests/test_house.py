@@ -19,7 +19,7 @@ ROWS = [
     ["files", "runtime", "attention"],
     ["graph.axes", "graph.group", "graph.shortcuts", "sizes"],
     ["graph.flow", "graph.table"],
-    ["graph.rules", "graph.grouping", "graph.trail"],
+    ["graph.rules", "graph.grouping", "graph.trail", "graph.surroundings"],
     ["graph.recorder"],
     ["graph.trace", "graph.retrace", "criteria", "transaction"],
     ["costs", "masks", "surgery", "schedules", "limits", "widths"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,19 +10,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from compressor.attention import headwise
 from compressor.graph.axes import FREE, blank
 from compressor.graph.flow import Axes, Flow, Known, Origin, Rule
 from compressor.graph.rules import DATA_DEPENDENT, IGNORED, RULES, is_steady
 from compressor.graph.rules.pointwise import filled
 from compressor.graph.shortcuts import SHORTCUTS
+from compressor.graph.surroundings import module_names, plain_attention, undisturbed
 from compressor.graph.trail import Form, Mismatch, Script, Step
-from compressor.runtime import as_arguments, evaluating
-from compressor.sizes import is_torchs_own, named_tensors_of, whole_numbers
+from compressor.runtime import as_arguments
+from compressor.sizes import named_tensors_of, whole_numbers
 
 _CONSTANT_NUMEL = 1 << 20
 _COMPARED_NUMEL = 64
@@ -72,7 +70,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run the model; what it returns is frozen as its output."""
         args, kwargs = as_arguments(tree_map(self._input, example_inputs))
         modules = self._modules
-        with _undisturbed(self.model, modules), _plain_attention(modules), _module_names(modules, self.flow), self:
+        with undisturbed(self.model, modules), plain_attention(modules), module_names(modules, self.flow), self:
             result = self.model(*args, **kwargs)
         self.flow.op = self.flow.module = ""
         for tensor in _tensors_in(result):
@@ -325,83 +323,6 @@ class _Sayings:
         if name not in self._values:
             self._values[name] = whole_numbers(self._modules[name])
         return value in self._values[name]
-
-
-# -- around the run
-
-
-@contextlib.contextmanager
-def _undisturbed(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Evaluate, and take back what a model writes into itself: tensors without data must not stay in its caches."""
-    own = [vars(module) for module in modules.values() if not is_torchs_own(module)]
-    kept = [_Contents(each) for each in own]
-    kept += [_Contents(v) for each in own for key, v in each.items() if key not in _NO_STATE and _holds(v)]
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        for each in kept:
-            each.put_back()
-
-
-_NO_STATE = vars(nn.Module()).keys() - {"_buffers"}
-
-
-def _holds(value: Any) -> bool:
-    """Tell whether a module's attribute may hold tensors of its own: a container, or an object that is no module."""
-    return isinstance(value, dict | list) or (
-        hasattr(value, "__dict__") and not isinstance(value, nn.Module | Tensor | type)
-    )
-
-
-class _Contents:
-    """What a dict, a list or an object holds, and how to put that back into the same one."""
-
-    def __init__(self, holder: Any) -> None:
-        self._holder: Any = holder if isinstance(holder, dict | list) else vars(holder)
-        self._copy: Any = self._holder.copy()
-
-    def put_back(self) -> None:
-        """Write the contents back."""
-        self._holder.clear()
-        if isinstance(self._copy, dict):
-            self._holder.update(self._copy)
-        else:
-            self._holder.extend(self._copy)
-
-
-@contextlib.contextmanager
-def _plain_attention(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Let attention run as the operations that it consists of, head by head, not as one that no rule can look into."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with headwise(modules.values()):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextlib.contextmanager
-def _module_names(modules: Mapping[str, nn.Module], flow: Flow) -> Iterator[None]:
-    """Keep `flow.module` the qualified name of the module that runs."""
-    names = {id(module): name for name, module in modules.items()}
-    stack = [""]
-
-    def enter(module: nn.Module, args: Any) -> None:
-        stack.append(names.get(id(module), stack[-1]))
-        flow.module = stack[-1]
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        stack.pop()
-        flow.module = stack[-1]
-
-    handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:

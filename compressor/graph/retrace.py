@@ -21,15 +21,12 @@ from compressor.graph.trail import Form, Mismatch, ReplayFlow, Step, Trail, comp
 _META = torch.device("meta")
 
 
-def retrace(graph: ChannelGraph, trail: Trail) -> Trail:
+def retrace(graph: ChannelGraph, trail: Trail) -> None:
     """Run the model after a cut and hold every operation against the trace: the same channels, less the removed ones.
 
     Args:
         graph: the graph as it was before the cut, of the model that is cut already.
         trail: the graph's trail without what the cut removed.
-
-    Returns:
-        The same trail, for the next cut.
 
     Raises:
         Mismatch: an operation does not carry what the cut should leave; its `step` is the number of the operation.
@@ -45,7 +42,6 @@ def retrace(graph: ChannelGraph, trail: Trail) -> Trail:
         raise Mismatch(f"{type(failure).__name__}: {failure}", flow.at) from failure
     if flow.at < (trail.end if trail.is_loose(flow.at) else len(trail.script.steps)):
         raise Mismatch("the cut model stops before this operation", flow.at)
-    return trail
 
 
 @dataclass(eq=False)
