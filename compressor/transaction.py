@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,7 @@ class Transaction:
         self._copies, self._optimizers = copies, optimizers
         self._modules = [dict(each.named_modules()) for each in (model, *copies)]
         self.tensors = [named_tensors_of(modules) for modules in self._modules]
-        for tensors, copy in zip(self.tensors[1:], copies, strict=True):
-            _require_alike(self.tensors[0], tensors, copy)
+        require_alike(self.tensors[0], copies)
         self._data: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._state: list[tuple[dict[str, Any], str, Any]] = []
         every = [module for modules in self._modules for module in modules.values()]
@@ -99,15 +98,18 @@ class Transaction:
             module.__dict__.update(attributes)
 
 
-def _require_alike(tensors: dict[str, Tensor], others: dict[str, Tensor], copy: nn.Module) -> None:
-    shapes = [{name: tuple(each.shape) for name, each in found.items()} for found in (tensors, others)]
-    for name in sorted(shapes[0].keys() | shapes[1].keys()):
-        here, there = (found.get(name, "absent") for found in shapes)
-        if here != there:
-            raise InputError(
-                f"{type(copy).__name__} is no copy of the model: {name!r} is {there} there and {here} in the model; "
-                "of an AveragedModel pass its .module"
-            )
+def require_alike(tensors: Mapping[str, Tensor], copies: Iterable[nn.Module]) -> None:
+    """Raise InputError if a copy has not the parameters and buffers of these names and shapes."""
+    for copy in copies:
+        others = named_tensors_of(dict(copy.named_modules()))
+        shapes = [{name: tuple(each.shape) for name, each in found.items()} for found in (tensors, others)]
+        for name in sorted(shapes[0].keys() | shapes[1].keys()):
+            here, there = (found.get(name, "absent") for found in shapes)
+            if here != there:
+                raise InputError(
+                    f"{type(copy).__name__} is no copy of the model: {name!r} is {there} there and {here} in the "
+                    "model; of an AveragedModel pass its .module"
+                )
 
 
 def _whole(module: nn.Module) -> dict[str, Any]:

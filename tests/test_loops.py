@@ -261,3 +261,50 @@ def test_sparse_training_in_ones_own_loop(granularity: str) -> None:
         optimizer.zero_grad()
     assert training.steps == STEPS
     assert training.result().reached
+
+
+@pytest.mark.parametrize(
+    ("criterion", "granularity"), [("rigl", "weight"), ("rigl", "channel"), ("magnitude", "channel")]
+)
+def test_a_moving_average_is_masked_and_cut_along(criterion: str, granularity: str) -> None:
+    model = Net()
+    optimizer = sgd(model)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+    options = {"granularity": granularity, "collect": 6, "total_steps": STEPS, "copies": [average.module]}
+    if granularity == "channel":
+        options["round_to"] = 1
+    training = compressor.SparseTraining(model, X, criterion, Budget(0.5), optimizer=optimizer, **options)
+    for _ in range(STEPS):
+        training.loss(X, Y, F.cross_entropy).backward()
+        optimizer.step()
+        average.update_parameters(model)  # before the masks: weights that are off have moved a little
+        training.update()
+        optimizer.zero_grad()
+        same_zeros(model, average.module, training)
+    assert training.result().reached
+    assert (granularity == "weight") or model.one.out_channels < 24
+    assert str(average.module) == str(model)
+    model.eval()
+    average.eval()
+    with torch.no_grad():
+        assert relative_error(average(X), model(X)) < 0.5
+
+
+def same_zeros(model: nn.Module, average: nn.Module, training: compressor.SparseTraining) -> None:
+    """Assert that whatever the masks have off is zero in the average too."""
+    weights = dict(average.named_parameters())
+    off = 0
+    for name, where in training._units.zeros().items():
+        off += int(where.expand_as(weights[name]).sum())
+        assert not weights[name][where.expand_as(weights[name])].any()
+    assert off > 0 or training.steps < 6 or training.steps > 0.6 * STEPS
+
+
+def test_sparse_training_refuses_a_copy_of_another_model() -> None:
+    model = Net()
+    with pytest.raises(
+        InputError, match=r"Linear is no copy of the model: 'bias' is \(2,\) there and absent in the model"
+    ):
+        compressor.SparseTraining(
+            model, X, optimizer=sgd(model), total_steps=STEPS, collect=6, copies=[nn.Linear(2, 2)]
+        )

@@ -7,7 +7,7 @@ nothing at first, like a single weight that grows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -28,7 +28,8 @@ class ChannelMasks(Units):
     """Which channels are on, `(C,)` by group.
 
     Args:
-        graph, optimizers, budget: as for `Units`. Groups whose channels cannot be switched are frozen, with the reason.
+        graph, optimizers, budget, copies: as for `Units`. Groups whose channels cannot be switched are frozen, with the
+            reason.
         allocation: "erk" or "uniform" say how sparse each group is; "global" ranks all channels together.
         round_to: groups that lose channels end with a multiple of this.
         shares: by group, the share of its own channels that is off, whatever the budget.
@@ -40,13 +41,14 @@ class ChannelMasks(Units):
     def __init__(
         self,
         graph: ChannelGraph,
-        optimizers: Iterable[Optimizer],
+        optimizers: Sequence[Optimizer],
         budget: Budget,
         allocation: str,
         round_to: int,
         shares: Mapping[str, float],
+        copies: Sequence[nn.Module],
     ) -> None:
-        super().__init__(graph, optimizers, budget)
+        super().__init__(graph, optimizers, budget, copies)
         self._allocation, self._round_to, self._shares = allocation, round_to, shares
         _freeze_fixed(graph)
         consumers = [member.tensor for group in graph.groups for member in group.of_role("consumer")]
@@ -141,7 +143,7 @@ class ChannelMasks(Units):
             half = {name: torch.arange((size + 1) // 2) for name, size in self.graph.sizes().items()}
             try:
                 with suppress(_TakenBack):
-                    cut(self.graph, half, self._optimizers, check=_take_back)
+                    cut(self.graph, half, self._optimizers, check=_take_back, copies=self._copies)
                 break
             except CutError as refusal:
                 self._go_without(refusal)
@@ -151,7 +153,7 @@ class ChannelMasks(Units):
         """Remove the channels that are off. A group that refuses stays whole: its channels are switched on again."""
         while True:
             try:
-                cut(self.graph, _kept(self.masks), self._optimizers)
+                cut(self.graph, _kept(self.masks), self._optimizers, copies=self._copies)
                 break
             except CutError as refusal:
                 self._go_without(refusal)

@@ -60,13 +60,14 @@ class SparseTraining:
             "magnitude"; "set" needs the steps of an epoch.
         round_to: on channels, counts become multiples of this; 8 by default.
         limits: on channels, as for `compressor.prune`.
+        copies: models that get the same zeros and lose the same channels, as for `compressor.cut`.
         seed: of what is drawn.
 
     Raises:
         UnknownNameError: no such criterion, granularity, allocation or measure.
         RangeError: a number out of its range.
-        InputError: nothing to mask, an optimizer that does not hold the weights, a training too short for a single
-            change of the masks, or an argument that would have no effect.
+        InputError: nothing to mask, an optimizer that does not hold the weights, a copy of another model, a training
+            too short for a single change of the masks, or an argument that would have no effect.
 
     Source: Zhu & Gupta 2017, arXiv 1710.01878; Mocanu et al. 2018, arXiv 1707.04780; Evci et al. 2020, arXiv
         1911.11134. The step before a change of the masks is taken as well, where RigL's code leaves it out.
@@ -87,6 +88,7 @@ class SparseTraining:
         collect: int | None = None,
         round_to: int | None = None,
         limits: Limits | None = None,
+        copies: Iterable[nn.Module] = (),
         seed: int = 0,
     ) -> None:
         self.model, self.budget, self.steps = model, budget or Budget(0.5), 0
@@ -98,11 +100,11 @@ class SparseTraining:
         self.graph = trace(uncompiled(model), example_inputs)
         self._ledger = Ledger(self.graph)
         shares = limits.shares(self.graph) if limits else {}
-        optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+        optimizers, along = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer), list(copies)
         self._units: Units = (
-            WeightMasks(self.graph, optimizers, self.budget, allocation)
+            WeightMasks(self.graph, optimizers, self.budget, allocation, along)
             if granularity == "weight"
-            else ChannelMasks(self.graph, optimizers, self.budget, allocation, round_to or 8, shares)
+            else ChannelMasks(self.graph, optimizers, self.budget, allocation, round_to or 8, shares, along)
         )
         self._whole = self._units.size
         self._generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ stay dense, and say which unit would help if it were on.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 from compressor.errors import InputError
 from compressor.graph.group import ChannelGraph
 from compressor.selection import Budget
+from compressor.sizes import named_tensors_of
+from compressor.transaction import require_alike
 
 Masks = dict[str, Tensor]
 
@@ -27,14 +29,18 @@ class Units(ABC):
         graph: the channel graph of the model.
         optimizers: those that train it.
         budget: what is off at the end.
+        copies: models with the same tensors that get the same zeros and cuts, as for `compressor.cut`.
 
     Attributes:
         masks: by name of a layer (or group), bool, True where a unit is on. Change them by `switch` alone.
     """
 
-    def __init__(self, graph: ChannelGraph, optimizers: Iterable[Optimizer], budget: Budget) -> None:
+    def __init__(
+        self, graph: ChannelGraph, optimizers: Sequence[Optimizer], budget: Budget, copies: Sequence[nn.Module]
+    ) -> None:
         self.graph, self.masks, self._budget = graph, Masks(), budget
-        self._optimizers = list(optimizers)
+        self._optimizers, self._copies = optimizers, copies
+        require_alike(named_tensors_of(dict(graph.model.named_modules())), copies)
         self._zeros = dict[str, Tensor]()
 
     @abstractmethod
@@ -93,10 +99,12 @@ class Units(ABC):
 
     @torch.no_grad()
     def enforce(self) -> None:
-        """Write zeros wherever a unit is off, in the weights and in what optimizers keep for them."""
+        """Write zeros wherever a unit is off: in the weights, their copies and what optimizers keep for them."""
         parameters = dict(self.graph.model.named_parameters())
+        copies = [dict(copy.named_parameters()) for copy in self._copies]
         for name, where in self._zeros.items():
-            parameters[name].masked_fill_(where, 0)
+            for weights in (parameters, *copies):
+                weights[name].masked_fill_(where, 0)
             for optimizer in self._optimizers:
                 for value in optimizer.state.get(parameters[name], {}).values():
                     if isinstance(value, Tensor) and value.shape == parameters[name].shape:

@@ -5,7 +5,7 @@ Norms and biases are never masked, nor are weights that do not train.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,22 @@ class WeightMasks(Units):
     """Which single weights are on.
 
     Args:
-        graph, optimizers, budget: as for `Units`; the budget is a share of all weights that can be masked.
+        graph, optimizers, budget, copies: as for `Units`; the budget is a share of all weights that can be masked.
         allocation: "erk" or "uniform" say how sparse each layer is; "global" ranks all weights together.
 
     Raises:
         InputError: no convolution or Linear to mask, or an optimizer that does not hold one.
     """
 
-    def __init__(self, graph: ChannelGraph, optimizers: Iterable[Optimizer], budget: Budget, allocation: str) -> None:
-        super().__init__(graph, optimizers, budget)
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        optimizers: Sequence[Optimizer],
+        budget: Budget,
+        allocation: str,
+        copies: Sequence[nn.Module],
+    ) -> None:
+        super().__init__(graph, optimizers, budget, copies)
         self._allocation = allocation
         self._weights = maskable(graph.model)
         require_trained(self._weights, graph.model, self._optimizers)
@@ -76,7 +83,8 @@ class WeightMasks(Units):
         while keep := self._to_keep():
             stays = _stays(self.graph, keep)
             try:
-                cut(self.graph, keep, self._optimizers, input_means(self.graph, [self.graph.example_inputs]))
+                means = input_means(self.graph, [self.graph.example_inputs])
+                cut(self.graph, keep, self._optimizers, means, copies=self._copies)
             except CutError as refusal:
                 if not refusal.groups:
                     raise
