@@ -67,9 +67,8 @@ def cut(
     try:
         if means:
             _fold(graph, kept, means, transaction)
-        for place, positions in table.stays(gone).items():
-            if place.role:
-                transaction.narrow(place.tensor, place.dim, positions)
+        for name, stays in table.stays(gone).items():
+            transaction.narrow(name, stays)
         for name, numbers in graph.trail.renumbered(removed).items():
             transaction.renumber(name, torch.from_numpy(numbers))
         refit(graph.model)

@@ -38,19 +38,18 @@ class Transaction:
         every = [module for modules in self._modules for module in modules.values()]
         self._attributes = [(module, type(module), _whole(module)) for module in every]
 
-    def narrow(self, name: str, dim: int, stays: Tensor) -> None:
-        """Leave only some positions along one dimension of a tensor, its gradient and its optimizer state."""
+    def narrow(self, name: str, stays: Mapping[int, Tensor]) -> None:
+        """Leave only some positions along dimensions of a tensor, its gradient and its optimizer state."""
         for tensor in (tensors[name] for tensors in self.tensors):
             self._remember(tensor)
-            index = stays.to(tensor.device)
             gradient, shape = tensor.grad, tensor.shape
             tensor.grad = None
-            self._narrow_state(name, tensor, shape, dim, index)
-            replace_data(tensor, tensor.data.index_select(dim, index))
+            self._narrow_state(name, tensor, shape, stays)
+            replace_data(tensor, _taken(tensor.data, stays))
             if gradient is not None:
-                tensor.grad = gradient.index_select(dim, index)
+                tensor.grad = _taken(gradient, stays)
 
-    def _narrow_state(self, name: str, tensor: Tensor, shape: torch.Size, dim: int, index: Tensor) -> None:
+    def _narrow_state(self, name: str, tensor: Tensor, shape: torch.Size, stays: Mapping[int, Tensor]) -> None:
         for optimizer in self._optimizers:
             state = optimizer.state.get(tensor, {})
             for key, value in list(state.items()):
@@ -62,7 +61,7 @@ class Transaction:
                         f"{tuple(shape)}, which does not say what belongs to a channel; use SGD, Adam(W) or RMSprop"
                     )
                 self._state.append((state, key, value))
-                state[key] = value.index_select(dim, index.to(value.device))
+                state[key] = _taken(value, stays)
 
     def add(self, tensor: Tensor, amount: Tensor) -> None:
         """Add to a tensor, into new memory so that the old values can come back."""
@@ -96,6 +95,14 @@ class Transaction:
         for module, kind, attributes in self._attributes:
             module.__class__ = kind
             module.__dict__.update(attributes)
+
+
+def _taken(tensor: Tensor, stays: Mapping[int, Tensor]) -> Tensor:
+    # NOTE: All dimensions of a tensor at once, so that what lies between is given back before the next one is made:
+    # on a CPU, fresh memory takes longer than filling it.
+    for dim, positions in sorted(stays.items()):
+        tensor = tensor.index_select(dim, positions.to(tensor.device))
+    return tensor
 
 
 def require_alike(tensors: Mapping[str, Tensor], copies: Iterable[nn.Module]) -> None:

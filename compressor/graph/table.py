@@ -106,15 +106,16 @@ class Table:
             gone[first[name] + kept.numpy()] = False
         return gone
 
-    def stays(self, gone: BoolArray) -> dict[Place, torch.Tensor]:
-        """Give, for every place that gets narrower, the positions that stay."""
+    def stays(self, gone: BoolArray) -> dict[str, dict[int, torch.Tensor]]:
+        """Give, by tensor and dimension, the positions that stay wherever a tensor gets narrower."""
         lost = self._lost(gone)
         before = np.concatenate([[0], np.cumsum(lost)])
-        shorter = np.flatnonzero(np.diff(before[self._offsets])).tolist()
-        return {
-            self.places[index]: torch.from_numpy(np.flatnonzero(~lost[self._offsets[index] : self._offsets[index + 1]]))
-            for index in shorter
-        }
+        found: dict[str, dict[int, torch.Tensor]] = {}
+        for index in np.flatnonzero(np.diff(before[self._offsets])).tolist():
+            place, kept = self.places[index], ~lost[self._offsets[index] : self._offsets[index + 1]]
+            if place.role:
+                found.setdefault(place.tensor, {})[place.dim] = torch.from_numpy(np.flatnonzero(kept))
+        return found
 
     def _lost(self, gone: BoolArray) -> BoolArray:
         """Tell which positions of all places, laid one behind the other, go."""
