@@ -166,7 +166,10 @@ class Pruner:
         self._seen = inputs
 
     def _watches(self) -> bool:
-        return self._observer is not None and self._due(self.steps) < 1
+        return self._observer is not None and self._observer.draws and self._watching()
+
+    def _watching(self) -> bool:
+        return self._due(self.steps) < 1
 
     def update(self) -> dict[str, Any] | None:
         """Count the step as done, and cut if it is time; writes the model and the optimizers' state.
@@ -179,7 +182,7 @@ class Pruner:
         """
         if self.steps == 0:
             self.require_time(len(self._seen))
-        if self._observer and self._watches():
+        if self._observer and self._watching():
             self._observer.update()
         before, self.steps = self._due(self.steps), self.steps + 1
         now = self._due(self.steps)

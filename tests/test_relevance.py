@@ -359,6 +359,34 @@ def test_the_share_rises_in_the_warm_up() -> None:
     assert shares == pytest.approx([0.0, 0.125, 0.25, 0.375, 0.5, 0.5], abs=0.03)
 
 
+@pytest.mark.parametrize("estimator", NAMES)
+def test_on_one_step_in_so_many_samples_draw_and_the_others_train_as_they_would(estimator: str) -> None:
+    model, relevance = watching(estimator, every=3, drop=0.5)
+    gated = []
+    for step in range(7):
+        x, y = digits_like(seed=step)
+        loss, plain = relevance.loss(model, x, y, F.cross_entropy), F.cross_entropy(model(x), y)
+        gated.append(not torch.equal(loss, plain))
+        loss.backward()
+        relevance.update()
+    assert gated == [step % 3 == 0 for step in range(7)]
+    assert (relevance.steps, relevance._batches) == (7, 3)
+    assert relevance.needed_steps(64) == 3 * watching(estimator, drop=0.5)[1].needed_steps(64)
+
+
+def test_steps_without_draws_count_in_the_half_life() -> None:
+    evidence = []
+    for every, half_life in ((1, 5.0), (4, 20.0)):
+        torch.manual_seed(0)
+        model, relevance = watching(every=every, half_life=half_life)
+        for step in range(12):
+            if step % 4 == 0 or every == 4:
+                relevance.loss(model, *digits_like(seed=step - step % 4), F.cross_entropy).backward()
+                relevance.update()
+        evidence.append(relevance)
+    assert evidence[0].scores()["3"] == pytest.approx(evidence[1].scores()["3"], rel=1e-5)
+
+
 @pytest.mark.parametrize("estimator", ["soft", "loss", "mixed"])
 def test_undecided_channels_are_drawn_twice_as_often(trained: nn.Module, estimator: str) -> None:
     relevance = Relevance(
@@ -471,7 +499,7 @@ def test_a_scaled_or_accumulated_loss_gives_the_same_relevance(estimator: str) -
             for part in (step, step + 1):
                 (factor * relevance.loss(model, *digits_like(seed=part), F.cross_entropy)).backward()
             relevance.update()
-        assert relevance.steps == 4
+        assert (relevance.steps, relevance._batches) == (2, 4)
         found.append(relevance.scores()["3"])
     assert found[1:] == [pytest.approx(found[0], rel=1e-4, abs=1e-6)] * 2
 
@@ -578,6 +606,7 @@ def test_groups_that_no_module_shows_are_frozen() -> None:
         ({"drop": 0.6}, RangeError, "drop = 0.6"),
         ({"delta": 0.0}, RangeError, r"delta = 0\.0 is out of range: give delta in \(0, 1\]"),
         ({"delta": 1.01}, RangeError, "delta = 1.01"),
+        ({"every": 0}, RangeError, r"every = 0 is out of range: give every in 1, 2, 3, \.\.\. steps"),
         ({"warmup": -1}, RangeError, r"warmup = -1 is out of range: give warmup in 0, 1, 2, \.\.\. steps"),
         ({"dummies": 9}, RangeError, "dummies = 9"),
         ({"half_life": 0.0}, RangeError, r"half_life = 0\.0 is out of range: give half_life in \(0, inf\) steps"),

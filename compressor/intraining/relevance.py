@@ -41,8 +41,8 @@ from compressor.intraining.statistics import (
 )
 
 TRACK_EVERY = 8  # steps; on one in so many the means of the inputs are taken, which reads them all
-CONTROL_EVERY = 4  # steps; on one in so many the samples also run without gates, a third of a step's work
-DECIDE_EVERY = 10  # steps; after so many it is looked up which channels are relevant beyond doubt
+CONTROL_EVERY = 4  # batches under gates; on one in so many the samples also run without, a third of a step's work
+DECIDE_EVERY = 10  # batches under gates; after so many it is looked up which channels are relevant beyond doubt
 RELEVANT_RATE = 0.5  # these are drawn so much less often than the undecided ones
 
 
@@ -58,6 +58,7 @@ class Relevance:
         drop: the share of channels that a sample draws, in (0, 0.5]; rounded so that `1 / drop` is a whole number.
         delta: a channel whose p-value is above this counts as relevant, in (0, 1]. It is then drawn half as often, so
             that the undecided ones get the samples (not by "source", which draws all alike).
+        every: on one step in so many, the first one to begin with, samples draw; the others train as they would.
         warmup: steps over which the share rises from 0 to `drop`.
         dummies: channels without effect per group, at least 10.
         half_life: steps after which an observation counts half; about one period between cuts. May be set later.
@@ -76,17 +77,18 @@ class Relevance:
         estimator: str = "soft",
         drop: float = 0.05,
         delta: float = 0.99,
+        every: int = 1,
         warmup: int = 0,
         dummies: int = 100,
         half_life: float = 100.0,
         seed: int = 0,
     ) -> None:
-        _check(estimator, drop, delta, warmup, dummies, half_life)
-        self.estimator, self.steps = estimator, 0
+        _check(estimator, drop, delta, every, warmup, dummies, half_life)
+        self.estimator, self.steps, self._batches = estimator, 0, 0
         self._how, self._count, self._dummies_each = ESTIMATORS[estimator], round(1 / drop), dummies
-        self._delta, self._warmup = delta, warmup
+        self._delta, self._every, self._warmup = delta, every, warmup
         self._graph, self.half_life = graph, half_life
-        self._gates = _watching(graph, half_life)
+        self._gates = self._watching()
         parameter = next(graph.model.parameters())
         self._device, self._dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
         self._generator = torch.Generator(self._device).manual_seed(seed)
@@ -105,10 +107,26 @@ class Relevance:
         dummies = groups.repeat(0 if self._how.soft else self._dummies_each)
         self._drawn_of = torch.cat([self._group_of, dummies])
 
+    def _new_gates(self) -> Gates:
+        often = max(1, TRACK_EVERY // self._every)
+        return Gates(self._graph, half_life=self.half_life / self._every, track_every=often)
+
+    def _watching(self) -> Gates:
+        """Give gates for every group that can be watched; the others are frozen."""
+        gates = self._new_gates()
+        unseen = [name for name in self._graph.sizes() if name not in gates.sizes]
+        self._graph.freeze(unseen, "no module sees these channels at its input, so relevance cannot watch them")
+        return gates
+
     # -- one step
 
+    @property
+    def draws(self) -> bool:
+        """Whether samples draw in this step."""
+        return self.steps % self._every == 0
+
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
-        """Run one batch under the gates and give its mean loss, a scalar to call `backward` on; then call `update`.
+        """Run one batch, under gates if it is time, and give its mean loss to call `backward` on; then call `update`.
 
         Args:
             model: the traced model or a wrapper around it, in training mode.
@@ -119,8 +137,10 @@ class Relevance:
         Raises:
             InputError: a loss that is not one per sample, a model in evaluation mode or that was not traced.
         """
+        if not self.draws:
+            return loss_fn(model(inputs), targets)
         ungated = None
-        if self._how.controlled and (self.steps + len(self._pending)) % CONTROL_EVERY == 0:
+        if self._how.controlled and (self._batches + len(self._pending)) % CONTROL_EVERY == 0:
             with leaving_no_trace(model):
                 ungated = per_sample(loss_fn(model(inputs), targets, reduction="none"))
         with self.observing(len(inputs)) as observation:
@@ -159,23 +179,24 @@ class Relevance:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in what the batches since the last update showed; call it after `backward`.
+        """Count one step as done, and take in what its batches showed; call it after `backward`.
 
         Raises:
             InputError: there was no batch, or no backward pass.
         """
         pending, self._pending = self._pending, []
-        if not pending:
+        if not pending and self.draws:
             raise InputError("update() came without a batch: call loss(...) and backward() first")
         for observation in pending:
-            self._evidence.add(self.steps, self._measured(observation), self._decay, self._generator)
-            self.steps += 1
-            if self.steps % DECIDE_EVERY == 0:
+            self._evidence.add(self._batches, self._measured(observation), self._decay, self._generator)
+            self._batches += 1
+            if self._batches % DECIDE_EVERY == 0:
                 self._relevant = self._evidence.p_values() > self._delta
+        self.steps += 1
 
     @property
     def _decay(self) -> float:
-        return float(0.5 ** (1 / self.half_life))
+        return float(0.5 ** (self._every / self.half_life))
 
     def _measured(self, observation: Observation) -> Step:
         """Bring one batch into units of the running deviation, and the deviation up to date."""
@@ -203,9 +224,9 @@ class Relevance:
         surprise = torch.where(level.weights[0] > 0, losses.mean() - level.mean(), 0.0)
         centred = losses - losses.mean() if self._how.per_sample else surprise.expand(1)
         freedom = len(losses) - 1 if self._how.per_sample else (level.weights[0] > 1).to(losses)
-        level.add(self.steps, Increment(losses.mean(), torch.ones_like(surprise)), self._decay)
+        level.add(self._batches, Increment(losses.mean(), torch.ones_like(surprise)), self._decay)
         squares = Increment(centred.square().sum(), torch.as_tensor(freedom, device=losses.device))
-        self._variance.add(self.steps, squares, self._decay)
+        self._variance.add(self._batches, squares, self._decay)
         deviation = self._variance.mean().sqrt()
         return surprise, torch.where(deviation > 0, 1 / deviation, 0.0)
 
@@ -267,7 +288,7 @@ class Relevance:
         if not 0 < z_delta + z_power < math.inf:
             return 1
         samples = needed_samples(1.0, 1.0, 1 / self._count, z_delta, z_power)
-        return -(-samples // (batch_size if self._how.per_sample else 1))
+        return self._every * -(-samples // (batch_size if self._how.per_sample else 1))
 
     # -- cuts and checkpoints
 
@@ -295,6 +316,7 @@ class Relevance:
         """Give everything that is needed to go on later, as plain tensors and numbers; batches under way are not."""
         return {
             "steps": self.steps,
+            "batches": self._batches,
             "estimator": self.estimator,
             "dummies": self._dummies_each,
             "half_life": self.half_life,
@@ -322,7 +344,8 @@ class Relevance:
             if state[name] != value:
                 raise InputError(f"this state is of {name} {state[name]}, not {value}: make Relevance as it was made")
         self._graph.freeze(self._gates.sizes.keys() - sizes.keys(), "frozen before the run was interrupted")
-        self._gates = Gates(self._graph, half_life=state["half_life"], track_every=TRACK_EVERY)
+        self.half_life = state["half_life"]
+        self._gates = self._new_gates()
         self._lay_out()
         self._evidence = Evidence(self._how, self._group_of, self._dummies_each)
         self._evidence.load_state_dict(state["evidence"])
@@ -331,7 +354,7 @@ class Relevance:
         self._gates.load_state_dict(state["gates"])
         self._relevant = state["relevant"].to(self._device, copy=True)
         self._generator.set_state(state["generator"].cpu())
-        self.steps, self.half_life, self._pending = int(state["steps"]), state["half_life"], []
+        self.steps, self._batches, self._pending = int(state["steps"]), int(state["batches"]), []
 
 
 def _kept(before: Mapping[str, Tensor], keep: Mapping[str, Tensor], name: str, size: int) -> Tensor:
@@ -346,25 +369,19 @@ def _kept(before: Mapping[str, Tensor], keep: Mapping[str, Tensor], name: str, s
     return columns
 
 
-def _watching(graph: ChannelGraph, half_life: float) -> Gates:
-    """Give gates for every group that can be watched; the others are frozen."""
-    gates = Gates(graph, half_life=half_life, track_every=TRACK_EVERY)
-    unseen = [name for name in graph.sizes() if name not in gates.sizes]
-    graph.freeze(unseen, "no module sees these channels at its input, so relevance cannot watch them")
-    return gates
-
-
 def _rounded(values: Tensor) -> list[float]:
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
-def _check(estimator: str, drop: float, delta: float, warmup: int, dummies: int, half_life: float) -> None:
+def _check(estimator: str, drop: float, delta: float, every: int, warmup: int, dummies: int, half_life: float) -> None:
     if estimator not in ESTIMATORS:
         raise UnknownNameError("relevance estimator", estimator, ESTIMATORS)
     if not 0 < drop <= 0.5:
         raise RangeError("drop", drop, "(0, 0.5]")
     if not 0 < delta <= 1:
         raise RangeError("delta", delta, "(0, 1]")
+    if every < 1:
+        raise RangeError("every", every, "1, 2, 3, ... steps")
     if warmup < 0:
         raise RangeError("warmup", warmup, "0, 1, 2, ... steps")
     if dummies < 10:
