@@ -81,6 +81,7 @@ def _check_ranges(settings: Settings) -> None:
         "drop": ("(0, 0.5]", lambda x: 0 < x <= 0.5),
         "delta": ("(0, 1]", lambda x: 0 < x <= 1),
         "dummies": ("10, 11, 12, ...", lambda x: x >= 10),
+        "observe_every": ("1, 2, 3, ...", lambda x: x >= 1),
         "warmup": ("0, 1, 2, ...", lambda x: x >= 0),
         "collect": ("1, 2, 3, ...", lambda x: x >= 1),
         "seed": ("0 to 2**63 - 1", lambda x: 0 <= x < 2**63),
@@ -110,7 +111,7 @@ def _check_effects(settings: Settings) -> None:
         "collect": "" if during else "--when after",
         "download": "" if settings.data in ("cifar10", "cifar100") else f"--data {settings.data}",
         **dict.fromkeys(
-            ("relevance_estimator", "drop", "delta", "dummies", "warmup"),
+            ("relevance_estimator", "drop", "observe_every", "delta", "dummies", "warmup"),
             "" if observing else f"--criterion {settings.criterion}",
         ),
         **dict.fromkeys(("granularity", "allocation"), "" if masked else f"--criterion {settings.criterion}"),

@@ -52,16 +52,18 @@ class Pruner:
         total_steps: how many times `update` will be called in all.
         collect: steps between two cuts; a twentieth of the training by default, with relevance as many as it takes to
             tell any channel from chance.
-        scope, round_to, limits, verify: as for `prune`; the groups' own shares follow the schedule too, and cuts are
-            verified on the last batch.
+        scope: as for `prune`; by default "global" with relevance, which means the same in every group, else "local".
+        round_to, limits, verify: as for `prune`; the groups' own shares follow the schedule too, and cuts are verified
+            on the last batch.
         delta: with relevance, channels whose p-value (the chance to be more useful than a random one) is above `delta`
             are cut only when the budget leaves no others.
         compensate: "mean" folds what a removed channel carries on average into the next bias or running mean, over the
             steps that were watched, or over the last batch where the criterion does not watch; "none" does not.
         copies: models that lose the same channels, as for `compressor.cut`.
         seed: for whatever draws.
-        observing: further arguments for `Relevance` (estimator, drop, dummies; half_life, by default `collect`;
-            warmup, by default a twentieth of the training, none for the published method).
+        observing: further arguments for `Relevance` (estimator, drop, dummies; observe_every, by default at least as
+            often as `collect` asks for; half_life, by default `collect`; warmup, by default a twentieth of the
+            training, none for the published method).
 
     Raises:
         RangeError, UnknownNameError, InputError: as for `prune`.
@@ -79,7 +81,7 @@ class Pruner:
         optimizer: Optimizer | Iterable[Optimizer],
         total_steps: int,
         collect: int | None = None,
-        scope: str = "global",
+        scope: str | None = None,
         round_to: int = 8,
         limits: Limits | None = None,
         delta: float = 0.99,
@@ -103,11 +105,13 @@ class Pruner:
         if not self.graph.groups:
             require_reachable(self.graph, self.budget)
         shares = (limits or Limits()).shares(self.graph)
+        scope = scope or ("global" if criterion == "relevance" else "local")
         self._how = How.of(scope, round_to, shares, optimizer, copies, verify)
         _require_held(self.graph.model, self._how.optimizers)
         self._compensate, self._seen = compensate == "mean", example_inputs
         self._delta, self._ledger, self._blocked = delta, Ledger(self.graph), tuple[str, ...]()
         self._generator = torch.Generator().manual_seed(seed)
+        self._half_life: float | None = observing.get("half_life")
         warmup = 0 if observing.get("estimator") == "source" else min(self._total // 20, self._last - 1)
         observing = {"half_life": self._collect, "delta": delta, "warmup": warmup, **observing}
         if observing["warmup"] >= self._last:
@@ -194,18 +198,19 @@ class Pruner:
     def require_time(self, batch_size: int) -> None:
         """Raise PeriodError if relevance, in the time that it has, cannot tell any channel from chance.
 
-        Where `collect` was left open, it becomes as long as it takes.
+        Where `observe_every` was left open, samples draw as often as it takes; where `collect` was, it becomes as long.
         """
         if not self._observer:
             return
         needed = self._observer.needed_steps(batch_size)
-        if self._open and needed > self._collect:
-            self._collect, self._observer.half_life = needed, needed
+        if self._open:
+            self._collect = max(needed, self._collect)
         if self._collect < needed:
             raise PeriodError("collect", self._collect, needed, batch_size, f"give --collect {needed} or more")
         if self._last < needed:
             what = "the time until the whole budget is due"
             raise PeriodError(what, self._last, needed, batch_size, "train longer, or on larger batches")
+        self._observer.keep_pace(self._collect, batch_size, self._half_life or self._collect)
 
     def _due(self, step: int) -> float:
         return self._schedule(min(step / self._total, 1.0))

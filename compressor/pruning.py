@@ -24,7 +24,7 @@ def prune(
     criterion: str | Criterion = "l1",
     sparsity: float = 0.5,
     measure: str = "params",
-    scope: str = "global",
+    scope: str = "local",
     round_to: int = 1,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     seed: int = 0,
@@ -43,7 +43,8 @@ def prune(
         criterion: a name from `compressor.CRITERIA`, or a function of a group and a snapshot that gives `(C,)` scores.
         sparsity: the share to remove, in `[0, 1)`.
         measure: of what: "params", "macs" or "channels".
-        scope: "global" ranks all channels together, "local" takes the same share of every group.
+        scope: "local" takes the same share of every group, "global" ranks all channels together. Weights say little
+            about which layer can spare more, so "global" is for criteria that do.
         round_to: channel counts become multiples of this.
         optimizer: optimizers whose state is sliced along.
         seed: for criteria that draw.

@@ -64,7 +64,12 @@ class Settings:
     )
     sparsity_by_pattern: tuple[str, ...] = _typed_with("sparsity")
     measure: str = _option("params", "How much", "Of what: params, macs or channels.")
-    scope: str = _option("global", "How much", "Rank all channels together (global), or each group by itself (local).")
+    scope: str | None = _option(
+        None,
+        "How much",
+        "Rank all channels together (global), or each group by itself (local).",
+        "global for relevance, else local",
+    )
     round_to: int = _option(8, "How much", "Round channel counts to multiples of this.")
     keep: tuple[str, ...] = _option((), "How much", "Groups that stay whole, by PATTERN; may be repeated.", "none")
     only: tuple[str, ...] = _option((), "How much", "The groups that may lose channels; may be repeated.", "all")
@@ -98,8 +103,11 @@ class Settings:
         None, "Masks", "How sparse each layer is: erk, uniform, or global (magnitude).", "erk; uniform for magnitude"
     )
 
-    relevance_estimator: str | None = _option(None, "Relevance", "source, loss, soft, gate or mixed.", "soft")
+    relevance_estimator: str | None = _option(None, "Relevance", "gate, soft, mixed, loss or source.", "gate")
     drop: float | None = _option(None, "Relevance", "Share of channels drawn in each sample, in (0, 0.5].", "0.05")
+    observe_every: int | None = _option(
+        None, "Relevance", "Training steps of which one draws channels.", "8; 1 for loss and source"
+    )
     delta: float | None = _option(None, "Relevance", "Channels whose p is above this are cut last, in (0, 1].", "0.99")
     dummies: int | None = _option(None, "Relevance", "Channels of no effect to compare with, 10 or more.", "100")
     warmup: int | None = _option(
@@ -253,9 +261,10 @@ def _worked_out(settings: Settings) -> dict[str, Any]:
         )
     if not masked:
         usual: dict[str, Any] = {"compensate": "mean", "recalibrate": 2000 if when == "after" else 0}
+        usual["scope"] = "global" if observing else "local"
         opened |= {name: value for name, value in usual.items() if getattr(settings, name) is None}
     if observing:
-        usual = {"relevance_estimator": "soft", "drop": 0.05, "delta": 0.99, "dummies": 100}
+        usual = {"relevance_estimator": "gate", "drop": 0.05, "delta": 0.99, "dummies": 100}
         opened |= {name: value for name, value in usual.items() if getattr(settings, name) is None}
     if masked:
         usual = {"granularity": "weight", "allocation": "uniform" if settings.criterion == "magnitude" else "erk"}

@@ -60,7 +60,11 @@ def convolutional() -> nn.Module:
 
 def watching(estimator: str = "soft", **settings: object) -> tuple[nn.Module, Relevance]:
     model = convolutional().train()
-    return model, Relevance(compressor.trace(model, digits_like(2)[0]), estimator=estimator, **settings)
+    return model, watcher(compressor.trace(model, digits_like(2)[0]), estimator=estimator, **settings)
+
+
+def watcher(graph: compressor.ChannelGraph, estimator: str = "soft", **settings: object) -> Relevance:
+    return Relevance(graph, estimator=estimator, **{"observe_every": 1, **settings})
 
 
 def observe(model: nn.Module, relevance: Relevance, steps: int, first: int = 0, batch: int = 64) -> None:
@@ -121,7 +125,7 @@ def shown(
 ) -> tuple[Tensor, Tensor]:
     """What an estimator says in every step on the 2-4-1 network, `(steps, 4 or 4 + D)`, in units of the loss."""
     model, x, y = small(noise)
-    relevance = Relevance(compressor.trace(model.train(), x[:2]), estimator=estimator, drop=drop, seed=seed)
+    relevance = watcher(compressor.trace(model.train(), x[:2]), estimator=estimator, drop=drop, seed=seed)
     control, factor, seen = ControlVariate(), RunningMean(4), []
     for step in range(steps):
         with relevance.observing(len(x)) as observation:
@@ -228,7 +232,7 @@ def judged() -> ChannelGraph:
 )
 def test_useful_is_above_zero_and_harmful_below(estimator: str, steps: int) -> None:
     graph, generator = judged(), torch.Generator().manual_seed(0)
-    relevance = Relevance(graph, estimator=estimator, drop=0.25, half_life=1e9)
+    relevance = watcher(graph, estimator=estimator, drop=0.25, half_life=1e9)
     for _ in range(steps):
         x = torch.randn(64, 4, generator=generator)
         relevance.loss(graph.model, x, x[:, :2].sum(1, keepdim=True), squared_error).backward()
@@ -256,7 +260,7 @@ def test_equally_useful_channels_are_useful_although_their_losses_do_not_differ(
     graph = ChannelGraph(
         model, torch.zeros(1, 64), (Group("0", 64, members, (ConsumerInput("1.weight", -1, rows),)),), ()
     )
-    relevance = Relevance(graph, estimator="loss", drop=0.5, dummies=10, half_life=1e9)
+    relevance = watcher(graph, estimator="loss", drop=0.5, dummies=10, half_life=1e9)
     for _ in range(100):
         x = torch.randn(64, 64)
         relevance.loss(model, x, x.sum(1, keepdim=True), squared_error).backward()
@@ -270,7 +274,7 @@ def test_the_level_of_the_loss_does_not_matter(estimator: str) -> None:
     found = []
     for level in (0.0, 50.0):
         graph = judged()
-        relevance = Relevance(graph, estimator=estimator)
+        relevance = watcher(graph, estimator=estimator)
         generator = torch.Generator().manual_seed(0)
         for _ in range(20):
             x = torch.randn(32, 4, generator=generator)
@@ -304,7 +308,7 @@ def trained() -> nn.Module:
 @pytest.mark.parametrize(("estimator", "steps"), [("soft", 40), ("gate", 20), ("mixed", 40), ("loss", 150)])
 def test_useless_channels_rank_lowest(trained: nn.Module, estimator: str, steps: int) -> None:
     model = copy.deepcopy(trained)
-    relevance = Relevance(compressor.trace(model, digits_like(2)[0]), estimator=estimator, half_life=1e9)
+    relevance = watcher(compressor.trace(model, digits_like(2)[0]), estimator=estimator, half_life=1e9)
     observe(model, relevance, steps)
     scores = relevance.scores()
     for name, size in (("0", 8), ("3", 16)):
@@ -361,7 +365,7 @@ def test_the_share_rises_in_the_warm_up() -> None:
 
 @pytest.mark.parametrize("estimator", NAMES)
 def test_on_one_step_in_so_many_samples_draw_and_the_others_train_as_they_would(estimator: str) -> None:
-    model, relevance = watching(estimator, every=3, drop=0.5)
+    model, relevance = watching(estimator, observe_every=3, drop=0.5)
     gated = []
     for step in range(7):
         x, y = digits_like(seed=step)
@@ -378,7 +382,7 @@ def test_steps_without_draws_count_in_the_half_life() -> None:
     evidence = []
     for every, half_life in ((1, 5.0), (4, 20.0)):
         torch.manual_seed(0)
-        model, relevance = watching(every=every, half_life=half_life)
+        model, relevance = watching(observe_every=every, half_life=half_life)
         for step in range(12):
             if step % 4 == 0 or every == 4:
                 relevance.loss(model, *digits_like(seed=step - step % 4), F.cross_entropy).backward()
@@ -389,7 +393,7 @@ def test_steps_without_draws_count_in_the_half_life() -> None:
 
 @pytest.mark.parametrize("estimator", ["soft", "loss", "mixed"])
 def test_undecided_channels_are_drawn_twice_as_often(trained: nn.Module, estimator: str) -> None:
-    relevance = Relevance(
+    relevance = watcher(
         compressor.trace(copy.deepcopy(trained), digits_like(2)[0]), estimator=estimator, half_life=1e9, drop=0.25
     )
     observe(relevance._graph.model, relevance, 60)
@@ -406,7 +410,7 @@ def test_undecided_channels_are_drawn_twice_as_often(trained: nn.Module, estimat
 
 
 def test_the_published_method_draws_all_channels_alike(trained: nn.Module) -> None:
-    relevance = Relevance(compressor.trace(copy.deepcopy(trained), digits_like(2)[0]), estimator="source", delta=0.01)
+    relevance = watcher(compressor.trace(copy.deepcopy(trained), digits_like(2)[0]), estimator="source", delta=0.01)
     observe(relevance._graph.model, relevance, 20)
     assert bool(relevance._relevant.any())
     assert bool((relevance._rate() == 1).all())
@@ -481,7 +485,7 @@ def test_the_seed_decides_and_global_random_state_is_left_alone() -> None:
     results = []
     for seed in (1, 1, 2):
         model.load_state_dict(start)
-        other = Relevance(compressor.trace(model, digits_like(2)[0]), seed=seed)
+        other = watcher(compressor.trace(model, digits_like(2)[0]), seed=seed)
         observe(model, other, 3)
         results.append(other.scores()["3"])
     assert torch.equal(results[0], results[1])
@@ -494,7 +498,7 @@ def test_a_scaled_or_accumulated_loss_gives_the_same_relevance(estimator: str) -
     model = convolutional().train()
     graph, found = compressor.trace(model, digits_like(2)[0]), []
     for factor in (1.0, 512.0, 0.5):
-        relevance = Relevance(graph, estimator=estimator)
+        relevance = watcher(graph, estimator=estimator)
         for step in range(0, 4, 2):
             for part in (step, step + 1):
                 (factor * relevance.loss(model, *digits_like(seed=part), F.cross_entropy)).backward()
@@ -532,7 +536,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(estimator: str) -> None:
     start = copy.deepcopy(model.state_dict())
     observe(model, relevance, 3, first=3)
     model.load_state_dict(start)
-    resumed = Relevance(compressor.trace(model, digits_like(2)[0]), estimator=estimator, seed=77)
+    resumed = watcher(compressor.trace(model, digits_like(2)[0]), estimator=estimator, seed=77)
     resumed.load_state_dict(state)
     observe(model, resumed, 3, first=3)
     assert resumed.record() == relevance.record()
@@ -578,7 +582,7 @@ def test_statistics_go_on_without_a_group_that_was_frozen(estimator: str) -> Non
     assert relevance.scores()["3"] == pytest.approx(scores["3"], abs=1e-6)
     assert relevance.p_values()["3"] == pytest.approx(p["3"], abs=1e-6)
     state = relevance.state_dict()
-    resumed = Relevance(compressor.trace(model, digits_like(2)[0]), estimator=estimator)
+    resumed = watcher(compressor.trace(model, digits_like(2)[0]), estimator=estimator)
     resumed.load_state_dict(state)
     assert resumed._graph.sizes() == {"3": 16}
     assert torch.equal(resumed.p_values()["3"], relevance.p_values()["3"])
@@ -590,7 +594,7 @@ def test_groups_that_no_module_shows_are_frozen() -> None:
     rows = torch.arange(2).unsqueeze(1)
     members = (Member("x", 0, rows, "producer"), Member("y", 1, rows, "consumer"))
     graph.groups = (*graph.groups, Group("blind", 2, members))
-    assert Relevance(graph).scores().keys() == {"0"}
+    assert watcher(graph).scores().keys() == {"0"}
     assert graph.sizes() == {"0": 4}
     assert "no module sees these channels" in graph.frozen[0].reason
 
@@ -606,7 +610,11 @@ def test_groups_that_no_module_shows_are_frozen() -> None:
         ({"drop": 0.6}, RangeError, "drop = 0.6"),
         ({"delta": 0.0}, RangeError, r"delta = 0\.0 is out of range: give delta in \(0, 1\]"),
         ({"delta": 1.01}, RangeError, "delta = 1.01"),
-        ({"every": 0}, RangeError, r"every = 0 is out of range: give every in 1, 2, 3, \.\.\. steps"),
+        (
+            {"observe_every": 0},
+            RangeError,
+            r"observe_every = 0 is out of range: give observe_every in 1, 2, 3, \.\.\. steps",
+        ),
         ({"warmup": -1}, RangeError, r"warmup = -1 is out of range: give warmup in 0, 1, 2, \.\.\. steps"),
         ({"dummies": 9}, RangeError, "dummies = 9"),
         ({"half_life": 0.0}, RangeError, r"half_life = 0\.0 is out of range: give half_life in \(0, inf\) steps"),
@@ -646,7 +654,7 @@ def test_a_control_variate_leaves_the_model_and_its_random_state_alone() -> None
     model = nn.Sequential(*convolutional()[:-1], nn.Dropout(0.5), nn.Linear(64, 4)).train()
     other = copy.deepcopy(model)
     x, y = digits_like()
-    relevance = Relevance(compressor.trace(model, x[:2]), estimator="mixed", warmup=9)  # at first nothing is drawn
+    relevance = watcher(compressor.trace(model, x[:2]), estimator="mixed", warmup=9)  # at first nothing is drawn
     torch.manual_seed(4)
     loss = relevance.loss(model, x, y, F.cross_entropy)
     after = torch.rand(1)
@@ -688,7 +696,7 @@ def test_a_cut_that_is_not_the_one_of_the_graph_is_refused() -> None:
     with pytest.raises(InputError, match="keep leaves 2 channels of group '0', the graph has 8"):
         relevance.narrow({"0": torch.tensor([0, 1])}, relevance._graph)
     with pytest.raises(InputError, match="group '0' was not watched before the cut"):
-        Relevance(judged_without_first()).narrow({}, relevance._graph)
+        watcher(judged_without_first()).narrow({}, relevance._graph)
     assert relevance.state_dict()["sizes"] == before
 
 

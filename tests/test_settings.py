@@ -84,9 +84,10 @@ def test_single_groups_are_typed_beside_the_number() -> None:
 
 def test_nothing_is_left_open() -> None:
     watching, after = Settings(), Settings(criterion="l1", epochs=5)
-    assert (watching.when, watching.finetune_epochs, watching.relevance_estimator) == ("during", None, "soft")
+    assert (watching.when, watching.finetune_epochs, watching.relevance_estimator) == ("during", None, "gate")
     assert (after.when, after.finetune_epochs, after.relevance_estimator) == ("after", 3, None)
     assert watching.device in ("cpu", "cuda")
+    assert (watching.scope, after.scope, Settings(criterion="set").scope) == ("global", "local", None)
     assert (watching.compensate, watching.recalibrate, watching.verify) == ("mean", 0, True)
     assert (after.compensate, after.recalibrate, after.verify) == ("mean", 2000, True)
 

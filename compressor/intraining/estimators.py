@@ -69,6 +69,8 @@ class Estimator:
         towards_mean: excluded channels are replaced by their mean, as after a cut that folds it.
         per_sample: every sample draws for itself, not the batch as a whole.
         controlled: on some steps the same samples' losses without gates are taken as a control variate.
+        observe_every: on one training step in so many samples draw, unless the user says otherwise. Gate gradients tell
+            enough on few steps, and what is drawn does not learn.
     """
 
     measure: Callable[[Step], Increment]
@@ -79,6 +81,7 @@ class Estimator:
     towards_mean: bool = False
     per_sample: bool = True
     controlled: bool = False
+    observe_every: int = 1
 
 
 def credited(step: Step) -> Increment:
@@ -118,7 +121,9 @@ def correction(step: Step) -> Increment:
 ESTIMATORS: dict[str, Estimator] = {
     "source": Estimator(credited, per_sample=False),
     "loss": Estimator(contrasted, towards_mean=True, controlled=True),
-    "soft": Estimator(gradual, soft=True),
-    "gate": Estimator(gradual, rank=squared, soft=True),
-    "mixed": Estimator(corrected, learn=correction, draw=independently_drawn, soft=True, controlled=True),
+    "soft": Estimator(gradual, soft=True, observe_every=8),
+    "gate": Estimator(gradual, rank=squared, soft=True, observe_every=8),
+    "mixed": Estimator(
+        corrected, learn=correction, draw=independently_drawn, soft=True, controlled=True, observe_every=8
+    ),
 }

@@ -49,8 +49,8 @@ class Gates:
     Args:
         graph: the channel graph of the model.
         groups: names of the groups to gate; all that are `observable` by default.
-        half_life: after how many forward passes an old mean counts half.
-        track_every: one forward pass in so many is taken into the means, the first one in any case.
+        half_life: after how many forward passes an old mean counts half. May be changed later.
+        track_every: one forward pass in so many is taken into the means, the first one in any case. May be changed.
 
     Attributes:
         sizes: by group name, the number of its channels, in the order in which they stand side by side in `(B, N)`.
@@ -71,8 +71,7 @@ class Gates:
         chosen = [_named(graph, name) for name in names]
         _check(chosen)
         self.sizes = {group.name: group.size for group in chosen}
-        self._graph, self._half_life, self._every = graph, half_life, track_every
-        self._decay = 0.5 ** (track_every / half_life)
+        self._graph, self.half_life, self.track_every = graph, half_life, track_every
         self._passes = 0
         self._workspace = Workspace()
         self._sites = _sites(graph.model, chosen)
@@ -100,7 +99,7 @@ class Gates:
         # NOTE: Column 0 is the gate of every position that belongs to no gated group.
         padded = torch.cat([gates.new_ones(len(gates), 1), gates], dim=1)
         reached: set[str] = set()
-        tracked = self._passes % self._every == 0
+        tracked = self._passes % self.track_every == 0
         with ExitStack() as hooks:
             for site in self._sites.values():
                 before, after = self._hooks(site, padded, towards_mean, tracked, reached)
@@ -121,7 +120,7 @@ class Gates:
             h = site.checked(inputs, len(padded))
             reached.add(site.name)
             if tracked or not site.count:
-                site.track(h.detach(), self._decay)
+                site.track(h.detach(), 0.5 ** (self.track_every / self.half_life))
             rows = padded.index_select(1, site.columns(h))
             gate = Gate(rows, site.mean() if towards_mean else None, site.dim, self._workspace, private(module))
             return (saving.enter_context(gate.on(h)), *inputs[1:])
@@ -145,7 +144,7 @@ class Gates:
             keep: by group name, the indices that stayed, `(n,)`.
             graph: the channel graph after the cut.
         """
-        after = Gates(graph, half_life=self._half_life, track_every=self._every)
+        after = Gates(graph, half_life=self.half_life, track_every=self.track_every)
         after._passes = self._passes
         for name, site in after._sites.items():
             if name in self._sites:

@@ -52,16 +52,18 @@ class Relevance:
     Args:
         graph: the channel graph of the model that trains, on its device. Groups whose consumers show no input cannot
             be watched and are frozen.
-        estimator: "soft" ranks by the finite effect from gate gradients; "loss" by the losses themselves; "gate" by
-            squared gate gradients, which add up when many channels go; "mixed" is "soft", corrected by the losses;
+        estimator: "gate" ranks by squared gate gradients, which add up when many channels go; "soft" by the finite
+            effect of each channel alone; "loss" by the losses themselves; "mixed" is "soft", corrected by the losses;
             "source" is the published method.
         drop: the share of channels that a sample draws, in (0, 0.5]; rounded so that `1 / drop` is a whole number.
         delta: a channel whose p-value is above this counts as relevant, in (0, 1]. It is then drawn half as often, so
             that the undecided ones get the samples (not by "source", which draws all alike).
-        every: on one step in so many, the first one to begin with, samples draw; the others train as they would.
+        observe_every: on one step in so many samples draw; the others train as they would. By default one in eight
+            where gradients tell, or more often if `keep_pace` asks for it; every step where losses tell ("loss",
+            "source").
         warmup: steps over which the share rises from 0 to `drop`.
         dummies: channels without effect per group, at least 10.
-        half_life: steps after which an observation counts half; about one period between cuts. May be set later.
+        half_life: steps after which an observation counts half; about one period between cuts.
         seed: of the draws.
 
     Raises:
@@ -74,19 +76,20 @@ class Relevance:
         self,
         graph: ChannelGraph,
         *,
-        estimator: str = "soft",
+        estimator: str = "gate",
         drop: float = 0.05,
         delta: float = 0.99,
-        every: int = 1,
+        observe_every: int | None = None,
         warmup: int = 0,
         dummies: int = 100,
         half_life: float = 100.0,
         seed: int = 0,
     ) -> None:
-        _check(estimator, drop, delta, every, warmup, dummies, half_life)
+        _check(estimator, drop, delta, observe_every, warmup, dummies, half_life)
         self.estimator, self.steps, self._batches = estimator, 0, 0
         self._how, self._count, self._dummies_each = ESTIMATORS[estimator], round(1 / drop), dummies
-        self._delta, self._every, self._warmup = delta, every, warmup
+        self._delta, self._warmup = delta, warmup
+        self._least, self._every = observe_every or 1, observe_every or self._how.observe_every
         self._graph, self.half_life = graph, half_life
         self._gates = self._watching()
         parameter = next(graph.model.parameters())
@@ -107,16 +110,16 @@ class Relevance:
         dummies = groups.repeat(0 if self._how.soft else self._dummies_each)
         self._drawn_of = torch.cat([self._group_of, dummies])
 
-    def _new_gates(self) -> Gates:
-        often = max(1, TRACK_EVERY // self._every)
-        return Gates(self._graph, half_life=self.half_life / self._every, track_every=often)
-
     def _watching(self) -> Gates:
         """Give gates for every group that can be watched; the others are frozen."""
-        gates = self._new_gates()
+        gates = Gates(self._graph, half_life=self.half_life / self._every, track_every=self._track_every)
         unseen = [name for name in self._graph.sizes() if name not in gates.sizes]
         self._graph.freeze(unseen, "no module sees these channels at its input, so relevance cannot watch them")
         return gates
+
+    @property
+    def _track_every(self) -> int:
+        return max(1, TRACK_EVERY // self._every)
 
     # -- one step
 
@@ -278,7 +281,7 @@ class Relevance:
         }
 
     def needed_steps(self, batch_size: int) -> int:
-        """Give how many steps it takes to resolve a channel that saves one deviation of the loss.
+        """Give how many steps it takes at least to resolve a channel that saves one deviation of the loss.
 
         At `delta`, with a power of 80 %: the strongest effect that can be hoped for, as for a fair part of the samples
         the channel alone would decide between a good and a bad loss. Gate gradients are as uncertain as they are large
@@ -286,9 +289,21 @@ class Relevance:
         """
         z_delta, z_power = float(torch.special.ndtri(torch.tensor(self._delta))), 0.84
         if not 0 < z_delta + z_power < math.inf:
-            return 1
+            return self._least
         samples = needed_samples(1.0, 1.0, 1 / self._count, z_delta, z_power)
-        return self._every * -(-samples // (batch_size if self._how.per_sample else 1))
+        return self._least * -(-samples // (batch_size if self._how.per_sample else 1))
+
+    def keep_pace(self, period: int, batch_size: int, half_life: float) -> None:
+        """Draw often enough to resolve in `period` steps what can be resolved, if `observe_every` was left open.
+
+        Args:
+            period: steps between two cuts, at least `needed_steps`.
+            batch_size: samples in a step.
+            half_life: from now on.
+        """
+        often = period // (self.needed_steps(batch_size) // self._least)
+        self.half_life, self._every = half_life, max(self._least, min(self._every, often))
+        self._gates.half_life, self._gates.track_every = half_life / self._every, self._track_every
 
     # -- cuts and checkpoints
 
@@ -318,6 +333,7 @@ class Relevance:
             "steps": self.steps,
             "batches": self._batches,
             "estimator": self.estimator,
+            "observe_every": self._every,
             "dummies": self._dummies_each,
             "half_life": self.half_life,
             "sizes": dict(self._gates.sizes),
@@ -344,8 +360,8 @@ class Relevance:
             if state[name] != value:
                 raise InputError(f"this state is of {name} {state[name]}, not {value}: make Relevance as it was made")
         self._graph.freeze(self._gates.sizes.keys() - sizes.keys(), "frozen before the run was interrupted")
-        self.half_life = state["half_life"]
-        self._gates = self._new_gates()
+        self.half_life, self._every = state["half_life"], int(state["observe_every"])
+        self._gates = self._watching()
         self._lay_out()
         self._evidence = Evidence(self._how, self._group_of, self._dummies_each)
         self._evidence.load_state_dict(state["evidence"])
@@ -373,15 +389,17 @@ def _rounded(values: Tensor) -> list[float]:
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
-def _check(estimator: str, drop: float, delta: float, every: int, warmup: int, dummies: int, half_life: float) -> None:
+def _check(
+    estimator: str, drop: float, delta: float, observe_every: int | None, warmup: int, dummies: int, half_life: float
+) -> None:
     if estimator not in ESTIMATORS:
         raise UnknownNameError("relevance estimator", estimator, ESTIMATORS)
     if not 0 < drop <= 0.5:
         raise RangeError("drop", drop, "(0, 0.5]")
     if not 0 < delta <= 1:
         raise RangeError("delta", delta, "(0, 1]")
-    if every < 1:
-        raise RangeError("every", every, "1, 2, 3, ... steps")
+    if observe_every is not None and observe_every < 1:
+        raise RangeError("observe_every", observe_every, "1, 2, 3, ... steps")
     if warmup < 0:
         raise RangeError("warmup", warmup, "0, 1, 2, ... steps")
     if dummies < 10:

@@ -153,7 +153,8 @@ class Stages:
         how: dict[str, Any] = {}
         if settings.criterion == OBSERVING:
             how = {"estimator": settings.relevance_estimator, "drop": settings.drop, "delta": settings.delta}
-            how |= {"dummies": settings.dummies, **({} if settings.warmup is None else {"warmup": settings.warmup})}
+            how |= {"dummies": settings.dummies, "observe_every": settings.observe_every}
+            how |= {} if settings.warmup is None else {"warmup": settings.warmup}
         made = _RecalibratingPruner if settings.recalibrate else Pruner
         pruner = made(
             model,
@@ -199,7 +200,7 @@ class Stages:
             criterion,
             settings.sparsity,
             settings.measure,
-            scope=settings.scope,
+            scope=settings.scope or "local",
             round_to=settings.round_to,
             seed=settings.seed,
             limits=settings.limits(),
