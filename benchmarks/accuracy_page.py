@@ -1,4 +1,4 @@
-"""docs/accuracy.md and its picture, from the newest rows of `intraining.py --part accuracy`.
+"""docs/accuracy.md and its pictures, from the newest rows of `intraining.py --part accuracy`.
 
 python benchmarks/accuracy_page.py
 """
@@ -6,80 +6,126 @@ python benchmarks/accuracy_page.py
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
+from intraining.accuracy import VARIANTS
 from results_file import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
-LEFT, ROW, WIDTH, TOP = 150, 22, 420, 34
-Cells = dict[str, list[float]]
+LEFT, ROW, WIDTH, GAP, TOP = 190, 22, 230, 34, 52
+Cell = dict[int, float]  # accuracy in percent by seed
+Cells = dict[str, dict[float, Cell]]  # by criterion and share removed in percent
+
+NOTES = (
+    "In the picture a dot is one seed, the red bar the mean, and the grey line the mean of the dense network. In the "
+    "table: the mean over the seeds, the smallest and largest in brackets, and the difference to `random` with its "
+    "standard error, from pairs of trainings with the same seed (the same first weights and order of images). A "
+    "criterion that does not beat `random` has shown nothing."
+)
 
 
-def by_criterion(rows: Iterable[Mapping[str, Any]], data: str, asked: float) -> Cells:
-    """Give the accuracies of every criterion on a data set at one sparsity, in percent; the dense ones among them."""
-    found: Cells = defaultdict(list)
+def cells_of(rows: Iterable[Mapping[str, Any]], data: str) -> Cells:
+    """Give the accuracies on one data set; those of the dense network stand at 0 %."""
+    found: Cells = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row["data"] == data and (row["asked %"] == asked or row["criterion"] == "dense"):
-            found[row["criterion"]].append(row["test accuracy %"])
-    return dict(sorted(found.items(), key=lambda item: -mean(item[1])))
+        if row["data"] == data:
+            found[row["criterion"]][row["asked %"]][row["seed"]] = row["test accuracy %"]
+    return found
 
 
-def table(cells: Cells) -> str:
-    """Give a Markdown table: mean, smallest and largest, and how many seeds."""
-    lines = ["| criterion | accuracy, mean % | range | seeds |", "|---|---|---|---|"]
-    for name, values in cells.items():
-        lines.append(f"| `{name}` | {mean(values):.1f} | {min(values):.1f} to {max(values):.1f} | {len(values)} |")
+def ranked(cells: Cells, shares: Sequence[float]) -> list[str]:
+    """Give the criteria, but for the dense network, the best first over the shares that all of them have."""
+    known = [name for name in cells if name != "dense"]
+    common = [share for share in shares if all(share in cells[name] for name in known)]
+    return sorted(known, key=lambda name: -mean(mean(cells[name][share].values()) for share in common))
+
+
+def table(cells: Cells, names: Sequence[str], shares: Sequence[float]) -> str:
+    """Give a Markdown table with a column for each share."""
+    lines = ["| criterion | " + " | ".join(f"{share:.0f} % removed" for share in shares) + " |"]
+    lines += ["|---|" + "---|" * len(shares)]
+    for name in names:
+        shown = [_shown(cells[name].get(share, {}), cells["random"].get(share, {}), name) for share in shares]
+        lines.append(f"| `{name}` | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
-def picture(title: str, cells: Cells) -> str:
-    """Give an SVG: one line a criterion, a dot a seed, a bar at the mean."""
-    every = [value for values in cells.values() for value in values]
+def _shown(cell: Cell, random: Cell, name: str) -> str:
+    if not cell:
+        return ""
+    values, seeds = list(cell.values()), cell.keys() & random.keys()
+    text = f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    if name == "random" or len(seeds) < 2:
+        return text
+    pairs = [cell[seed] - random[seed] for seed in sorted(seeds)]
+    return f"{text}; {mean(pairs):+.1f} ± {stdev(pairs) / math.sqrt(len(pairs)):.1f}"
+
+
+def picture(title: str, cells: Cells, names: Sequence[str], shares: Sequence[float]) -> str:
+    """Give an SVG: a panel for each share, a line for each criterion."""
+    width, height = LEFT + (WIDTH + GAP) * len(shares), TOP + ROW * len(names) + 30
+    marks = [f'<rect width="{width}" height="{height}" fill="white"/>']
+    marks += [f'<text x="10" y="18" font-size="13" font-weight="bold">{escape(title)}</text>']
+    for line, name in enumerate(names):
+        marks += [f'<text x="10" y="{TOP + ROW * (line + 0.5) + 4}">{escape(name)}</text>']
+    for panel, share in enumerate(shares):
+        marks += _panel(cells, names, share, LEFT + (WIDTH + GAP) * panel, height)
+    style = 'font-family="sans-serif" font-size="12"'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" {style}>\n'
+        + "\n".join(marks)
+        + "\n</svg>\n"
+    )
+
+
+def _panel(cells: Cells, names: Sequence[str], share: float, left: float, height: float) -> list[str]:
+    dense = mean(cells["dense"][0.0].values())
+    every = [value for name in names for value in cells[name].get(share, {}).values()] + [dense]
     low, high = min(every) - 0.5, max(every) + 0.5
 
-    def across(value: float) -> float:
-        return LEFT + (value - low) / (high - low) * WIDTH
+    def across(value: float) -> str:
+        return f"{left + (value - low) / (high - low) * WIDTH:.1f}"
 
-    height = TOP + ROW * len(cells) + 30
-    marks = [f'<rect width="{LEFT + WIDTH + 30}" height="{height}" fill="white"/>']
-    marks += [f'<text x="10" y="18" font-size="13" font-weight="bold">{escape(title)}</text>']
-    for line, (name, values) in enumerate(cells.items()):
-        y = TOP + ROW * line + ROW / 2
-        marks += [f'<text x="10" y="{y + 4}">{escape(name)}</text>']
-        marks += [f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y}" y2="{y}" stroke="#e5e5e5"/>']
-        marks += [f'<circle cx="{across(value):.1f}" cy="{y}" r="4" fill="#4477aa" opacity="0.6"/>' for value in values]
-        x = f"{across(mean(values)):.1f}"
-        marks += [f'<line x1="{x}" x2="{x}" y1="{y - 8}" y2="{y + 8}" stroke="#aa3344" stroke-width="2"/>']
-    for value in range(int(low) + 1, int(high) + 1, max(1, round((high - low) / 8))):
-        marks += [f'<text x="{across(value):.1f}" y="{height - 8}" text-anchor="middle" fill="#555">{value} %</text>']
-    size = f'width="{LEFT + WIDTH + 30}" height="{height}"'
-    style = 'font-family="sans-serif" font-size="12"'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{"".join(marks)}</svg>\n'
+    marks = [f'<text x="{left}" y="{TOP - 12}" fill="#555">{share:.0f} % of the parameters removed</text>']
+    marks += [f'<line x1="{across(dense)}" x2="{across(dense)}" y1="{TOP}" y2="{height - 24}" stroke="#999"/>']
+    for line, name in enumerate(names):
+        y, values = TOP + ROW * (line + 0.5), list(cells[name].get(share, {}).values())
+        marks += [f'<line x1="{left}" x2="{left + WIDTH}" y1="{y}" y2="{y}" stroke="#e5e5e5"/>']
+        marks += [f'<circle cx="{across(value)}" cy="{y}" r="4" fill="#4477aa" opacity="0.6"/>' for value in values]
+        if values:
+            x = across(mean(values))
+            marks += [f'<line x1="{x}" x2="{x}" y1="{y - 8}" y2="{y + 8}" stroke="#aa3344" stroke-width="2"/>']
+    for value in range(math.ceil(low), math.floor(high) + 1, max(1, round((high - low) / 6))):
+        marks += [f'<text x="{across(value)}" y="{height - 8}" text-anchor="middle" fill="#555">{value} %</text>']
+    return marks
 
 
 def main() -> None:
-    """Write the page and a picture for every data set and sparsity that has rows."""
+    """Write the page, and a picture for every data set."""
     newest = max(RESULTS.glob("*-intraining-accuracy.json"))
     document = json.loads(newest.read_text())
     rows = document["rows"]
-    page = ["# Accuracy, for every criterion under the same schedule", "", document["notes"], ""]
-    page += [
-        "The red bar is the mean, a dot is one seed. A criterion that does not beat `random` has shown nothing.",
-        "",
-    ]
-    settings = dict.fromkeys((row["data"], row["asked %"]) for row in rows if row["criterion"] != "dense")
-    for data, asked in settings:
-        cells, name = by_criterion(rows, data, asked), f"accuracy-{data}-{asked:.0f}.svg"
-        title = f"{data}, {asked:.0f} % of the parameters removed"
-        (DOCS / "pictures" / name).write_text(picture(title, cells))
-        page += [f"## {title}", "", f"![{title}](pictures/{name})", "", table(cells), ""]
+    page = ["# Accuracy over sparsity, for every criterion under the same schedule", "", document["notes"], "", NOTES]
+    for data in dict.fromkeys(row["data"] for row in rows):
+        cells = cells_of(rows, data)
+        shares = sorted({row["asked %"] for row in rows if row["data"] == data} - {0.0})
+        main_cells = {name: cells[name] for name in cells if name not in VARIANTS}
+        names, dense = ranked(main_cells, shares), list(cells["dense"][0.0].values())
+        (DOCS / "pictures" / f"accuracy-{data}.svg").write_text(picture(data, cells, names, shares))
+        page += ["", f"## {data}", "", f"![{data}: accuracy over sparsity](pictures/accuracy-{data}.svg)", ""]
+        page += [f"Dense: {mean(dense):.1f} % ({min(dense):.1f} to {max(dense):.1f}).", "", table(cells, names, shares)]
+        others = {name: cells[name] for name in cells if name in VARIANTS}
+        if others:
+            there = sorted({share for cell in others.values() for share in cell})
+            page += ["", "What the defaults were chosen from:", "", table(cells, ranked(others, there), there)]
     machine = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
-    page += [f"Rows: `benchmarks/results/{newest.name}`, made by `{document['command']}`. Machine: {machine}.", ""]
+    page += ["", f"Rows: `benchmarks/results/{newest.name}`, made by `{document['command']}`. Machine: {machine}.", ""]
     (DOCS / "accuracy.md").write_text("\n".join(page))
     print(DOCS / "accuracy.md")
 

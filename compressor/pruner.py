@@ -170,9 +170,9 @@ class Pruner:
         self._seen = inputs
 
     def _watches(self) -> bool:
-        return self._observer is not None and self._observer.draws and self._watching()
+        return self._observer is not None and self._observer.draws and self._unfinished()
 
-    def _watching(self) -> bool:
+    def _unfinished(self) -> bool:
         return self._due(self.steps) < 1
 
     def update(self) -> dict[str, Any] | None:
@@ -186,7 +186,7 @@ class Pruner:
         """
         if self.steps == 0:
             self.require_time(len(self._seen))
-        if self._observer and self._watching():
+        if self._observer and self._unfinished():
             self._observer.update()
         before, self.steps = self._due(self.steps), self.steps + 1
         now = self._due(self.steps)

@@ -287,6 +287,34 @@ def test_a_period_left_open_becomes_as_long_as_it_takes(estimator: str, collect:
     assert pruner.state_dict()["observer"]["half_life"] == collect
 
 
+@pytest.mark.parametrize(
+    ("extra", "every", "collect", "half_life"),
+    [
+        ({}, 3, 20, 20),  # six batches of 16 resolve something
+        ({"collect": 200}, 8, 200, 200),
+        ({"collect": 6}, 1, 6, 6),
+        ({"observe_every": 2}, 2, 20, 20),
+        ({"observe_every": 8}, 8, 48, 48),  # what was given stays, and what was left open gives way
+        ({"observe_every": 8, "half_life": 7.0}, 8, 48, 7.0),
+        ({"estimator": "loss"}, 1, 20, 20),
+    ],
+)
+def test_samples_draw_as_often_as_the_period_asks_for(extra: dict, every: int, collect: int, half_life: float) -> None:
+    pruner = observing(**extra)
+    pruner.update()
+    state = pruner.state_dict()
+    assert (state["observer"]["observe_every"], state["collect"]) == (every, collect)
+    assert state["observer"]["half_life"] == half_life
+    gates = pruner._observer._gates
+    assert (gates.half_life, gates.track_every) == (half_life / every, max(1, 8 // every))
+
+
+def test_a_pace_that_was_given_and_resolves_nothing_is_refused() -> None:
+    pruner = observing(observe_every=8, collect=20)
+    with pytest.raises(PeriodError, match=r"collect = 20 steps cannot resolve .* it takes 48 .*give --collect 48"):
+        pruner.update()
+
+
 def test_no_time_is_needed_by_criteria_that_do_not_watch() -> None:
     model = wide()
     pruner = compressor.Pruner(model, X.float(), "l1", optimizer=sgd(model), total_steps=3, collect=1)

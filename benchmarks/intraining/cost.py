@@ -22,11 +22,12 @@ from compressor.intraining.relevance import Relevance
 
 NOTE = (
     "ResNet-18 for images of 32 x 32, batch 512 on a GPU and 128 on a CPU, SGD with momentum, random images. `times a "
-    "plain step`: median over rounds of the ratio of a relevance step to the plain step beside it, A B A B, with the "
-    "quartiles; a round is four steps, since a control variate costs on one in four. Memory: peak of a process of its "
-    "own for each side (GPU: allocated by PyTorch; CPU: resident, less what there was before the first step). To "
-    "reach: soft and gate 1.05 on a GPU, 1.10 on a CPU, mixed 1.15, memory 1.10. `training`: 60 % of the MACs gone by "
-    "half of it (cubic, from 10 %), over the dense training: 0.75."
+    "plain step`: median over rounds of the ratio of relevance steps to the plain steps beside them, A B A B, with the "
+    "quartiles. Samples draw in every step of a round of four, since a control variate costs on one in four; `at the "
+    "default pace` they draw in one step of eight, as in a training. Memory: peak of a process of its own for each "
+    "side (GPU: allocated by PyTorch; CPU: resident, less what there was before the first step). To reach: soft and "
+    "gate 1.05 on a GPU, 1.10 on a CPU, mixed 1.15, memory 1.10. `training`: 60 % of the MACs gone by half of it "
+    "(cubic, from 10 %), over the dense training: 0.75."
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BATCH = 512 if DEVICE == "cuda" else 128
@@ -39,14 +40,14 @@ Loss = Callable[[], Tensor]
 class Side:
     """A model, its optimizer and one batch; steps with or without relevance."""
 
-    def __init__(self, estimator: str | None) -> None:
+    def __init__(self, estimator: str | None, observe_every: int | None = 1) -> None:
         self.model = models.build("resnet18", classes=10, stem="cifar", seed=0).to(DEVICE)
         graph = compressor.trace(self.model, torch.zeros(1, 3, 32, 32, device=DEVICE))
         self.model.train()
         self.x = torch.randn(BATCH, 3, 32, 32, device=DEVICE)
         self.y = torch.randint(10, (BATCH,), device=DEVICE)
         self.optimizer = SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
-        self.relevance = Relevance(graph, estimator=estimator) if estimator else None
+        self.relevance = Relevance(graph, estimator=estimator, observe_every=observe_every) if estimator else None
 
     def steps(self, count: int) -> float:
         """Take so many steps; give the seconds."""
@@ -74,16 +75,28 @@ def synchronize() -> None:
 
 def step(estimator: str) -> Row:
     """Give the row of one estimator."""
-    plain, watched = Side(None), Side(estimator)
-    plain.steps(STEPS), watched.steps(STEPS)
-    pairs = [(plain.steps(STEPS), watched.steps(STEPS)) for _ in range(ROUNDS)]
-    ratios = sorted(after / before for before, after in pairs)
     memory = [in_own_process(peak, name) for name in (None, estimator)]
     return {
-        "what": f"{estimator} step", "device": DEVICE, "batch": BATCH, "threads": torch.get_num_threads(), "n": ROUNDS,
-        "plain ms": 1e3 * median(before for before, _ in pairs) / STEPS, "times a plain step": median(ratios),
-        "lower quartile": ratios[len(ratios) // 4], "upper quartile": ratios[-1 - len(ratios) // 4],
+        **ratio(f"{estimator} step", Side(estimator), STEPS),
         "memory MiB, plain": memory[0] / 2**20, "memory, times plain": memory[1] / memory[0],
+    }  # fmt: skip
+
+
+def paced(estimator: str) -> Row:
+    """Give the row of one estimator at the pace of a training."""
+    return ratio(f"{estimator} step at the default pace", Side(estimator, None), ESTIMATORS[estimator].observe_every)
+
+
+def ratio(what: str, watched: Side, steps: int) -> Row:
+    """Give what so many steps take over plain ones, in turns."""
+    plain = Side(None)
+    plain.steps(steps), watched.steps(steps)
+    pairs = [(plain.steps(steps), watched.steps(steps)) for _ in range(ROUNDS)]
+    ratios = sorted(after / before for before, after in pairs)
+    return {
+        "what": what, "device": DEVICE, "batch": BATCH, "threads": torch.get_num_threads(), "n": ROUNDS,
+        "plain ms": 1e3 * median(before for before, _ in pairs) / steps, "times a plain step": median(ratios),
+        "lower quartile": ratios[len(ratios) // 4], "upper quartile": ratios[-1 - len(ratios) // 4],
     }  # fmt: skip
 
 
@@ -145,4 +158,5 @@ def _pruning_step(pruner: compressor.Pruner, model: nn.Module, side: Side) -> No
 def cells() -> dict[str, Callable[[], Row]]:
     """Give what measures every row, by its name."""
     steps = {f"step {name} {DEVICE}": partial(step, name) for name in ESTIMATORS}
-    return steps | {f"training soft {DEVICE}": partial(training, "soft")}
+    pace = {f"pace gate {DEVICE}": partial(paced, "gate")}
+    return steps | pace | {f"training gate {DEVICE}": partial(training, "gate")}

@@ -281,7 +281,11 @@ class Relevance:
         }
 
     def needed_steps(self, batch_size: int) -> int:
-        """Give how many steps it takes at least to resolve a channel that saves one deviation of the loss.
+        """Give how many steps it takes at least to resolve a channel that saves one deviation of the loss."""
+        return self._least * self._needed_batches(batch_size)
+
+    def _needed_batches(self, batch_size: int) -> int:
+        """Give how many batches that draw it takes.
 
         At `delta`, with a power of 80 %: the strongest effect that can be hoped for, as for a fair part of the samples
         the channel alone would decide between a good and a bad loss. Gate gradients are as uncertain as they are large
@@ -289,9 +293,9 @@ class Relevance:
         """
         z_delta, z_power = float(torch.special.ndtri(torch.tensor(self._delta))), 0.84
         if not 0 < z_delta + z_power < math.inf:
-            return self._least
+            return 1
         samples = needed_samples(1.0, 1.0, 1 / self._count, z_delta, z_power)
-        return self._least * -(-samples // (batch_size if self._how.per_sample else 1))
+        return -(-samples // (batch_size if self._how.per_sample else 1))
 
     def keep_pace(self, period: int, batch_size: int, half_life: float) -> None:
         """Draw often enough to resolve in `period` steps what can be resolved, if `observe_every` was left open.
@@ -301,8 +305,8 @@ class Relevance:
             batch_size: samples in a step.
             half_life: from now on.
         """
-        often = period // (self.needed_steps(batch_size) // self._least)
-        self.half_life, self._every = half_life, max(self._least, min(self._every, often))
+        most = period // self._needed_batches(batch_size)
+        self.half_life, self._every = half_life, max(self._least, min(self._every, most))
         self._gates.half_life, self._gates.track_every = half_life / self._every, self._track_every
 
     # -- cuts and checkpoints
