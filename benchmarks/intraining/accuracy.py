@@ -44,12 +44,9 @@ CRITERIA: dict[str, dict[str, Any]] = {
     **{name: {} for name in METHODS},
 }
 VARIANTS: dict[str, dict[str, Any]] = {  # what the defaults are chosen from
-    "random, global": {"criterion": "random", "scope": "global"},
     "l1, global": {"criterion": "l1", "scope": "global"},
-    "euclidean, global": {"criterion": "euclidean", "scope": "global"},
     "relevance-gate, local": {"criterion": "relevance", "scope": "local"},
     "relevance-gate, every step": {"criterion": "relevance", "observe_every": 1},
-    "relevance-soft, every step": {"criterion": "relevance", "estimator": "soft", "observe_every": 1},
 }
 SPARSITIES, SEEDS = (0.6, 0.8, 0.4), 3
 EPOCHS = {"cifar10": 30 if DEVICE == "cuda" else 10, "digits": 20}
