@@ -106,7 +106,10 @@ class Settings:
     relevance_estimator: str | None = _option(None, "Relevance", "gate, soft, mixed, loss or source.", "gate")
     drop: float | None = _option(None, "Relevance", "Share of channels drawn in each sample, in (0, 0.5].", "0.05")
     observe_every: int | None = _option(
-        None, "Relevance", "Training steps of which one draws channels.", "8; 1 for loss and source"
+        None,
+        "Relevance",
+        "Training steps of which one draws channels.",
+        "8, or less where --collect is short; 1 for loss and source",
     )
     delta: float | None = _option(None, "Relevance", "Channels whose p is above this are cut last, in (0, 1].", "0.99")
     dummies: int | None = _option(None, "Relevance", "Channels of no effect to compare with, 10 or more.", "100")

@@ -218,11 +218,14 @@ def test_the_model_shrinks_on_schedule_and_reaches_the_budget(criterion: str) ->
     assert {id(p) for p in model.parameters()} == {id(p) for g in optimizer.param_groups for p in g["params"]}
 
 
-@pytest.mark.parametrize("criterion", ["relevance", "random"])
-def test_a_run_that_is_taken_up_again_goes_on_as_if_nothing_had_happened(criterion: str) -> None:
+@pytest.mark.parametrize(
+    ("criterion", "extra"),
+    [("relevance", {}), ("relevance", {"delta": 1.0, "observe_every": 3}), ("random", {})],
+)
+def test_a_run_that_is_taken_up_again_goes_on_as_if_nothing_had_happened(criterion: str, extra: dict) -> None:
     model = wide()
     optimizer = sgd(model)
-    pruner = pruner_of(model, optimizer, criterion)
+    pruner = pruner_of(model, optimizer, criterion, **extra)
     train(pruner, optimizer, range(17))
     kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), pruner.state_dict()))
     first = train(pruner, optimizer, range(17, 40))
@@ -231,7 +234,7 @@ def test_a_run_that_is_taken_up_again_goes_on_as_if_nothing_had_happened(criteri
     again.load_state_dict(kept[0])
     other = sgd(again)
     other.load_state_dict(kept[1])
-    resumed = pruner_of(again, other, criterion)
+    resumed = pruner_of(again, other, criterion, **extra)
     resumed.load_state_dict(kept[2])
     assert train(resumed, other, range(17, 40)) == first
     assert same(everything(model, optimizer), everything(again, other))
