@@ -17,7 +17,6 @@ Shape letters: B samples; C channels of a group; N channels of all groups, side 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -32,13 +31,8 @@ from compressor.intraining.estimators import ESTIMATORS, Step
 from compressor.intraining.evidence import Evidence
 from compressor.intraining.gates import Gates
 from compressor.intraining.observation import Observation, leaving_no_trace, per_sample
-from compressor.intraining.statistics import (
-    ControlVariate,
-    Increment,
-    RunningMean,
-    needed_samples,
-    rank_correlation,
-)
+from compressor.intraining.pace import Pace, needed_batches
+from compressor.intraining.statistics import ControlVariate, Increment, RunningMean, rank_correlation
 
 TRACK_EVERY = 8  # steps; on one in so many the means of the inputs are taken, which reads them all
 CONTROL_EVERY = 4  # batches under gates; on one in so many the samples also run without, a third of a step's work
@@ -85,12 +79,11 @@ class Relevance:
         half_life: float = 100.0,
         seed: int = 0,
     ) -> None:
-        _check(estimator, drop, delta, observe_every, warmup, dummies, half_life)
+        _check(estimator, drop, delta, dummies)
         self.estimator, self.steps, self._batches = estimator, 0, 0
         self._how, self._count, self._dummies_each = ESTIMATORS[estimator], round(1 / drop), dummies
-        self._delta, self._warmup = delta, warmup
-        self._least, self._every = observe_every or 1, observe_every or self._how.observe_every
-        self._graph, self.half_life = graph, half_life
+        self._graph, self._delta = graph, delta
+        self._pace = Pace.of(observe_every, self._how.observe_every, warmup, half_life)
         self._gates = self._watching()
         parameter = next(graph.model.parameters())
         self._device, self._dtype = parameter.device, torch.promote_types(parameter.dtype, torch.float32)
@@ -112,21 +105,21 @@ class Relevance:
 
     def _watching(self) -> Gates:
         """Give gates for every group that can be watched; the others are frozen."""
-        gates = Gates(self._graph, half_life=self.half_life / self._every, track_every=self._track_every)
+        gates = Gates(self._graph, half_life=self._pace.half_life_in_batches, track_every=self._track_every)
         unseen = [name for name in self._graph.sizes() if name not in gates.sizes]
         self._graph.freeze(unseen, "no module sees these channels at its input, so relevance cannot watch them")
         return gates
 
     @property
     def _track_every(self) -> int:
-        return max(1, TRACK_EVERY // self._every)
+        return max(1, TRACK_EVERY // self._pace.every)
 
     # -- one step
 
     @property
     def draws(self) -> bool:
         """Whether samples draw in this step."""
-        return self.steps % self._every == 0
+        return self._pace.draws(self.steps)
 
     def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
         """Run one batch, under gates if it is time, and give its mean loss to call `backward` on; then call `update`.
@@ -178,7 +171,7 @@ class Relevance:
         rate = torch.ones(len(self._drawn_of), device=self._device)
         if self._how.per_sample:
             rate[: len(self._group_of)][self._relevant] = RELEVANT_RATE
-        return rate * min(1.0, self.steps / self._warmup) if self._warmup else rate
+        return rate * self._pace.share(self.steps)
 
     @torch.no_grad()
     def update(self) -> None:
@@ -191,15 +184,11 @@ class Relevance:
         if not pending and self.draws:
             raise InputError("update() came without a batch: call loss(...) and backward() first")
         for observation in pending:
-            self._evidence.add(self._batches, self._measured(observation), self._decay, self._generator)
+            self._evidence.add(self._batches, self._measured(observation), self._pace.decay, self._generator)
             self._batches += 1
             if self._batches % DECIDE_EVERY == 0:
                 self._relevant = self._evidence.p_values() > self._delta
         self.steps += 1
-
-    @property
-    def _decay(self) -> float:
-        return float(0.5 ** (self._every / self.half_life))
 
     def _measured(self, observation: Observation) -> Step:
         """Bring one batch into units of the running deviation, and the deviation up to date."""
@@ -209,7 +198,7 @@ class Relevance:
         surprise, unit = self._learned_scale(losses)
         noise, controlled = torch.ones_like(unit), observation.ungated is not None
         if observation.ungated is not None:
-            losses, noise = self._control.reduce(losses, observation.ungated.to(losses), self._decay)
+            losses, noise = self._control.reduce(losses, observation.ungated.to(losses), self._pace.decay)
         return Step(
             losses=losses * unit,
             noise=noise,
@@ -227,9 +216,9 @@ class Relevance:
         surprise = torch.where(level.weights[0] > 0, losses.mean() - level.mean(), 0.0)
         centred = losses - losses.mean() if self._how.per_sample else surprise.expand(1)
         freedom = len(losses) - 1 if self._how.per_sample else (level.weights[0] > 1).to(losses)
-        level.add(self._batches, Increment(losses.mean(), torch.ones_like(surprise)), self._decay)
+        level.add(self._batches, Increment(losses.mean(), torch.ones_like(surprise)), self._pace.decay)
         squares = Increment(centred.square().sum(), torch.as_tensor(freedom, device=losses.device))
-        self._variance.add(self._batches, squares, self._decay)
+        self._variance.add(self._batches, squares, self._pace.decay)
         deviation = self._variance.mean().sqrt()
         return surprise, torch.where(deviation > 0, 1 / deviation, 0.0)
 
@@ -282,20 +271,11 @@ class Relevance:
 
     def needed_steps(self, batch_size: int) -> int:
         """Give how many steps it takes at least to resolve a channel that saves one deviation of the loss."""
-        return self._least * self._needed_batches(batch_size)
+        return self._pace.least * self._needed_batches(batch_size)
 
     def _needed_batches(self, batch_size: int) -> int:
-        """Give how many batches that draw it takes.
-
-        At `delta`, with a power of 80 %: the strongest effect that can be hoped for, as for a fair part of the samples
-        the channel alone would decide between a good and a bad loss. Gate gradients are as uncertain as they are large
-        (`V = g^2`), so this holds for them too. For "source" one batch is one observation.
-        """
-        z_delta, z_power = float(torch.special.ndtri(torch.tensor(self._delta))), 0.84
-        if not 0 < z_delta + z_power < math.inf:
-            return 1
-        samples = needed_samples(1.0, 1.0, 1 / self._count, z_delta, z_power)
-        return -(-samples // (batch_size if self._how.per_sample else 1))
+        # NOTE: For "source" one batch is one observation.
+        return needed_batches(batch_size if self._how.per_sample else 1, 1 / self._count, self._delta)
 
     def keep_pace(self, period: int, batch_size: int, half_life: float) -> None:
         """Draw often enough to resolve in `period` steps what can be resolved, if `observe_every` was left open.
@@ -305,9 +285,8 @@ class Relevance:
             batch_size: samples in a step.
             half_life: from now on.
         """
-        most = period // self._needed_batches(batch_size)
-        self.half_life, self._every = half_life, max(self._least, min(self._every, most))
-        self._gates.half_life, self._gates.track_every = half_life / self._every, self._track_every
+        self._pace.fit(period, self._needed_batches(batch_size), half_life)
+        self._gates.half_life, self._gates.track_every = self._pace.half_life_in_batches, self._track_every
 
     # -- cuts and checkpoints
 
@@ -337,9 +316,9 @@ class Relevance:
             "steps": self.steps,
             "batches": self._batches,
             "estimator": self.estimator,
-            "observe_every": self._every,
+            "observe_every": self._pace.every,
             "dummies": self._dummies_each,
-            "half_life": self.half_life,
+            "half_life": self._pace.half_life,
             "sizes": dict(self._gates.sizes),
             "evidence": self._evidence.state_dict(),
             "running": {name: mean.state_dict() for name, mean in self._running().items()},
@@ -364,7 +343,7 @@ class Relevance:
             if state[name] != value:
                 raise InputError(f"this state is of {name} {state[name]}, not {value}: make Relevance as it was made")
         self._graph.freeze(self._gates.sizes.keys() - sizes.keys(), "frozen before the run was interrupted")
-        self.half_life, self._every = state["half_life"], int(state["observe_every"])
+        self._pace.half_life, self._pace.every = state["half_life"], int(state["observe_every"])
         self._gates = self._watching()
         self._lay_out()
         self._evidence = Evidence(self._how, self._group_of, self._dummies_each)
@@ -393,20 +372,12 @@ def _rounded(values: Tensor) -> list[float]:
     return [float(f"{value:.4g}") for value in values.tolist()]
 
 
-def _check(
-    estimator: str, drop: float, delta: float, observe_every: int | None, warmup: int, dummies: int, half_life: float
-) -> None:
+def _check(estimator: str, drop: float, delta: float, dummies: int) -> None:
     if estimator not in ESTIMATORS:
         raise UnknownNameError("relevance estimator", estimator, ESTIMATORS)
     if not 0 < drop <= 0.5:
         raise RangeError("drop", drop, "(0, 0.5]")
     if not 0 < delta <= 1:
         raise RangeError("delta", delta, "(0, 1]")
-    if observe_every is not None and observe_every < 1:
-        raise RangeError("observe_every", observe_every, "1, 2, 3, ... steps")
-    if warmup < 0:
-        raise RangeError("warmup", warmup, "0, 1, 2, ... steps")
     if dummies < 10:
         raise RangeError("dummies", dummies, "10, 11, ...; 100 are usual")
-    if not half_life > 0:
-        raise RangeError("half_life", half_life, "(0, inf) steps")
