@@ -19,52 +19,56 @@ from results_file import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
 LEFT, ROW, WIDTH, GAP, TOP = 190, 22, 230, 34, 52
-Cell = dict[int, float]  # accuracy in percent by seed
+Cell = dict[int, float]  # by seed, in percent
 Cells = dict[str, dict[float, Cell]]  # by criterion and share removed in percent
 
 NOTES = (
     "In the picture a dot is one seed, the red bar the mean, and the grey line the mean of the dense network. In the "
     "table: the mean over the seeds, the smallest and largest in brackets, and the difference to `random` with its "
-    "standard error, from pairs of trainings with the same seed (the same first weights and order of images). A "
-    "criterion that does not beat `random` has shown nothing."
+    "standard error, from pairs of trainings with the same seed (the same first weights and order of images); then how "
+    "many multiply-adds went along, where they were counted. A criterion that does not beat `random` has shown nothing."
 )
 
 
-def cells_of(rows: Iterable[Mapping[str, Any]], data: str) -> Cells:
-    """Give the accuracies on one data set; those of the dense network stand at 0 %."""
+def cells_of(rows: Iterable[Mapping[str, Any]], column: str = "test accuracy %") -> Cells:
+    """Give one column of the rows that have it; the dense network stands at 0 %."""
     found: Cells = defaultdict(lambda: defaultdict(dict))
     for row in rows:
-        if row["data"] == data:
-            found[row["criterion"]][row["asked %"]][row["seed"]] = row["test accuracy %"]
+        if column in row:
+            found[row["criterion"]][row["asked %"]][row["seed"]] = row[column]
     return found
 
 
 def ranked(cells: Cells, shares: Sequence[float]) -> list[str]:
     """Give the criteria, but for the dense network, the best first over the shares that all of them have."""
-    known = [name for name in cells if name != "dense"]
+    known = [name for name in cells if name != "dense" and name not in VARIANTS]
     common = [share for share in shares if all(share in cells[name] for name in known)]
     return sorted(known, key=lambda name: -mean(mean(cells[name][share].values()) for share in common))
 
 
-def table(cells: Cells, names: Sequence[str], shares: Sequence[float]) -> str:
+def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], shares: Sequence[float]) -> str:
     """Give a Markdown table with a column for each share."""
+    cells, macs = cells_of(rows), cells_of(rows, "MACs removed %")
     lines = ["| criterion | " + " | ".join(f"{share:.0f} % removed" for share in shares) + " |"]
     lines += ["|---|" + "---|" * len(shares)]
     for name in names:
-        shown = [_shown(cells[name].get(share, {}), cells["random"].get(share, {}), name) for share in shares]
+        shown = [
+            _shown(cells[name][share], {} if name == "random" else cells["random"][share], macs[name][share])
+            for share in shares
+        ]
         lines.append(f"| `{name}` | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
-def _shown(cell: Cell, random: Cell, name: str) -> str:
+def _shown(cell: Cell, random: Cell, macs: Cell) -> str:
     if not cell:
         return ""
     values, seeds = list(cell.values()), cell.keys() & random.keys()
     text = f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
-    if name == "random" or len(seeds) < 2:
-        return text
-    pairs = [cell[seed] - random[seed] for seed in sorted(seeds)]
-    return f"{text}; {mean(pairs):+.1f} ± {stdev(pairs) / math.sqrt(len(pairs)):.1f}"
+    if len(seeds) > 1:
+        pairs = [cell[seed] - random[seed] for seed in sorted(seeds)]
+        text += f"; {mean(pairs):+.1f} ± {stdev(pairs) / math.sqrt(len(pairs)):.1f}"
+    return text + (f"; {mean(macs.values()):.0f} % of the MACs" if macs.keys() == cell.keys() else "")
 
 
 def picture(title: str, cells: Cells, names: Sequence[str], shares: Sequence[float]) -> str:
@@ -113,17 +117,23 @@ def main() -> None:
     rows = document["rows"]
     page = ["# Accuracy over sparsity, for every criterion under the same schedule", "", document["notes"], "", NOTES]
     for data in dict.fromkeys(row["data"] for row in rows):
-        cells = cells_of(rows, data)
-        shares = sorted({row["asked %"] for row in rows if row["data"] == data} - {0.0})
-        main_cells = {name: cells[name] for name in cells if name not in VARIANTS}
-        names, dense = ranked(main_cells, shares), list(cells["dense"][0.0].values())
+        every = [row for row in rows if row["data"] == data]
+        mine = [row for row in every if row.get("budget", "params") == "params"]
+        cells = cells_of(mine)
+        shares = sorted({row["asked %"] for row in mine} - {0.0})
+        names, dense = ranked(cells, shares), list(cells["dense"][0.0].values())
         (DOCS / "pictures" / f"accuracy-{data}.svg").write_text(picture(data, cells, names, shares))
         page += ["", f"## {data}", "", f"![{data}: accuracy over sparsity](pictures/accuracy-{data}.svg)", ""]
-        page += [f"Dense: {mean(dense):.1f} % ({min(dense):.1f} to {max(dense):.1f}).", "", table(cells, names, shares)]
-        others = {name: cells[name] for name in cells if name in VARIANTS}
+        page += [f"Dense: {mean(dense):.1f} % ({min(dense):.1f} to {max(dense):.1f}).", "", table(mine, names, shares)]
+        others = [name for name in cells if name in VARIANTS]
         if others:
-            there = sorted({share for cell in others.values() for share in cell})
-            page += ["", "What the defaults were chosen from:", "", table(cells, ranked(others, there), there)]
+            there = sorted({share for name in others for share in cells[name]})
+            page += ["", "What the defaults were chosen from:", "", table(mine, others, there)]
+        by_macs = [row for row in every if row.get("budget") == "macs"]
+        if by_macs:
+            names = list(dict.fromkeys(row["criterion"] for row in by_macs))
+            there = sorted({row["asked %"] for row in by_macs})
+            page += ["", "With a budget of multiply-adds instead of parameters:", "", table(by_macs, names, there)]
     machine = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
     page += ["", f"Rows: `benchmarks/results/{newest.name}`, made by `{document['command']}`. Machine: {machine}.", ""]
     (DOCS / "accuracy.md").write_text("\n".join(page))

@@ -52,9 +52,8 @@ class Pruner:
         total_steps: how many times `update` will be called in all.
         collect: steps between two cuts; a twentieth of the training by default, with relevance as many as it takes to
             tell any channel from chance.
-        scope: as for `prune`; by default "global" with relevance, which means the same in every group, else "local".
-        round_to, limits, verify: as for `prune`; the groups' own shares follow the schedule too, and cuts are verified
-            on the last batch.
+        scope, round_to, limits, verify: as for `prune`; the groups' own shares follow the schedule too, and cuts are
+            verified on the last batch. With scope "global" relevance counts per what a channel costs in the budget.
         delta: with relevance, channels whose p-value (the chance to be more useful than a random one) is above `delta`
             are cut only when the budget leaves no others.
         compensate: "mean" folds what a removed channel carries on average into the next bias or running mean, over the
@@ -81,7 +80,7 @@ class Pruner:
         optimizer: Optimizer | Iterable[Optimizer],
         total_steps: int,
         collect: int | None = None,
-        scope: str | None = None,
+        scope: str = "local",
         round_to: int = 8,
         limits: Limits | None = None,
         delta: float = 0.99,
@@ -105,7 +104,6 @@ class Pruner:
         if not self.graph.groups:
             require_reachable(self.graph, self.budget)
         shares = (limits or Limits()).shares(self.graph)
-        scope = scope or ("global" if criterion == "relevance" else "local")
         self._how = How.of(scope, round_to, shares, optimizer, copies, verify)
         _require_held(self.graph.model, self._how.optimizers)
         self._compensate, self._seen = compensate == "mean", example_inputs

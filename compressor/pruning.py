@@ -44,7 +44,7 @@ def prune(
         sparsity: the share to remove, in `[0, 1)`.
         measure: of what: "params", "macs" or "channels".
         scope: "local" takes the same share of every group, "global" ranks all channels together. Weights say little
-            about which layer can spare more (`benchmarks/scope.py`), so "global" is for criteria that do.
+            about which layer can spare more (`benchmarks/scope.py`); relevance does, in the budget's measure alone.
         round_to: channel counts become multiples of this.
         optimizer: optimizers whose state is sliced along.
         seed: for criteria that draw.

@@ -64,12 +64,7 @@ class Settings:
     )
     sparsity_by_pattern: tuple[str, ...] = _typed_with("sparsity")
     measure: str = _option("params", "How much", "Of what: params, macs or channels.")
-    scope: str | None = _option(
-        None,
-        "How much",
-        "Rank all channels together (global), or each group by itself (local).",
-        "global for relevance, else local",
-    )
+    scope: str = _option("local", "How much", "Rank each group by itself (local), or all channels together (global).")
     round_to: int = _option(8, "How much", "Round channel counts to multiples of this.")
     keep: tuple[str, ...] = _option((), "How much", "Groups that stay whole, by PATTERN; may be repeated.", "none")
     only: tuple[str, ...] = _option((), "How much", "The groups that may lose channels; may be repeated.", "all")
@@ -264,7 +259,6 @@ def _worked_out(settings: Settings) -> dict[str, Any]:
         )
     if not masked:
         usual: dict[str, Any] = {"compensate": "mean", "recalibrate": 2000 if when == "after" else 0}
-        usual["scope"] = "global" if observing else "local"
         opened |= {name: value for name, value in usual.items() if getattr(settings, name) is None}
     if observing:
         usual = {"relevance_estimator": "gate", "drop": 0.05, "delta": 0.99, "dummies": 100}

@@ -78,7 +78,7 @@ def test_options_that_are_left_open_are_as_published() -> None:
         ({"criterion": "rigl", "granularity": "filter"}, UnknownNameError, "unknown granularity 'filter'"),
         ({"criterion": "rigl", "allocation": "erc"}, UnknownNameError, "unknown allocation 'erc': did you mean 'erk'"),
         ({"criterion": "rigl", "when": "after"}, InputError, "--criterion rigl changes its masks in training"),
-        ({"criterion": "rigl", "scope": "local"}, InputError, "--scope has no effect with --criterion rigl"),
+        ({"criterion": "rigl", "scope": "global"}, InputError, "--scope has no effect with --criterion rigl"),
         ({"criterion": "set", "round-to": 4}, InputError, "--round-to has no effect with --granularity weight"),
         ({"criterion": "set", "measure": "macs"}, InputError, "--measure has no effect with --granularity weight"),
         ({"criterion": "set", "delta": 0.9}, InputError, "--delta has no effect with --criterion set"),

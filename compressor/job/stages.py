@@ -200,7 +200,7 @@ class Stages:
             criterion,
             settings.sparsity,
             settings.measure,
-            scope=settings.scope or "local",
+            scope=settings.scope,
             round_to=settings.round_to,
             seed=settings.seed,
             limits=settings.limits(),
