@@ -30,10 +30,10 @@ from compressor.training import PlainStep, TrainingConfig, evaluate, train
 NOTE = (
     "Share of the parameters removed while training, cubic from 10 % to 65 % of it (`set` and `rigl`: channels, masked "
     "from the beginning and cut at the end); accuracy on the test part after equally many epochs. `dense` is trained "
-    "alike. `relevance-...` ranks all channels together, per parameter (`--scope global`); `relevance-gate, local` (the "
-    "default), `l1`, `euclidean`, `random` and `magnitude` take the same share of every group. With a GPU: ResNet-18 and "
-    "all of CIFAR-10. On a CPU: a residual network of three blocks (32, 64, 128 channels), 16 x 16 digits, and 5,000 "
-    "images of CIFAR-10; it is far from trained to the end, so that only differences count."
+    "alike. `relevance-...` ranks all channels together, per parameter (`--scope global`); `relevance-gate, local` "
+    "(the default), `l1`, `euclidean`, `random` and `magnitude` take the same share of every group. With a GPU: "
+    "ResNet-18 and all of CIFAR-10. On a CPU: a residual network of three blocks (32, 64, 128 channels), 16 x 16 "
+    "digits, and 5,000 images of CIFAR-10; it is far from trained to the end, so that only differences count."
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CRITERIA: dict[str, dict[str, Any]] = {
