@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from intraining.accuracy import VARIANTS
+from intraining.accuracy import SEEDS, VARIANTS
 from results_file import RESULTS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -64,7 +64,8 @@ def _shown(cell: Cell, random: Cell, macs: Cell) -> str:
     if not cell:
         return ""
     values, seeds = list(cell.values()), cell.keys() & random.keys()
-    text = f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    fewer = f", n = {len(values)}" if len(values) < SEEDS else ""
+    text = f"{mean(values):.1f} ({min(values):.1f} to {max(values):.1f}{fewer})"
     if len(seeds) > 1:
         pairs = [cell[seed] - random[seed] for seed in sorted(seeds)]
         text += f"; {mean(pairs):+.1f} ± {stdev(pairs) / math.sqrt(len(pairs)):.1f}"
