@@ -136,7 +136,11 @@ def main() -> None:
             there = sorted({row["asked %"] for row in by_macs})
             page += ["", "With a budget of multiply-adds instead of parameters:", "", table(by_macs, names, there)]
     machine = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
-    page += ["", f"Rows: `benchmarks/results/{newest.name}`, made by `{document['command']}`. Machine: {machine}.", ""]
+    page += [
+        "",
+        f"Rows: `benchmarks/results/{newest.name}`, made by `python benchmarks/intraining.py --part accuracy`. Machine: {machine}.",
+        "",
+    ]
     (DOCS / "accuracy.md").write_text("\n".join(page))
     print(DOCS / "accuracy.md")
 
