@@ -136,11 +136,8 @@ def main() -> None:
             there = sorted({row["asked %"] for row in by_macs})
             page += ["", "With a budget of multiply-adds instead of parameters:", "", table(by_macs, names, there)]
     machine = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
-    page += [
-        "",
-        f"Rows: `benchmarks/results/{newest.name}`, made by `python benchmarks/intraining.py --part accuracy`. Machine: {machine}.",
-        "",
-    ]
+    command = "python benchmarks/intraining.py --part accuracy"
+    page += ["", f"Rows: `benchmarks/results/{newest.name}`, made by `{command}`. Machine: {machine}.", ""]
     (DOCS / "accuracy.md").write_text("\n".join(page))
     print(DOCS / "accuracy.md")
 
