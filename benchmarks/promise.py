@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressor
-from compressor.costs import CostModel
-from compressor.criteria import score
-from compressor.intraining.relevance import Relevance
-from compressor.masks import silence
-from compressor.selection import Budget, select
-from compressor.surgery import removed_channels
+from compressor.budget.costs import CostModel
+from compressor.budget.selection import Budget, select
+from compressor.criteria.registry import score
+from compressor.relevance.relevance import Relevance
+from compressor.surgery.cutting import removed_channels
+from compressor.surgery.masks import silence
 
 MODELS = "resnet18,vgg16,vgg16_bn,mobilenet_v2,densenet121,googlenet"
 CRITERIA = ("l1", "l2", "euclidean", "geometric_median", "bn_scale", "taylor", "random", "relevance")
@@ -58,7 +58,7 @@ def scores(name: str, model: nn.Module, graph: compressor.ChannelGraph, size: in
         return observer.scores()
     if name == "taylor":
         F.cross_entropy(model(x), y).backward()
-    snapshot = compressor.Snapshot.of(model, torch.Generator().manual_seed(0))
+    snapshot = compressor.Snapshot.from_model(model, torch.Generator().manual_seed(0))
     found = score(name, graph.groups, snapshot)
     model.zero_grad()
     return found

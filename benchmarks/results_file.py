@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compressor.latency import machine
+from compressor.deploy.latency import machine
 
 RESULTS = Path(__file__).parent / "results"
 BEGAN = datetime.date.today()  # a run over midnight stays in one file

@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressor
-from compressor.selection import SCOPES
-from compressor.training import PlainStep, TrainingConfig, evaluate, recalibrate, train
+from compressor.budget.selection import SCOPES
+from compressor.training.config import TrainingConfig
+from compressor.training.evaluation import evaluate, recalibrate
+from compressor.training.hooks import PlainStep
+from compressor.training.loop import train
 
 NOTE = (
     "Accuracy on the test part, in percent, right after a cut of a trained network: mean over the seeds, and smallest "

@@ -13,41 +13,34 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from compressor.artifact import load, save
-    from compressor.criteria import CRITERIA
-    from compressor.export import export_onnx
-    from compressor.graph.group import ChannelGraph, Group, Snapshot
-    from compressor.graph.rules import RULES
-    from compressor.graph.trace import trace
-    from compressor.intraining.sparse import SparseTraining
-    from compressor.ledger import PruneResult
-    from compressor.limits import Limits
-    from compressor.pruner import Pruner
-    from compressor.pruning import prune
-    from compressor.schedules import Cubic, Linear, OneShot
-    from compressor.selection import Budget
+    from compressor.budget import Budget, Cubic, Limits, Linear, OneShot, PruneResult
+    from compressor.criteria import CRITERIA, Snapshot
+    from compressor.deploy import export_onnx, load, save
+    from compressor.graph import RULES, ChannelGraph, Group, trace
+    from compressor.pruning import Pruner, prune
+    from compressor.sparse import SparseTraining
     from compressor.surgery import cut
 
 _HOME = {
-    "Budget": "selection",
+    "Budget": "budget",
     "CRITERIA": "criteria",
-    "ChannelGraph": "graph.group",
-    "Cubic": "schedules",
-    "Group": "graph.group",
-    "Limits": "limits",
-    "Linear": "schedules",
-    "OneShot": "schedules",
-    "PruneResult": "ledger",
-    "Pruner": "pruner",
-    "RULES": "graph.rules",
-    "Snapshot": "graph.group",
-    "SparseTraining": "intraining.sparse",
+    "ChannelGraph": "graph",
+    "Cubic": "budget",
+    "Group": "graph",
+    "Limits": "budget",
+    "Linear": "budget",
+    "OneShot": "budget",
+    "PruneResult": "budget",
+    "Pruner": "pruning",
+    "RULES": "graph",
+    "Snapshot": "criteria",
+    "SparseTraining": "sparse",
     "cut": "surgery",
-    "export_onnx": "export",
-    "load": "artifact",
+    "export_onnx": "deploy",
+    "load": "deploy",
     "prune": "pruning",
-    "save": "artifact",
-    "trace": "graph.trace",
+    "save": "deploy",
+    "trace": "graph",
 }
 
 __all__ = [

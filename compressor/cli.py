@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from compressor.errors import CompressorError, InputError
-from compressor.settings import Settings, as_written, option_kinds, read_toml
+from compressor.job import Settings, as_written, option_kinds, read_toml
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -193,7 +193,7 @@ def _show(report: Report, folder: Path) -> None:
 
 
 def _show_inspection(found: Mapping[str, Any], model: str) -> None:
-    from compressor.report.tables import count
+    from compressor.report import count
 
     groups = [
         (
@@ -247,12 +247,11 @@ def inspect_(
         raise InputError(f"--svg {svg} is not the name of a picture: give one that ends in .svg, as in --svg graph.svg")
     import torch
 
-    from compressor import models
-    from compressor.files import written_beside
-    from compressor.graph.trace import trace
+    from compressor._utils import written_beside
+    from compressor.graph import trace
     from compressor.job import saved
-    from compressor.report.graph_picture import graph_picture
-    from compressor.report.inspection import inspection
+    from compressor.report import graph_picture, inspection
+    from compressor.training import models
 
     if model.endswith(".safetensors"):
         network, shape = saved.loaded(Path(model), factory, image_size)
@@ -280,9 +279,9 @@ def export(
     """Write a saved model as ONNX, and prove with onnxruntime that it gives the same outputs."""
     import torch
 
-    from compressor.export import export_onnx
+    from compressor.deploy import export_onnx
     from compressor.job import saved
-    from compressor.report.tables import size
+    from compressor.report import size
 
     model, shape = saved.loaded(file, factory, image_size)
     made = export_onnx(model, out or file.with_suffix(".onnx"), torch.zeros(1, *shape))
@@ -303,7 +302,7 @@ def benchmark(
 ) -> None:
     """Time models in turns, in one run: .safetensors files in PyTorch, .onnx files in onnxruntime."""
     from compressor.job import saved
-    from compressor.report.tables import milliseconds
+    from compressor.report import milliseconds
 
     for size in batch_size:
         times = saved.timed(files, size, device, threads, factory, image_size)

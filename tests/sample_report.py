@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from compressor.report import Cut, Epoch, Figures, FrozenLayer, Goal, Layer, Parity, Report, Timing
+from compressor.report.document import Cut, Epoch, Figures, FrozenLayer, Goal, Layer, Parity, Report, Timing
 
 
 def figures(**changes: object) -> Figures:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.errors import BudgetError
-from compressor.intraining.allocation import ALLOCATIONS, counts_off, erdos_renyi, uniform
+from compressor.sparse.allocation import ALLOCATIONS, counts_off, erdos_renyi, uniform
 
 # The shapes (2, 4), (3, 6) and (2, 4, 6) of TensorFlow kernels, (*kernel, in, out), in PyTorch's order.
 SHAPES = {"a": (4, 2), "b": (6, 3), "c": (6, 4, 2)}

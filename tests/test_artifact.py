@@ -17,12 +17,12 @@ from conftest import random_keep
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from compressor import artifact
-from compressor.artifact import describe, load, save
+from compressor.deploy import artifact
+from compressor.deploy.artifact import describe, load, save
 from compressor.errors import ArtifactError, InputError
-from compressor.graph.trace import trace
-from compressor.models import ModelSpec, build
-from compressor.surgery import cut
+from compressor.graph.tracing import trace
+from compressor.surgery.cutting import cut
+from compressor.training.models import ModelSpec, build
 
 
 class Small(nn.Module):

@@ -10,7 +10,7 @@ from conftest import random_keep, relative_error, shake, silenced
 from torch import Tensor, nn
 
 import compressor
-from compressor.attention import HeadwiseAttention, headwise
+from compressor.graph.attention import HeadwiseAttention, headwise
 
 OPTIONS = {
     "packed": {},

@@ -11,8 +11,8 @@ from test_surgery import same, small
 from torch import Tensor, nn
 
 import compressor
-from compressor.calibration import input_means
 from compressor.errors import InputError, UnknownNameError
+from compressor.surgery.compensation import input_means
 
 
 def batches(*sizes: int) -> list[Tensor]:

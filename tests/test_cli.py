@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 from user_models import tiny
 
 import compressor
-from compressor import cli, job, models, report
-from compressor.artifact import save
+from compressor import cli, job, report
+from compressor.deploy.artifact import save
 from compressor.errors import CompressorError
-from compressor.report import Goal, Report
-from compressor.settings import Settings, option_kinds
-from compressor.surgery import cut
+from compressor.job.settings import Settings, option_kinds
+from compressor.report.document import Goal, Report
+from compressor.surgery.cutting import cut
+from compressor.training import models
 
 
 @pytest.fixture(autouse=True)

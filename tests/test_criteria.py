@@ -11,10 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressor.criteria import CRITERIA, bn_scale, euclidean, geometric_median, l1, l2, lookup, random, score, taylor
+from compressor.criteria.gradient import taylor
+from compressor.criteria.random import random
+from compressor.criteria.registry import CRITERIA, lookup, score
+from compressor.criteria.snapshot import Snapshot
+from compressor.criteria.weight import bn_scale, euclidean, geometric_median, l1, l2
 from compressor.errors import ScoreError, UnknownNameError
-from compressor.graph.group import Group, Member, Role, Snapshot
-from compressor.graph.trace import trace
+from compressor.graph.group import Group, Member, Role
+from compressor.graph.tracing import trace
 
 CHANNELS = 6
 
@@ -165,7 +169,7 @@ def test_taylor_is_the_squared_effect_of_the_activation_on_the_loss() -> None:
         member("next.weight", 1, "consumer"),
         member("tail.weight", 1, "consumer", wide=16),
     )
-    scores = taylor(Group("conv", CHANNELS, members), Snapshot.of(model))
+    scores = taylor(Group("conv", CHANNELS, members), Snapshot.from_model(model))
     torch.testing.assert_close(scores, effect.square().detach(), rtol=1e-3, atol=1e-8)
 
 
@@ -249,8 +253,8 @@ def test_an_unknown_criterion_says_what_is_close() -> None:
 def test_groups_that_a_criterion_cannot_judge_are_left_out() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 4, 6), nn.Linear(6, 2))
     graph = trace(model, torch.randn(2, 3, 4, 4))
-    assert set(score("l1", graph.groups, Snapshot.of(model))) == {"0", "3"}
-    assert set(score("bn_scale", graph.groups, Snapshot.of(model))) == {"0"}
+    assert set(score("l1", graph.groups, Snapshot.from_model(model))) == {"0", "3"}
+    assert set(score("bn_scale", graph.groups, Snapshot.from_model(model))) == {"0"}
 
 
 @pytest.mark.parametrize(
@@ -269,7 +273,7 @@ def test_groups_that_a_criterion_cannot_judge_are_left_out() -> None:
         (
             "random",
             "no usable scores for group 'conv': random needs a generator, and the snapshot has none; "
-            "pass Snapshot.of(model, generator=torch.Generator().manual_seed(0))",
+            "pass Snapshot.from_model(model, generator=torch.Generator().manual_seed(0))",
         ),
     ],
 )

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from compressor import data
-from compressor.data import Data, Part, folder, load
-from compressor.data.images import OnDisk, Resident
 from compressor.errors import DataError, InputError, RangeError, UnknownNameError
+from compressor.training.data import folder
+from compressor.training.data import sources as data
+from compressor.training.data.images import OnDisk, Resident
+from compressor.training.data.sources import Data, load
+from compressor.training.data.splits import Part
 
 CLASSES = ("ant", "bee")
 

@@ -12,14 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor import export, parity, runtime
+from compressor._utils import running as runtime
+from compressor._utils.files import written_beside
+from compressor._utils.running import evaluating
+from compressor.deploy import export, parity
+from compressor.deploy.export import export_onnx
+from compressor.deploy.parity import Parity, UnequalError
+from compressor.deploy.session import open_session
 from compressor.errors import ExportError, InputError, ParityError, RangeError
-from compressor.export import export_onnx
-from compressor.files import written_beside
-from compressor.graph.trace import trace
-from compressor.parity import Parity, UnequalError
-from compressor.runtime import evaluating, open_session
-from compressor.surgery import cut
+from compressor.graph.tracing import trace
+from compressor.surgery.cutting import cut
 
 HERE = str(Path(__file__).parent.parent)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compressor.flops import fvcore_macs
+from compressor.deploy.flops import fvcore_macs
 
 
 class Mixed(nn.Module):

@@ -10,16 +10,17 @@ import pytest
 import torch
 from user_models import tiny
 
-from compressor import data as datasets
-from compressor import job, latency, report
-from compressor.artifact import describe, load
+from compressor import job, report
+from compressor.deploy import latency
+from compressor.deploy.artifact import describe, load
+from compressor.deploy.session import open_session
 from compressor.errors import BudgetError, InputError, RunFolderError
 from compressor.job import folder as folders
 from compressor.job import results, stages
-from compressor.report import Report
-from compressor.runtime import open_session
-from compressor.settings import Settings
-from compressor.training import evaluate
+from compressor.job.settings import Settings
+from compressor.report.document import Report
+from compressor.training.data import sources as datasets
+from compressor.training.evaluation import evaluate
 
 DURING = {"model": "user_models:tiny", "epochs": 3, "round-to": 4, "collect": 9}
 AFTER = {"model": "user_models:tiny", "epochs": 2, "finetune-epochs": 2, "round-to": 4, "criterion": "l1"}
@@ -53,7 +54,7 @@ def test_config_toml_makes_the_same_settings(finished) -> None:
 
 def test_the_saved_models_have_the_reported_size_and_accuracy(finished) -> None:
     settings, made, _ = finished
-    data = datasets.load("digits")
+    data = datasets.load_data("digits")
     for name, figures in (("model", made.pruned), ("dense", made.dense)):
         model = load(Path(settings.out) / f"{name}.safetensors", factory=lambda: tiny(10))
         assert sum(parameter.numel() for parameter in model.parameters()) == figures.params
@@ -63,7 +64,7 @@ def test_the_saved_models_have_the_reported_size_and_accuracy(finished) -> None:
 
 def test_the_onnx_files_give_the_saved_models_outputs(finished) -> None:
     settings, made, _ = finished
-    images, _ = next(iter(datasets.load("digits").test.batches(5)))
+    images, _ = next(iter(datasets.load_data("digits").test.batches(5)))
     for name in ("model", "dense"):
         session = open_session(Path(settings.out) / f"{name}.onnx")
         [given] = session.run(None, {session.get_inputs()[0].name: images.numpy()})
@@ -229,7 +230,7 @@ def test_latency_goes_without_onnxruntime_where_it_cannot_use_the_device(tmp_pat
         return latency.LatencyReport((), 1, {})
 
     monkeypatch.setattr(results.latency, "compare", compare)
-    settings, data = Settings.of(DURING), datasets.load("digits")
+    settings, data = Settings.of(DURING), datasets.load_data("digits")
     timings, notes = results._timings(settings, data, {"dense": tiny(10)}, tmp_path, lambda *step: None)
     assert (timings, notes) == ((), ("onnxruntime cannot run on 'cuda' here",))
 

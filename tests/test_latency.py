@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compressor import latency
+from compressor.deploy import latency
+from compressor.deploy.export import export_onnx
+from compressor.deploy.latency import Comparison, Latency, compare, machine, measure, onnx_runner, torch_runner
 from compressor.errors import InputError, RangeError
-from compressor.export import export_onnx
-from compressor.latency import Comparison, Latency, compare, machine, measure, onnx_runner, torch_runner
 
 
 class Clock:

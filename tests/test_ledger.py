@@ -7,7 +7,7 @@ import torch
 from test_pruning import wide
 
 import compressor
-from compressor.ledger import Ledger
+from compressor.budget.progress import Ledger
 
 X = torch.zeros(1, 3, 8, 8)
 

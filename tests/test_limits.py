@@ -9,8 +9,8 @@ from conftest import shake
 from torch import nn
 
 import compressor
+from compressor.budget.limits import Limits
 from compressor.errors import InputError, RangeError, UnknownNameError
-from compressor.limits import Limits
 
 X = torch.randn(1, 3, 32, 32)
 

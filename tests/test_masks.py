@@ -14,8 +14,8 @@ from torch.nn import functional as F
 import compressor
 from compressor.errors import InputError, RangeError, UnknownNameError
 from compressor.graph.group import ChannelGraph, ConsumerInput, Group, Member
-from compressor.intraining.gates import Gates, observable
-from compressor.masks import silence
+from compressor.relevance.gates import Gates, observable
+from compressor.surgery.masks import silence
 
 
 class Branches(nn.Module):

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compressor.errors import ArtifactError, InputError, RangeError, UnknownNameError
-from compressor.models import ModelSpec, build, load_weights, names
+from compressor.training.models import ModelSpec, build, load_weights, names
 
 # A user's module, as `package.module:factory` finds it on the path.
 USER_MODULE = """

@@ -9,11 +9,13 @@ import torchvision
 from torch import Tensor, nn
 
 import compressor
-from compressor.costs import CostModel
-from compressor.criteria import ModuleSnapshot, score, torch_pruning
+from compressor.budget.costs import CostModel
+from compressor.criteria.registry import score
+from compressor.criteria.snapshot import Snapshot
+from compressor.criteria.torch_pruning import torch_pruning
+from compressor.deploy.flops import fvcore_macs
 from compressor.errors import InputError, ScoreError, UnknownNameError
-from compressor.flops import fvcore_macs
-from compressor.graph.group import Group, Snapshot
+from compressor.graph.group import Group
 
 LAYERS = (nn.Conv2d, nn.Linear)
 
@@ -112,7 +114,7 @@ def group_of(graph: compressor.ChannelGraph, layer: str) -> tuple[Group, Tensor]
 def test_their_importances_give_our_groups_their_numbers(known, importance: str) -> None:
     graph, theirs = known
     make = IMPORTANCES[importance]
-    found = score(torch_pruning(make()), graph.groups, ModuleSnapshot.of(graph.model))
+    found = score(torch_pruning(make()), graph.groups, Snapshot.from_model(graph.model))
     assert found.keys() == graph.sizes().keys()
     assert len(theirs) == len(found) > 7
     for layer, their_group in theirs.items():
@@ -140,7 +142,7 @@ def test_offsets_transposed_kernels_and_flattened_channels_are_found(importance:
     x = torch.randn(2, 3, 2, 2)
     model = with_gradients(Flattened(), x)
     graph, make = compressor.trace(model, x), IMPORTANCES[importance]
-    found = score(torch_pruning(make()), graph.groups, ModuleSnapshot.of(model))
+    found = score(torch_pruning(make()), graph.groups, Snapshot.from_model(model))
     wanted = {name: make()(group).detach() for name, group in their_groups(model, x).items()}
     assert {name: len(each) for name, each in found.items()} == {"a": 6, "b": 4, "up": 5}
     for name, scores in found.items():
@@ -152,7 +154,7 @@ def test_a_channel_of_several_positions_gets_their_mean() -> None:
     positions = torch.tensor([[0, 3], [1, 4], [2, 5]])  # one channel in each of two blocks
     group = Group("0", 3, (compressor.graph.group.Member("weight", 0, positions, "producer"),))
     importance = tp.importance.MagnitudeImportance(p=1, normalizer=None)
-    snapshot = ModuleSnapshot(dict(model.named_parameters()), modules={"": model})
+    snapshot = Snapshot(dict(model.named_parameters()), modules={"": model})
     rows = model.weight.detach().abs().flatten(1).sum(1)
     torch.testing.assert_close(torch_pruning(importance)(group, snapshot), rows.view(2, 3).mean(0))
 
@@ -207,7 +209,7 @@ def test_a_snapshot_without_modules_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     (group,) = compressor.trace(model, torch.randn(1, 3)).groups
     with pytest.raises(InputError, match="MagnitudeImportance walks modules, and this snapshot shows none"):
-        torch_pruning(tp.importance.MagnitudeImportance())(group, Snapshot.of(model))
+        torch_pruning(tp.importance.MagnitudeImportance())(group, Snapshot.from_model(model))
 
 
 # -- costs

@@ -230,7 +230,7 @@ def test_a_run_that_is_taken_up_again_goes_on_as_if_nothing_had_happened(criteri
     kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), pruner.state_dict()))
     first = train(pruner, optimizer, range(17, 40))
     again = wide()
-    compressor.sizes.restore_shapes(again, {name: tuple(t.shape) for name, t in kept[0].items()})
+    restore_shapes(again, {name: tuple(t.shape) for name, t in kept[0].items()})
     again.load_state_dict(kept[0])
     other = sgd(again)
     other.load_state_dict(kept[1])

@@ -15,12 +15,12 @@ from torch.nn import functional as F
 import compressor
 from compressor.errors import InputError, RangeError, UnknownNameError
 from compressor.graph.group import ChannelGraph, ConsumerInput, Group, Member
-from compressor.intraining.draws import drawn, independently_drawn
-from compressor.intraining.estimators import ESTIMATORS, Estimator, Step
-from compressor.intraining.evidence import Evidence
-from compressor.intraining.gates import Gates
-from compressor.intraining.relevance import Relevance
-from compressor.intraining.statistics import ControlVariate, RunningMean
+from compressor.relevance.draws import drawn, independently_drawn
+from compressor.relevance.estimators import ESTIMATORS, Estimator, Step
+from compressor.relevance.evidence import Evidence
+from compressor.relevance.gates import Gates
+from compressor.relevance.relevance import Relevance
+from compressor.relevance.statistics import ControlVariate, RunningMean
 
 NAMES = list(ESTIMATORS)
 

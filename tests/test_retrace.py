@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import compressor
 from compressor.errors import CutError, StaleGraphError
-from compressor.graph.retrace import retrace
+from compressor.graph.verification import retrace
 
 
 class Between(nn.Module):

@@ -14,11 +14,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compressor.costs import MEASURES, CostModel
+from compressor.budget.costs import MEASURES, CostModel
+from compressor.budget.selection import SCOPES, Budget, Selection, select
+from compressor.budget.widths import Widths
 from compressor.errors import RangeError, ScoreError, UnknownNameError
 from compressor.graph.group import ChannelGraph, Extent, Frozen, Group, Term
-from compressor.selection import SCOPES, Budget, Selection, select
-from compressor.widths import Widths
 
 
 def chain(sizes: list[int], frozen: tuple[Frozen, ...] = ()) -> ChannelGraph:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressor.budget.limits import Limits
 from compressor.errors import InputError, RangeError, UnknownNameError
-from compressor.limits import Limits
-from compressor.settings import Settings, option_kinds, read_toml
+from compressor.job.settings import Settings, option_kinds, read_toml
 
 whole = st.integers(min_value=2, max_value=10**9)
 part = st.floats(min_value=0, max_value=0.999)

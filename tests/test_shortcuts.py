@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compressor.graph.shortcuts import SHORTCUTS
+from compressor.graph.meta_kernels import SHORTCUTS
 
 INPUTS = {
     "plain": lambda: empty(2, 8, 4, 4),

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 import compressor
 from compressor.errors import BudgetError, InputError, RangeError, UnknownNameError
-from compressor.intraining.allocation import erdos_renyi
-from compressor.intraining.empty import without_weight
-from compressor.intraining.sparse import SparseTraining
+from compressor.sparse.allocation import erdos_renyi
+from compressor.sparse.empty import without_weight
+from compressor.sparse.training import SparseTraining
 
 X = torch.zeros(1, 3, 8, 8)
 SHAPES = {"0.weight": (32, 3, 3, 3), "3.weight": (32, 32, 3, 3), "8.weight": (4, 128)}

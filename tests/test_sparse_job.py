@@ -10,7 +10,7 @@ from test_job import outcome
 
 from compressor import job
 from compressor.errors import BudgetError, InputError, UnknownNameError
-from compressor.settings import Settings
+from compressor.job.settings import Settings
 
 SHORT = {"model": "user_models:tiny", "epochs": 3, "collect": 9, "sparsity": 0.8}
 

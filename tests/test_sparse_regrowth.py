@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from compressor.budget.schedules import Cubic, Linear
 from compressor.errors import InputError, RangeError
-from compressor.intraining.regrowth import cosine, lowest, rewired, without_lowest, without_nearest_zero
-from compressor.intraining.timetable import timetable
-from compressor.schedules import Cubic, Linear
+from compressor.sparse.regrowth import cosine, lowest, rewired, without_lowest, without_nearest_zero
+from compressor.sparse.schedules import timetable
 
 
 def bits(text: str) -> Tensor:

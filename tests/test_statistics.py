@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from compressor.errors import RangeError
-from compressor.intraining.draws import drawn, independently_drawn, strata, thinned
-from compressor.intraining.statistics import (
+from compressor.relevance.draws import drawn, independently_drawn, strata, thinned
+from compressor.relevance.statistics import (
     ControlVariate,
     Increment,
     RunningMean,

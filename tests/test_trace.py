@@ -124,7 +124,7 @@ def test_layer_norm_loses_exactness_and_batch_norm_does_not() -> None:
 
 
 def test_costs_in_closed_form_are_what_is_counted_after_the_cut() -> None:
-    from compressor.costs import CostModel
+    from compressor.budget.costs import CostModel
 
     model = shake(torchvision.models.googlenet(num_classes=10, aux_logits=False, init_weights=False))
     graph = compressor.trace(model, torch.randn(1, 3, 64, 64, dtype=torch.float64))

@@ -18,12 +18,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor.data import Data, Part
-from compressor.data.images import Resident
 from compressor.errors import ArtifactError, InputError, RangeError, TrainingError, UnknownNameError
-from compressor.graph.trace import trace
-from compressor.surgery import cut
-from compressor.training import History, PlainStep, TrainingConfig, evaluate, learning_rate, recalibrate, train
+from compressor.graph.tracing import trace
+from compressor.surgery.cutting import cut
+from compressor.training.config import TrainingConfig, learning_rate
+from compressor.training.data.images import Resident
+from compressor.training.data.sources import Data
+from compressor.training.data.splits import Part
+from compressor.training.evaluation import evaluate, recalibrate
+from compressor.training.hooks import PlainStep
+from compressor.training.loop import History, train
 
 CONFIG = TrainingConfig(epochs=4, batch_size=8, lr=0.1, label_smoothing=0.1)
 

@@ -13,11 +13,11 @@ from test_surgery import everything, same, small
 from torch import Tensor, nn
 
 import compressor
-import compressor.verification
-from compressor.calibration import input_means
+import compressor.surgery.verification
 from compressor.errors import CutError, TraceError
 from compressor.graph.group import ChannelGraph
-from compressor.verification import verified_cut
+from compressor.surgery.compensation import input_means
+from compressor.surgery.verification import verified_cut
 
 X = torch.randn(4, 3, 8, 8, dtype=torch.float64)
 
@@ -28,7 +28,7 @@ def sorted_keep(graph: ChannelGraph, share: float = 0.5) -> dict[str, Tensor]:
 
 def tamper(monkeypatch, group: str, tensor: str) -> None:
     """Let every cut of a group leave the right number of channels of one tensor, and the wrong ones."""
-    real = compressor.verification.cut
+    real = compressor.surgery.verification.cut
 
     def faulty(graph, keep, optimizer=None, means=None, check=None, copies=()) -> None:
         def check_the_wrong_one() -> None:
@@ -39,7 +39,7 @@ def tamper(monkeypatch, group: str, tensor: str) -> None:
 
         real(graph, keep, optimizer, means, check_the_wrong_one, copies)
 
-    monkeypatch.setattr("compressor.verification.cut", faulty)
+    monkeypatch.setattr("compressor.surgery.verification.cut", faulty)
 
 
 def grouped() -> nn.Module:

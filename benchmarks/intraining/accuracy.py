@@ -18,14 +18,17 @@ from torch.optim import Optimizer
 from torchvision.models.resnet import BasicBlock
 
 import compressor
-from compressor import models
-from compressor.costs import CostModel
-from compressor.data import Data, load
-from compressor.data.parts import split
-from compressor.intraining.estimators import ESTIMATORS
-from compressor.intraining.regrowth import METHODS
-from compressor.intraining.sparse import SparseTraining
-from compressor.training import PlainStep, TrainingConfig, evaluate, train
+from compressor.budget.costs import CostModel
+from compressor.relevance.estimators import ESTIMATORS
+from compressor.sparse.regrowth import METHODS
+from compressor.sparse.training import SparseTraining
+from compressor.training import models
+from compressor.training.config import TrainingConfig
+from compressor.training.data.sources import Data, load
+from compressor.training.data.splits import split
+from compressor.training.evaluation import evaluate
+from compressor.training.hooks import PlainStep
+from compressor.training.loop import train
 
 NOTE = (
     "Share of the parameters removed while training, cubic from 10 % to 65 % of it (`set` and `rigl`: channels, masked "

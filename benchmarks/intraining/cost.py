@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 import compressor
-from compressor import models
-from compressor.intraining.estimators import ESTIMATORS
-from compressor.intraining.relevance import Relevance
+from compressor.relevance.estimators import ESTIMATORS
+from compressor.relevance.relevance import Relevance
+from compressor.training import models
 
 NOTE = (
     "ResNet-18 for images of 32 x 32, batch 512 on a GPU and 128 on a CPU, SGD with momentum, random images. `times a "

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 import compressor
-from compressor import models
-from compressor.costs import CostModel
-from compressor.intraining.relevance import Relevance
-from compressor.selection import Budget, select
+from compressor.budget.costs import CostModel
+from compressor.budget.selection import Budget, select
+from compressor.relevance.relevance import Relevance
+from compressor.training import models
 
 NOTE = (
     "ResNet-18 for images of 32 x 32 on a CPU, after two relevance steps. `ours ms`: selection by relevance of 10 % of "

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import compressor
-from compressor.intraining.estimators import ESTIMATORS, Step
-from compressor.intraining.relevance import Relevance
-from compressor.intraining.statistics import ControlVariate, RunningMean
+from compressor.relevance.estimators import ESTIMATORS, Step
+from compressor.relevance.relevance import Relevance
+from compressor.relevance.statistics import ControlVariate, RunningMean
 
 NOTE = (
     "2-4-1 network, 240 samples, half of the channels drawn. `worst z`: the largest difference, over four channels, "

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressor
-from compressor.calibration import input_means
-from compressor.costs import CostModel
-from compressor.criteria import score
-from compressor.data import load
-from compressor.graph.group import Snapshot
-from compressor.intraining.estimators import ESTIMATORS
-from compressor.intraining.relevance import Relevance
-from compressor.selection import Budget, select
+from compressor.budget.costs import CostModel
+from compressor.budget.selection import Budget, select
+from compressor.criteria.registry import score
+from compressor.criteria.snapshot import Snapshot
+from compressor.relevance.estimators import ESTIMATORS
+from compressor.relevance.relevance import Relevance
+from compressor.surgery.compensation import input_means
+from compressor.training.data.sources import load
 
 NOTE = (
     "Two convolutions and a Linear, trained on digits, then every hidden layer is made twice as wide: a third of the "
@@ -117,7 +117,7 @@ def ranking(name: str, model: nn.Module, seed: int) -> tuple[dict[str, Tensor], 
         return relevance.scores(), graph, {"reliability": min(relevance.reliability().values())}
     if name == EXACT:
         return left_out(model, graph), graph, {}
-    return score(name, graph.groups, Snapshot.of(model, torch.Generator().manual_seed(seed))), graph, {}
+    return score(name, graph.groups, Snapshot.from_model(model, torch.Generator().manual_seed(seed))), graph, {}
 
 
 @torch.no_grad()

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import compressor
+from compressor._utils.running import as_arguments, evaluating
 from compressor.errors import CutError, StaleGraphError
 from compressor.graph.group import ChannelGraph
-from compressor.masks import silence
-from compressor.runtime import as_arguments, evaluating
-from compressor.surgery import removed_channels
+from compressor.surgery.cutting import removed_channels
+from compressor.surgery.masks import silence
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
 

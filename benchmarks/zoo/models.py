@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from compressor import models as by_name
+from compressor.training import models as by_name
 from zoo.check import Case
 
 TIMM_PIXELS = 320

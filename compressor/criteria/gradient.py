@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressor.criteria.snapshot import Snapshot
 from compressor.errors import ScoreError
-from compressor.graph.group import Group, Member, Snapshot
+from compressor.graph import Group, Member
 
 
 def taylor(group: Group, snapshot: Snapshot) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from compressor.criteria.snapshot import Snapshot
 from compressor.errors import ScoreError
-from compressor.graph.group import Group, Member, Snapshot
+from compressor.graph import Group, Member
 
 
 def l1(group: Group, snapshot: Snapshot) -> Tensor:

@@ -1,5 +1,10 @@
-"""The channel graph: which channels of a network go together, derived from the operations that really ran."""
+"""The channel graph: which channels of a network go together, derived from the operations that really ran.
 
-from compressor.graph.group import ChannelGraph, ConsumerInput, Frozen, Group, Member, Snapshot
+    graph = trace(model, example_inputs)    # graph.groups, graph.frozen
 
-__all__ = ["ChannelGraph", "ConsumerInput", "Frozen", "Group", "Member", "Snapshot"]
+Read `group.py` first (the nouns), then one rule in `rules/shape.py`, then `recorder.py`.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -206,26 +206,3 @@ def _settled(term: Term, sizes: Mapping[str, int]) -> Term:
         free = {name: times for name, times in extent.per_channel.items() if name not in sizes}
         extents.append(Extent(extent.fixed + fixed, free))
     return Term(term.constant, tuple(extents))
-
-
-@dataclass(frozen=True, eq=False)
-class Snapshot:
-    """What a criterion may look at: detached values of a model's tensors at one moment.
-
-    Attributes:
-        values: parameters and buffers by name.
-        gradients: gradients of parameters by name; empty where none were gathered.
-        generator: source of randomness for criteria that draw; seeded by the caller.
-    """
-
-    values: Mapping[str, Tensor]
-    gradients: Mapping[str, Tensor] = field(default_factory=dict)
-    generator: torch.Generator | None = None
-
-    @staticmethod
-    def of(model: nn.Module, generator: torch.Generator | None = None) -> Snapshot:
-        """Take the model's parameters, buffers and present gradients, without copying them."""
-        named = dict(model.named_parameters())
-        values = {name: tensor.detach() for name, tensor in [*named.items(), *model.named_buffers()]}
-        gradients = {name: p.grad.detach() for name, p in named.items() if p.grad is not None}
-        return Snapshot(values, gradients, generator)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compressor.graph.axes import BoolArray, Classes, IntArray
-from compressor.graph.flow import Flow, Source
+from compressor.graph.context import Flow, Source
 from compressor.graph.group import Extent, Frozen, Group, Term
 from compressor.graph.table import Place, Table
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from compressor._utils import as_arguments
 from compressor.graph.axes import FREE, blank
-from compressor.graph.flow import Axes, Flow, Known, Origin, Rule
+from compressor.graph.context import Axes, Flow, Known, Origin, Rule
+from compressor.graph.environment import module_names, plain_attention, undisturbed
+from compressor.graph.meta_kernels import SHORTCUTS
+from compressor.graph.recording import Form, Mismatch, Script, Step
 from compressor.graph.rules import DATA_DEPENDENT, IGNORED, RULES, is_steady
 from compressor.graph.rules.pointwise import filled
-from compressor.graph.shortcuts import SHORTCUTS
-from compressor.graph.surroundings import module_names, plain_attention, undisturbed
-from compressor.graph.trail import Form, Mismatch, Script, Step
-from compressor.runtime import as_arguments
-from compressor.sizes import named_tensors_of, whole_numbers
+from compressor.graph.sizes import named_tensors_of, whole_numbers
 
 _CONSTANT_NUMEL = 1 << 20
 _COMPARED_NUMEL = 64

@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from compressor._utils import written_beside
 from compressor.errors import InputError, RunFolderError
-from compressor.files import written_beside
-from compressor.settings import Settings, option_kinds, read_toml
+from compressor.job.settings import Settings, option_kinds, read_toml
 
 MODELS = ("model.safetensors", "model.onnx", "dense.safetensors", "dense.onnx")
 RECORDS = ("config.toml", "metrics.jsonl")

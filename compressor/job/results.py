@@ -11,17 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor import latency, report
-from compressor.artifact import save
-from compressor.data import Data, Part
+from compressor import report
+from compressor.deploy import ExportReport, export_onnx, fvcore_macs, latency, save
 from compressor.errors import InputError
-from compressor.export import ExportReport, export_onnx
-from compressor.flops import fvcore_macs
-from compressor.graph.group import ChannelGraph
+from compressor.graph import ChannelGraph
 from compressor.job.folder import MODELS, RECORDS
+from compressor.job.settings import Settings
 from compressor.job.stages import Progress, Trained
-from compressor.settings import Settings
-from compressor.training import evaluate
+from compressor.training import Data, Part, evaluate
 
 CHECK_IMAGES = 128  # test images on which onnxruntime is held against PyTorch
 FILES = {"dense": "dense", "pruned": "model"}  # names of the files, without their endings

@@ -9,12 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor import models
-from compressor.artifact import Description, describe, load
+from compressor.deploy import (
+    Description,
+    Latency,
+    Runner,
+    describe,
+    load,
+    measure,
+    onnx_runner,
+    open_session,
+    torch_runner,
+)
 from compressor.errors import ArtifactError, InputError
-from compressor.latency import Latency, Runner, measure, onnx_runner, torch_runner
-from compressor.runtime import open_session
-from compressor.settings import usable_device
+from compressor.job.settings import usable_device
+from compressor.training import models
 
 Shape = tuple[int, ...]  # of one image, (C, H, W)
 

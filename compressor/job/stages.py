@@ -15,18 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
-from compressor.checks import OBSERVING, masking
+from compressor.budget import Budget, PruneResult
 from compressor.criteria import needs_gradients
-from compressor.data import Data
 from compressor.errors import BudgetError
-from compressor.intraining.sparse import SparseTraining
+from compressor.job.checks import OBSERVING, masking
 from compressor.job.folder import Metrics, checkpoint
-from compressor.ledger import PruneResult
-from compressor.pruner import Pruner
-from compressor.pruning import prune
-from compressor.selection import Budget
-from compressor.settings import Settings
-from compressor.training import HookFactory, PlainStep, TrainingConfig, recalibrate, require_scores, train
+from compressor.job.settings import Settings
+from compressor.pruning import Pruner, prune
+from compressor.sparse import SparseTraining
+from compressor.training import Data, HookFactory, PlainStep, TrainingConfig, recalibrate, require_scores, train
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from compressor.graph.group import ChannelGraph, Frozen, Member, Role
+from compressor.graph import ChannelGraph, Frozen, Member, Role
 
 Side = Literal["input", "output"]
 _SIDES: tuple[Side, Side] = ("input", "output")

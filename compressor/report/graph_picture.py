@@ -14,7 +14,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from compressor.graph.group import ChannelGraph
+from compressor.graph import ChannelGraph
 from compressor.report.graph_layout import Node, Stripe, Tap, Wire, blocks, nodes, wires
 from compressor.report.graph_legend import Legend, shown
 from compressor.report.inspection import inspection

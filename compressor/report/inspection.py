@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from compressor.costs import CostModel
-from compressor.graph.group import ChannelGraph, Group
+from compressor.budget import CostModel
+from compressor.graph import ChannelGraph, Group
 
 
 def inspection(graph: ChannelGraph) -> dict[str, Any]:

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compressor._utils import written_beside
 from compressor.errors import ArtifactError, InputError
-from compressor.files import written_beside
-from compressor.sizes import restore_shapes
+from compressor.graph import restore_shapes
 
 _FILE = "state.pt"
 _FORMAT = "compressor training checkpoint 1"

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from compressor.data import Part
 from compressor.errors import RangeError
+from compressor.training.data.splits import Part
 
 
 @dataclass(frozen=True)

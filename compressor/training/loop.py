@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressor.data import Data, Progress
 from compressor.errors import InputError, TrainingError
-from compressor.sizes import all_numbers
+from compressor.graph import all_numbers
 from compressor.training import checkpoint as checkpoints
 from compressor.training.config import TrainingConfig, learning_rate, make_optimizer
+from compressor.training.data.images import Progress
+from compressor.training.data.sources import Data
 from compressor.training.evaluation import evaluate, in_mode
 from compressor.training.hooks import HookFactory, PlainStep
 

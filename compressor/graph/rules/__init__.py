@@ -15,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from compressor.graph.flow import Rule
-from compressor.graph.rules import contract, norm, number, pointwise, reduce, shape, space
+from compressor.graph.context import Rule
+from compressor.graph.rules import indexing as number
+from compressor.graph.rules import matmul as contract
+from compressor.graph.rules import norm, pointwise, reduce, shape, space
 
 RULES: dict[str, Rule] = {
     **pointwise.RULES,

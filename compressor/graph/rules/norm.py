@@ -8,9 +8,9 @@ import numpy as np
 from torch import Tensor
 
 from compressor.graph.axes import FIXED, FREE, Axis
-from compressor.graph.flow import Axes, Flow, Rule
+from compressor.graph.context import Axes, Flow, Rule
 from compressor.graph.group import Offset
-from compressor.graph.rules.number import settled
+from compressor.graph.rules.indexing import settled
 
 
 def batch_norm(flow: Flow, out: Sequence[Tensor], x: Tensor, *rest: object) -> list[Axes]:

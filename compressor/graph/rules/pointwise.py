@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from compressor.graph.axes import FIXED, FREE, Axis
-from compressor.graph.flow import Axes, Flow, Rule
+from compressor.graph.context import Axes, Flow, Rule
 
 
 def pointwise(flow: Flow, out: Tensor, *args: object, **kwargs: object) -> Axes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from compressor.graph.axes import FREE, Axis
-from compressor.graph.flow import Axes, Flow, Rule
+from compressor.graph.context import Axes, Flow, Rule
 
 
 def reduction(

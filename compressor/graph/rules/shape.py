@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from compressor.graph.axes import FIXED, FREE, Axis, blank
-from compressor.graph.flow import Axes, Flow, Rule
-from compressor.graph.rules.number import settled
+from compressor.graph.context import Axes, Flow, Rule
+from compressor.graph.rules.indexing import settled
 
 
 def view(flow: Flow, out: Tensor, x: Tensor, *args: object, **kwargs: object) -> Axes:

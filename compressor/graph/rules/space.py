@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from compressor.graph.axes import FIXED, Axis, blank
-from compressor.graph.flow import Axes, Flow, Rule
+from compressor.graph.context import Axes, Flow, Rule
 
 
 def over_space(dims: int) -> Callable[..., Axes | list[Axes]]:

@@ -1,0 +1,10 @@
+from .files import written_beside as written_beside
+from .running import as_arguments as as_arguments
+from .running import batch_size as batch_size
+from .running import device_of as device_of
+from .running import evaluating as evaluating
+from .running import full_precision as full_precision
+from .running import moved as moved
+from .running import named_tensors as named_tensors
+from .running import uncollected as uncollected
+from .running import uncompiled as uncompiled

@@ -1,0 +1,119 @@
+"""Running a model and leaving it as it was: what every room that runs one shares.
+
+`example_inputs` is a tensor, a tuple of positional or a dict of keyword arguments, as for `model(...)`. The first
+dimension of every tensor in it is the batch.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path, tree_map
+
+from compressor.errors import InputError
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Put Python's search for cyclic garbage off: with many new objects it takes longer than what they are for."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module's flag and the random state are as before."""
+    training = [(module, module.training) for module in model.modules()]
+    devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
+    try:
+        model.eval()
+        with torch.random.fork_rng(devices), torch.no_grad():
+            yield
+    finally:
+        for module, flag in training:
+            vars(module)["training"] = flag  # what `module.training = flag` does, less torch's search for parameters
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Give the model itself where `torch.compile` wrapped it; both share all parameters."""
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Let a GPU multiply float32 in full; with ten bits of each factor no outputs agree to a few digits."""
+    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, cublas.allow_tf32
+    cudnn.allow_tf32 = cublas.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, cublas.allow_tf32 = before
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Give the device of a model's first tensor; the CPU for a model without any."""
+    tensor = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+# -- inputs and outputs
+
+
+def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Give the positional and the keyword arguments of `model(...)`."""
+    if isinstance(example_inputs, dict):
+        return (), example_inputs
+    return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
+
+
+def named_tensors(value: Any) -> list[tuple[str, Tensor]]:
+    """Give the tensors in nested inputs or outputs, each with its place (`logits`, `0`; nothing for a lone tensor).
+
+    The order is torch's own, which is also that of an exported file.
+    """
+    leaves = tree_flatten_with_path(value)[0]
+    return [(_place(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _place(path: Any) -> str:
+    return re.sub(r"\W+", "_", "".join(map(str, path))).strip("_")
+
+
+def moved(inputs: Any, device: torch.device) -> Any:
+    """Give the inputs on a device."""
+    return tree_map(lambda tensor: tensor.to(device), inputs)
+
+
+def batch_size(inputs: Any, what: str = "example_inputs") -> int:
+    """Give the batch size that all tensors share.
+
+    Raises:
+        InputError: something that is no tensor or has no batch dimension, or different batch sizes.
+    """
+    for path, leaf in tree_flatten_with_path(inputs)[0]:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            kind = "a tensor without dimensions" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+            raise InputError(f"{what} hold {kind}{_at(path)}: give tensors whose first dimension is the batch")
+    sizes = [len(tensor) for _, tensor in named_tensors(inputs)]
+    if len(set(sizes)) != 1 or sizes[0] == 0:
+        raise InputError(f"{what} have the batch sizes {sizes}: give at least one example, and as many in every tensor")
+    return sizes[0]
+
+
+def _at(path: Any) -> str:
+    return f" at {_place(path)!r}" if path else ""

@@ -1,0 +1,5 @@
+"""How much goes: budgets, schedules, limits and costs, and the selection of channels that meets them."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

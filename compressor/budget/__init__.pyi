@@ -1,0 +1,12 @@
+from .costs import MEASURES as MEASURES
+from .costs import CostModel as CostModel
+from .limits import Limits as Limits
+from .progress import Ledger as Ledger
+from .progress import PruneResult as PruneResult
+from .schedules import Cubic as Cubic
+from .schedules import Linear as Linear
+from .schedules import OneShot as OneShot
+from .schedules import Schedule as Schedule
+from .selection import Budget as Budget
+from .selection import Selection as Selection
+from .selection import select as select

@@ -1,0 +1,13 @@
+from .gradient import taylor as taylor
+from .registry import CRITERIA as CRITERIA
+from .registry import Criterion as Criterion
+from .registry import lookup as lookup
+from .registry import needs_gradients as needs_gradients
+from .registry import score as score
+from .snapshot import Snapshot as Snapshot
+from .torch_pruning import from_torch_pruning as from_torch_pruning
+from .weight import bn_scale as bn_scale
+from .weight import euclidean as euclidean
+from .weight import geometric_median as geometric_median
+from .weight import l1 as l1
+from .weight import l2 as l2

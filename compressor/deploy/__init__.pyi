@@ -1,0 +1,14 @@
+from . import latency as latency
+from .artifact import Description as Description
+from .artifact import describe as describe
+from .artifact import load as load
+from .artifact import save as save
+from .export import ExportReport as ExportReport
+from .export import export_onnx as export_onnx
+from .flops import fvcore_macs as fvcore_macs
+from .latency import Latency as Latency
+from .latency import Runner as Runner
+from .latency import measure as measure
+from .latency import onnx_runner as onnx_runner
+from .latency import torch_runner as torch_runner
+from .session import open_session as open_session

@@ -1,0 +1,191 @@
+"""ONNX behind a parity gate: a file takes its place only after onnxruntime gave PyTorch's outputs with it.
+
+    report = compressor.export_onnx(model, "small.onnx", example_inputs)
+
+The file has a dynamic batch size, holds its weights itself, and knows nothing of the machine that made it.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from compressor._utils import as_arguments, batch_size, device_of, evaluating, moved, named_tensors, written_beside
+from compressor.deploy.parity import UnequalError, compare, first_line, output_names, random_like
+from compressor.errors import ExportError, InputError, ParityError, RangeError
+
+OPSETS = range(18, 24)  # 18 is what torch's exporter speaks itself; onnxruntime 1.23 reads up to 23
+LARGEST_BYTES = 2**31 - 2**20  # a protobuf message ends at 2 GiB; the rest is for the graph
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """An ONNX file that passed the gate.
+
+    Attributes:
+        path: the file.
+        size_bytes: its size.
+        opset: version of the ONNX operators in it.
+        max_abs_difference: largest difference from PyTorch, over all outputs, inputs and batch sizes.
+        relative: largest difference as a share of its output's largest absolute value; at most 1e-4.
+        images: how many examples were compared, the random ones included.
+        top1_agreement: share of them with the same top-1 class, in [0, 1]; below 1 only where two classes tie within
+            the tolerance. NaN where the first output is not a table of class scores `(B, classes)`.
+        providers: where onnxruntime ran it; each was compared.
+    """
+
+    path: Path
+    size_bytes: int
+    opset: int
+    max_abs_difference: float
+    relative: float
+    images: int
+    top1_agreement: float
+    providers: tuple[str, ...]
+
+
+def export_onnx(
+    model: nn.Module, path: str | Path, example_inputs: Any, *, opset: int = OPSETS[0], check_inputs: Any = None
+) -> ExportReport:
+    """Write a model as ONNX, in evaluation mode and with a dynamic batch size, and prove that it is the model.
+
+    onnxruntime is held against PyTorch on seven random examples and on `check_inputs`, at batch sizes 1 and 7, on the
+    CPU and on a GPU where there is one: every output within 1e-4 of its scale, and the same top-1 class wherever the
+    model's own choice is clearer than that. The model is left as it was.
+
+    Args:
+        model: any module that `torch.export` can follow.
+        path: where the file goes; one that is there already is replaced only by one that passed.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; the first dimension of every
+            tensor is the batch.
+        opset: version of the ONNX operators, 18 to 23.
+        check_inputs: real examples to compare on, like `example_inputs` with any number of examples.
+
+    Raises:
+        InputError: inputs that are not tensors with one batch size, or a path that cannot be written.
+        RangeError: an opset that is not supported.
+        ExportError: the model does not run, the exporter cannot follow it, or it works at one batch size only.
+        ParityError: the file does not give the model's outputs. It is kept beside as `NAME.failed.onnx`.
+    """
+    path = Path(path)
+    if opset not in OPSETS:
+        raise RangeError("opset", opset, f"{OPSETS[0]} to {OPSETS[-1]}")
+    examples = _examples(example_inputs, check_inputs)
+    with evaluating(model), written_beside(path) as part:
+        _write(model, part, example_inputs, opset)
+        try:
+            parity = compare(model, part, examples)
+        except UnequalError as unequal:
+            kept = path.with_name(f"{path.stem}.failed.onnx")
+            part.replace(kept)
+            raise ParityError(str(unequal), str(kept)) from unequal
+    return ExportReport(
+        path=path,
+        size_bytes=path.stat().st_size,
+        opset=opset,
+        max_abs_difference=parity.max_abs_difference,
+        relative=parity.relative,
+        images=parity.images,
+        top1_agreement=parity.top1_agreement,
+        providers=parity.providers,
+    )
+
+
+def _examples(example_inputs: Any, check_inputs: Any) -> list[Any]:
+    """Give the inputs to compare on: random ones, and those of the caller."""
+    batch_size(example_inputs)
+    if check_inputs is None:
+        return [random_like(example_inputs)]
+    batch_size(check_inputs, "check_inputs")
+    asked, given = _kinds(example_inputs), _kinds(check_inputs)
+    if asked != given:
+        raise InputError(f"check_inputs hold {given}, and example_inputs {asked}: give examples of the same kind")
+    return [random_like(example_inputs), check_inputs]
+
+
+def _kinds(inputs: Any) -> str:
+    """Say what inputs look like, whatever their batch size."""
+    return ", ".join(
+        f"{place} {tensor.dtype} ({', '.join(['B', *map(str, tensor.shape[1:])])})".strip()
+        for place, tensor in named_tensors(inputs)
+    )
+
+
+def _write(model: nn.Module, path: Path, example_inputs: Any, opset: int) -> None:
+    name = type(model).__name__
+    size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
+    if size > LARGEST_BYTES:
+        raise ExportError(name, f"its weights take {size / 1e9:.1f} GB, and an ONNX file holds 2", "make it smaller")
+    # The exporter takes a batch of one for a fixed one: two examples, whatever came.
+    inputs = tree_map(lambda tensor: tensor[torch.arange(2) % len(tensor)], moved(example_inputs, device_of(model)))
+    try:
+        names = output_names(model, inputs)
+    except Exception as failure:
+        why = f"it does not run on two of the examples: {first_line(failure)}"
+        raise ExportError(name, why, "give what model(example_inputs) takes at any batch size") from failure
+    exported = _exported(model, inputs, names, opset)
+    _refuse_surprises(name, exported, opset)
+    _forget_sources(exported)
+    _save(exported, path)
+
+
+def _exported(model: nn.Module, inputs: Any, names: list[str], opset: int) -> Any:
+    """Give the model as torch's exporter translates it, an `onnx_ir.Model`."""
+    args, kwargs = as_arguments(inputs)
+    batch = torch.export.Dim("batch")
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                verbose=False,
+                opset_version=opset,
+                output_names=names,
+                dynamic_shapes=tree_map(lambda _: {0: batch}, kwargs or args),
+            )
+    except Exception as failure:
+        reason = f"torch.export does not follow it: {first_line(failure)}"
+        raise ExportError(type(model).__name__, reason, "change what it names, or export by hand") from failure
+    assert program is not None, "given no path, the exporter returns the program"
+    return program.model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's warnings, logs and dumps of graphs to itself; what goes wrong is in its exception."""
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _refuse_surprises(name: str, exported: Any, opset: int) -> None:
+    """The exporter goes on where it finds a fixed batch size, and where it cannot give the opset."""
+    if any(isinstance(tensor.shape[0], int) for tensor in exported.graph.inputs):
+        instead = "write x.flatten(1) or x.view(x.shape[0], ...) for x.view(2, ...)"
+        raise ExportError(name, "its code fixes the batch size", instead)
+    if (given := exported.opset_imports[""]) != opset:
+        raise ExportError(name, f"torch gives opset {given} for it, and {opset} was asked for", f"ask for {given}")
+
+
+def _forget_sources(exported: Any) -> None:
+    """Take away the stack traces: of no use at run time, and they name the folders of this machine."""
+    for node in exported.graph.all_nodes():
+        node.metadata_props.clear()
+
+
+def _save(exported: Any, path: Path) -> None:
+    """Write one file; torch's own `save` would begin a second one at 1.5 GB."""
+    from onnxscript import ir
+
+    ir.save(exported, path)

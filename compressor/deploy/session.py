@@ -1,0 +1,58 @@
+"""onnxruntime sessions on exactly the device that was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.errors import InputError
+
+
+def open_session(path: Path, device: str = "cpu", *, threads: int = 1, tf32: bool = True) -> Any:
+    """Open an ONNX file in onnxruntime on exactly this device.
+
+    Args:
+        path: the ONNX file.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: CPU threads of one operation.
+        tf32: whether a GPU may round the factors of float32 products to 10 bits, as PyTorch's convolutions do.
+
+    Returns:
+        An `onnxruntime.InferenceSession`.
+
+    Raises:
+        InputError: onnxruntime cannot use the device. It would go on silently on the CPU.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 3  # errors only
+    # Idle threads must not spin between two calls: they would slow down whatever is measured in turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    provider = _provider(torch.device(device), tf32)
+    session = onnxruntime.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
+    if provider[0] not in session.get_providers():
+        raise InputError(_no_device(device, session.get_providers()))
+    return session
+
+
+def _provider(device: torch.device, tf32: bool) -> tuple[str, dict[str, str]]:
+    import onnxruntime
+
+    if device.type == "cpu":
+        return "CPUExecutionProvider", {}
+    # Asked for a GPU that is not there, onnxruntime offers the provider all the same, and writes to stderr.
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise InputError(_no_device(str(device), ["CPUExecutionProvider"]))
+    onnxruntime.preload_dlls()  # the CUDA libraries that came with PyTorch
+    return "CUDAExecutionProvider", {"device_id": str(device.index or 0), "use_tf32": str(int(tf32))}
+
+
+def _no_device(device: str, providers: list[str]) -> str:
+    return (
+        f"onnxruntime cannot run on {device!r} here (it has {', '.join(providers)}): give device='cpu', or install "
+        "onnxruntime-gpu and a driver for the GPU"
+    )

@@ -1,0 +1,162 @@
+"""Sizes that modules say beside their tensors: attributes such as `in_channels`, and the memory behind a parameter.
+
+A cut narrows tensors; here is everything else that has to say the same afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import InputError
+from compressor.graph.attention import refit_attention
+
+
+def replace_data(tensor: Tensor, data: Tensor) -> None:
+    """Give a tensor other memory, of another shape."""
+    if tensor.requires_grad:
+        # NOTE: A loss that is still referred to keeps its graph alive, and with it the node that accumulates this
+        # parameter's gradient in the old shape. torch drops that node only when the type changes, so it does once.
+        tensor.data = data.new_empty(0, dtype=torch.float16 if data.dtype != torch.float16 else torch.float32)
+    tensor.data = data
+
+
+def refit(model: nn.Module) -> None:
+    """Set the size attributes of known modules (`in_channels`, `num_features`, ...) to what their tensors say."""
+    for module in model.modules():
+        for name, value in _sizes_now(module).items():
+            if vars(module).get(name) != value:
+                setattr(module, name, value)
+
+
+def restore_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Give every named parameter and buffer memory of that shape, without values, and refit; writes the model.
+
+    Raises:
+        InputError: the model has other tensors than `shapes`, or one with another number of dimensions.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if differing := sorted(tensors.keys() ^ shapes.keys()):
+        raise InputError(f"these shapes belong to another model: {differing[0]!r} is only in one of the two")
+    for name, shape in shapes.items():
+        if len(shape) != tensors[name].dim():
+            dims = tensors[name].dim()
+            raise InputError(f"{name!r} has {dims} dimensions, but the shape asked for is {tuple(shape)}")
+    for name, shape in shapes.items():
+        if tuple(shape) != tuple(tensors[name].shape):
+            tensors[name].grad = None
+            replace_data(tensors[name], tensors[name].data.new_empty(tuple(shape)))
+    refit(model)
+
+
+def all_numbers(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Give the numbers of every module that has some, by its name."""
+    found = {name: numbers(module) for name, module in model.named_modules()}
+    return {name: attributes for name, attributes in found.items() if attributes}
+
+
+def numbers(module: nn.Module) -> dict[str, Any]:
+    """Give the public attributes of a module that are numbers or tuples of numbers. Strings could name something."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if is_number(value) and not name.startswith("_") and name != "training"
+    }
+
+
+def is_number(value: object) -> bool:
+    """Tell whether a value is None, a number, or a tuple of numbers."""
+    if type(value) is tuple:
+        return all(type(item) in (int, float, bool) for item in value)
+    return value is None or type(value) in (int, float, bool)
+
+
+def is_torchs_own(module: nn.Module) -> bool:
+    """Tell whether a module's class comes with torch: its code and its attributes are known."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def named_tensors_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Give the parameters and buffers of named modules by their own names, parameters first, each tensor once."""
+    found: dict[str, Tensor] = {}
+    for kind in ("_parameters", "_buffers"):
+        seen: set[int] = set()
+        for prefix, module in modules.items():
+            for name, tensor in getattr(module, kind).items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{prefix}.{name}".removeprefix(".")] = tensor
+    return found
+
+
+def whole_numbers(module: nn.Module) -> set[int]:
+    """Give the whole numbers among the attributes of a module that is not torch's own, also those inside tuples."""
+    if is_torchs_own(module):
+        return set()
+    found = [value if type(value) is tuple else (value,) for value in numbers(module).values()]
+    return {value for values in found for value in values if type(value) is int}
+
+
+def follow(module: nn.Module, changed: Mapping[int, int]) -> bool:
+    """Change whole numbers among the attributes of a module along with sizes; writes the module.
+
+    Code such as `x.view(b, n, self.num_heads, self.head_dim)` follows a cut only so. Whether a number really was that
+    size shows when the cut is held against the trace.
+
+    Args:
+        module: a module; torch's own are left alone.
+        changed: sizes that axes had in that module's own code, and what they are now.
+
+    Returns:
+        Whether anything changed.
+    """
+    if not whole_numbers(module) & changed.keys():
+        return False
+    for attribute, value in numbers(module).items():
+        setattr(module, attribute, _renamed(value, changed))
+    return True
+
+
+def _renamed(value: Any, sizes: Mapping[int, int]) -> Any:
+    if type(value) is tuple:
+        return tuple(_renamed(item, sizes) for item in value)
+    return sizes.get(value, value) if type(value) is int else value
+
+
+def _sizes_now(module: nn.Module) -> dict[str, Any]:
+    """Give the size attributes as the module's tensors have them."""
+    if isinstance(module, nn.MultiheadAttention):
+        return refit_attention(module)
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        known = module.running_mean if module.running_mean is not None else weight
+        return {"num_features": len(known)} if isinstance(known, Tensor) else {}
+    if not isinstance(weight, Tensor):
+        return {}
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return _conv_sizes(module, weight)
+    if isinstance(module, nn.Linear):
+        return {"in_features": weight.shape[1], "out_features": weight.shape[0]}
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return {"normalized_shape": tuple(weight.shape)}
+    if isinstance(module, nn.GroupNorm):
+        return {"num_channels": len(weight)}
+    if isinstance(module, nn.PReLU):
+        return {"num_parameters": len(weight)}
+    if isinstance(module, nn.Embedding):
+        return {"embedding_dim": weight.shape[1]}
+    return {}
+
+
+def _conv_sizes(conv: nn.modules.conv._ConvNd, weight: Tensor) -> dict[str, int]:
+    """A depthwise convolution loses blocks; any other grouped one keeps their number and makes them narrower."""
+    groups = conv.groups
+    if conv.transposed:
+        groups = weight.shape[0] if groups == conv.in_channels else groups
+        return {"in_channels": weight.shape[0], "out_channels": weight.shape[1] * groups, "groups": groups}
+    if groups > 1 and groups == conv.in_channels:
+        groups = weight.shape[0] // (conv.out_channels // groups)
+    return {"in_channels": weight.shape[1] * groups, "out_channels": weight.shape[0], "groups": groups}

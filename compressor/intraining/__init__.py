@@ -1,1 +1,0 @@
-"""Methods that watch training: they score channels by what each step shows."""

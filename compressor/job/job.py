@@ -1,0 +1,76 @@
+"""The main job: from settings to a run folder with a smaller network, proven, measured and reported.
+
+    report = run(Settings(model="resnet18", data="digits", sparsity=0.6, out="runs/demo"))
+
+Pruning during training runs two stages from the same initial weights, "dense" and "pruned", equally long. Pruning after
+training runs a common stage "train" first; then the pruned copy is fine-tuned, and the dense model is trained on for
+just as long. Whatever can be refused is refused before anything slow begins and before anything is written.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from compressor import report
+from compressor.graph import trace
+from compressor.job.folder import require_usable, resumed, start
+from compressor.job.results import finish
+from compressor.job.settings import Settings
+from compressor.job.stages import Progress, Stages
+from compressor.training import Data, load_data, models
+
+
+def run(
+    settings: Settings,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_progress: Progress = lambda what, done, total: None,
+) -> report.Report:
+    """Train, prune, prove, measure and report; writes the run folder `settings.out`.
+
+    Args:
+        settings: what to do.
+        resume: go on with the run in that folder; stages that are over are not repeated.
+        overwrite: replace the run in that folder.
+        on_progress: called with a piece of long work, how much of it is done, and its size.
+
+    Returns:
+        What `report.json` holds.
+
+    Raises:
+        RunFolderError: the folder cannot be used so.
+        UnknownNameError, InputError, DataError, ArtifactError, TraceError: the data, the model, its weights or the
+            criterion cannot be used.
+        BudgetError: the sparsity cannot be reached, whatever is cut.
+        ExportError, ParityError: the finished model has no ONNX file that gives its outputs; the models are saved.
+    """
+    folder = Path(settings.out)
+    require_usable(folder, resume=resume, overwrite=overwrite)
+    if resume:
+        resumed(settings.given())
+        if (folder / "report.json").exists():
+            return report.read(folder)
+    data = load_data(
+        settings.data, seed=settings.seed, download=settings.download, on_progress=partial(on_progress, "reading data")
+    )
+    model = _initial(settings, data)
+    graph = trace(model, torch.zeros(1, *data.image_shape))
+    stages = Stages(settings, data, folder, resume, on_progress)
+    if not resume:
+        stages.rehearse(model)
+        start(folder, settings)
+    trained = stages.during(model) if settings.when == "during" else stages.after(model)
+    return finish(settings, data, trained, graph, stages.metrics.records, on_progress)
+
+
+def _initial(settings: Settings, data: Data) -> nn.Module:
+    """Give the dense model as both ways begin with it."""
+    model = models.build(settings.model, classes=len(data.classes), stem=settings.stem, seed=settings.seed)
+    if settings.weights:
+        models.load_weights(model, Path(settings.weights))
+    return model

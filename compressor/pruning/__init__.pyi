@@ -1,0 +1,2 @@
+from .one_shot import prune as prune
+from .pruner import Pruner as Pruner

@@ -1,0 +1,5 @@
+"""Relevance: how much loss a channel saves, observed while the network trains."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

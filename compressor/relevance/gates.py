@@ -1,0 +1,265 @@
+"""Exclude channels per sample while training, and gather what the losses say to it.
+
+Gates act where channels are *consumed*: a channel that no consumer sees is a channel removed, in every group, whatever
+adds, concatenates or normalises on the way there.
+
+Shape letters: B samples; C channels of a group; N channels of all gated groups, side by side; D positions along the
+channel dimension of one consumer's input; K positions of one channel there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import InputError, UnknownNameError
+from compressor.graph import ChannelGraph, ConsumerInput, Group
+from compressor.relevance.gating import Gate, Workspace, private
+
+
+def observable(group: Group) -> bool:
+    """Tell whether every consumer of the group is a module that can be watched, so that gates reach all of them."""
+    consumers = {member.tensor for member in group.of_role("consumer")}
+    return bool(consumers) and consumers == {seen.weight for seen in _consuming(group)}
+
+
+def _consuming(group: Group) -> list[ConsumerInput]:
+    """Give the inputs of consumers alone. A depthwise convolution hands its channels on: they would be gated twice."""
+    consumers = {member.tensor for member in group.of_role("consumer")}
+    return [seen for seen in group.inputs if seen.weight in consumers]
+
+
+class Gates:
+    """Multiplies the channels that consumers see by per-sample gates, and gathers the losses' gradients by gate.
+
+    A gate of 1 leaves a channel alone, bit for bit; a gate of 0 excludes it. Channels of other groups in the same
+    input (behind a concatenation, say) are left alone. In evaluation mode nothing is gated.
+
+    The running mean of every input is kept along the way: what a removed channel is replaced by, and what a cut folds
+    into the next bias.
+
+    Between forward and backward pass nothing more is kept than without gates: what a gated module would save of its
+    input, it makes again from the input before the gates.
+
+    Args:
+        graph: the channel graph of the model.
+        groups: names of the groups to gate; all that are `observable` by default.
+        half_life: after how many forward passes an old mean counts half. May be changed later.
+        track_every: one forward pass in so many is taken into the means, the first one in any case. May be changed.
+
+    Attributes:
+        sizes: by group name, the number of its channels, in the order in which they stand side by side in `(B, N)`.
+
+    Raises:
+        UnknownNameError: a group that is not in the graph.
+        InputError: a group with a consumer that no module shows, or no group at all.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        groups: Collection[str] | None = None,
+        half_life: float = 100.0,
+        track_every: int = 1,
+    ) -> None:
+        names = [each.name for each in graph.groups if observable(each)] if groups is None else list(groups)
+        chosen = [_named(graph, name) for name in names]
+        _check(chosen)
+        self.sizes = {group.name: group.size for group in chosen}
+        self._graph, self.half_life, self.track_every = graph, half_life, track_every
+        self._passes = 0
+        self._workspace = Workspace()
+        self._sites = _sites(graph.model, chosen)
+
+    def split(self, side_by_side: Tensor) -> dict[str, Tensor]:
+        """Give the part of every group, `(..., C)` by name, of a tensor `(..., N)`."""
+        return dict(zip(self.sizes, torch.split(side_by_side, list(self.sizes.values()), dim=-1), strict=True))
+
+    @contextmanager
+    def applied(self, gates: Tensor, towards_mean: bool = False) -> Iterator[set[str]]:
+        """Gate every training-mode forward pass inside the `with`; afterwards no hook is left, whatever happened.
+
+        Args:
+            gates: `(B, N)`. Where they require gradients, `backward()` leaves in `gates.grad` the gradient of the loss
+                by every sample's gates, summed over all places where a group is consumed.
+            towards_mean: `h <- mean + gate * (h - mean)` with the running mean of that input, instead of
+                `h <- gate * h`.
+
+        Yields:
+            The names of the modules whose input was gated, filled while the model runs.
+
+        Raises:
+            InputError: while the model runs, if an input is not laid out as `(B, ...)` with the expected channels.
+        """
+        # NOTE: Column 0 is the gate of every position that belongs to no gated group.
+        padded = torch.cat([gates.new_ones(len(gates), 1), gates], dim=1)
+        reached: set[str] = set()
+        tracked = self._passes % self.track_every == 0
+        with ExitStack() as hooks:
+            for site in self._sites.values():
+                before, after = self._hooks(site, padded, towards_mean, tracked, reached)
+                hooks.callback(site.module.register_forward_pre_hook(before).remove)
+                hooks.callback(site.module.register_forward_hook(after, always_call=True).remove)
+            yield reached
+        self._passes += bool(reached)
+
+    def _hooks(
+        self, site: _Site, padded: Tensor, towards_mean: bool, tracked: bool, reached: set[str]
+    ) -> tuple[Any, Any]:
+        """Give what runs before and after a site's module."""
+        saving = ExitStack()
+
+        def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not self._graph.model.training:
+                return None
+            h = site.checked(inputs, len(padded))
+            reached.add(site.name)
+            if tracked or not site.count:
+                site.track(h.detach(), 0.5 ** (self.track_every / self.half_life))
+            rows = padded.index_select(1, site.columns(h))
+            gate = Gate(rows, site.mean() if towards_mean else None, site.dim, self._workspace, private(module))
+            return (saving.enter_context(gate.on(h)), *inputs[1:])
+
+        def after(module: nn.Module, inputs: Any, output: Any) -> None:
+            saving.close()
+
+        return before, after
+
+    def means(self) -> dict[str, Tensor]:
+        """Give the running mean of every consumer's input, `(D,)` by the name of the consuming weight.
+
+        Weights whose module has not run yet are left out.
+        """
+        return {weight: site.mean() for site in self._sites.values() if site.count for weight in site.weights}
+
+    def narrowed(self, keep: Mapping[str, Tensor], graph: ChannelGraph) -> Gates:
+        """Give the gates of the model after a cut, with the means of the channels that stayed.
+
+        Args:
+            keep: by group name, the indices that stayed, `(n,)`.
+            graph: the channel graph after the cut.
+        """
+        after = Gates(graph, half_life=self.half_life, track_every=self.track_every)
+        after._passes = self._passes
+        for name, site in after._sites.items():
+            if name in self._sites:
+                site.total, site.count = self._sites[name].kept(keep), self._sites[name].count
+        return after
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the running means and how many passes there were, as plain tensors and numbers."""
+        sites = {name: {"total": site.total, "count": site.count} for name, site in self._sites.items()}
+        return {"sites": sites, "passes": self._passes}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the means of `state_dict()`."""
+        self._passes = int(state["passes"])
+        for name, site in self._sites.items():
+            site.total, site.count = state["sites"][name]["total"], state["sites"][name]["count"]
+
+
+def _check(groups: Sequence[Group]) -> None:
+    for group in groups:
+        if not observable(group):
+            weights = sorted({member.tensor for member in group.of_role("consumer")}) or ["none"]
+            raise InputError(
+                f"group {group.name!r} cannot be watched: not every consumer ({', '.join(weights)}) is a module whose "
+                "input shows its channels; score it by its weights instead (criterion l1, say)"
+            )
+    if not groups:
+        raise InputError("no group to watch: no consumer shows its channels at its input; use another criterion (l1)")
+
+
+# -- where channels are consumed
+
+
+@dataclass(eq=False)
+class _Site:
+    """The first input of one module: which of its positions are gated by what, and its running mean.
+
+    Attributes:
+        module, name: the consumer.
+        dim: the channel dimension of the input, negative.
+        weights: names of the module's weights that consume it.
+        positions: `(C, K)` by group name.
+        starts: by group name, the column of its first channel (column 0 is the constant 1).
+        total, count: decaying sums of the input's means `(D,)`, and of ones.
+    """
+
+    module: nn.Module
+    name: str
+    dim: int
+    weights: list[str] = field(default_factory=list)
+    positions: dict[str, Tensor] = field(default_factory=dict)
+    starts: dict[str, int] = field(default_factory=dict)
+    total: Tensor = field(default_factory=lambda: torch.zeros(0))
+    count: float = 0.0
+    _columns: Tensor | None = None
+
+    def checked(self, inputs: tuple[Any, ...], batch: int) -> Tensor:
+        """Give the module's first positional input, if it is laid out as the gates need it."""
+        h = inputs[0] if inputs else None
+        least = 1 + max(int(positions.max()) for positions in self.positions.values())
+        if not isinstance(h, Tensor) or h.dim() <= -self.dim or len(h) != batch or h.size(self.dim) < least:
+            came = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else f"{type(h).__name__} instead of a tensor"
+            raise InputError(
+                f"the input of module {self.name!r} cannot be gated: its first positional argument is {came}, and a "
+                f"batch of {batch} samples first, with at least {least} channels on dimension {self.dim}, is needed; "
+                f"leave out its groups: {', '.join(self.positions)}"
+            )
+        return h
+
+    def columns(self, h: Tensor) -> Tensor:
+        """Give the column of the gate of every position, `(D,)`."""
+        if self._columns is None or len(self._columns) != h.size(self.dim) or self._columns.device != h.device:
+            columns = torch.zeros(h.size(self.dim), dtype=torch.int64)
+            for name, positions in self.positions.items():
+                columns[positions] = torch.arange(len(positions)).unsqueeze(1) + self.starts[name]
+            self._columns = columns.to(h.device)
+        return self._columns
+
+    def track(self, h: Tensor, decay: float) -> None:
+        """Take one more input into the running mean. An input of another width than before starts it anew."""
+        others = [dim for dim in range(h.dim()) if dim != h.dim() + self.dim]
+        mean = h.mean(others, dtype=torch.promote_types(h.dtype, torch.float32))
+        if len(self.total) != len(mean):
+            self.total, self.count = torch.zeros_like(mean), 0.0
+        self.total = self.total.to(mean) * decay + mean
+        self.count = self.count * decay + 1
+
+    def mean(self) -> Tensor:
+        """Give the running mean, `(D,)`."""
+        return self.total / self.count
+
+    def kept(self, keep: Mapping[str, Tensor]) -> Tensor:
+        """Give `total` without the positions of the channels that are not kept."""
+        stays = torch.ones(len(self.total), dtype=torch.bool)
+        for name, positions in self.positions.items():
+            if name in keep and len(stays):
+                stays[positions] = False
+                stays[positions[keep[name].cpu()]] = True
+        return self.total[stays.to(self.total.device)]
+
+
+def _sites(model: nn.Module, groups: Sequence[Group]) -> dict[str, _Site]:
+    """Collect where the groups are consumed, by module name; a site may hold several groups, a group several sites."""
+    sites: dict[str, _Site] = {}
+    start = 1
+    for group in groups:
+        for seen in _consuming(group):
+            site = sites.setdefault(seen.module, _Site(model.get_submodule(seen.module), seen.module, seen.dim))
+            site.positions[group.name], site.starts[group.name] = seen.positions, start
+            site.weights += [seen.weight] if seen.weight not in site.weights else []
+        start += group.size
+    return sites
+
+
+def _named(graph: ChannelGraph, name: str) -> Group:
+    if name not in graph.sizes():
+        raise UnknownNameError("group", name, graph.sizes(), hint="`graph.groups` lists them")
+    return graph[name]

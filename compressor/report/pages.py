@@ -1,0 +1,78 @@
+"""What a run has to say, in three forms: `report.json` (complete), `report.html` (one self-contained page), Markdown.
+
+The JSON file is the source; the other two are rendered from it, now or years later.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from compressor._utils import written_beside
+from compressor.errors import RunFolderError
+from compressor.report import pictures, tables
+from compressor.report.document import (
+    Report,
+    from_json,
+    to_json,
+)
+
+
+def write(report: Report, folder: Path) -> None:
+    """Write the pages, and then `report.json`: the presence of that file says that a run is finished."""
+    render(report, folder)
+    _write(folder / "report.json", to_json(report))
+
+
+def render(report: Report, folder: Path) -> list[Path]:
+    """Write `report.html` and `report.md` into `folder` and give their paths."""
+    pages = {folder / "report.html": html(report), folder / "report.md": tables.markdown(report)}
+    for path, text in pages.items():
+        _write(path, text)
+    return list(pages)
+
+
+def read(folder: Path) -> Report:
+    """Read the report of a run folder.
+
+    Raises:
+        RunFolderError: there is no `report.json` in it.
+        ArtifactError: the file is damaged, foreign, or of another version.
+    """
+    path = folder / "report.json"
+    if not path.is_file():
+        raise RunFolderError(
+            f"{folder} holds no report.json; give the folder of a finished run, or finish it: --resume"
+        )
+    return from_json(path.read_text(encoding="utf-8"), str(path))
+
+
+def html(report: Report) -> str:
+    """Give the report as one HTML page: no script, nothing loaded from elsewhere, light and dark."""
+    import jinja2  # only who renders pays for it
+
+    template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(template).render(
+        report=report,
+        comparison=tables.comparison(report),
+        fastest=_speed_tiles(report),
+        has_shared=any(epoch.stage == "train" for epoch in report.epochs),
+        files=[(name, tables.size(size_bytes)) for name, size_bytes in report.files.items()],
+        pictures={
+            "channels": pictures.channels(report.layers),
+            "training": pictures.training(report),
+            "latency": pictures.latency(report.timings),
+        },
+    )
+
+
+def _speed_tiles(report: Report) -> list[dict[str, object]]:
+    """Give the gain at batch size 1, one tile for each backend."""
+    timed = [(place, both) for place, both in tables.pairs(report.timings) if both[0].batch_size == 1]
+    return [{"place": place, "ratio": dense.p50_ms / pruned.p50_ms} for place, (dense, pruned) in timed]
+
+
+def _write(path: Path, text: str) -> None:
+    with written_beside(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -1,0 +1,214 @@
+"""Masks on whole channels: a channel is off when the weights of all its consumers are zero for it.
+
+Masked where it is consumed, a channel that is off is exactly a channel that was cut. Its consumers' gradients stay
+dense and say whether it would help; and a channel that comes back comes with zeros in its consumers, so that it changes
+nothing at first, like a single weight that grows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from compressor.budget import Budget, CostModel, select
+from compressor.errors import BudgetError, CutError, InputError
+from compressor.graph import ChannelGraph, Group
+from compressor.sparse.allocation import relative_density
+from compressor.sparse.units import Masks, Units, magnitude_of_gradient, require_trained
+from compressor.surgery import cut
+
+
+class ChannelMasks(Units):
+    """Which channels are on, `(C,)` by group.
+
+    Args:
+        graph, optimizers, budget, copies: as for `Units`. Groups whose channels cannot be switched are frozen, with the
+            reason.
+        allocation: "erk" or "uniform" say how sparse each group is; "global" ranks all channels together.
+        round_to: groups that lose channels end with a multiple of this.
+        shares: by group, the share of its own channels that is off, whatever the budget.
+
+    Raises:
+        InputError: no channel can be switched, or an optimizer does not hold a consumer's weight.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        optimizers: Sequence[Optimizer],
+        budget: Budget,
+        allocation: str,
+        round_to: int,
+        shares: Mapping[str, float],
+        copies: Sequence[nn.Module],
+    ) -> None:
+        super().__init__(graph, optimizers, budget, copies)
+        self._allocation, self._round_to, self._shares = allocation, round_to, shares
+        _freeze_fixed(graph)
+        consumers = [member.tensor for group in graph.groups for member in group.of_role("consumer")]
+        require_trained(consumers, graph.model, self._optimizers)
+        self._all_on()
+
+    def _all_on(self) -> None:
+        parameters = self._parameters()
+        device = next(iter(parameters.values())).device
+        self.masks = {
+            group.name: torch.ones(group.size, dtype=torch.bool, device=device) for group in self.graph.groups
+        }
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.graph.model.named_parameters())
+
+    def values(self) -> dict[str, Tensor]:
+        """Give the Euclidean norm of each channel's weights in its consumers."""
+        return self._norms(lambda parameter: parameter.detach())
+
+    def slopes(self) -> dict[str, Tensor]:
+        """Give the Euclidean norm of the gradient by those weights."""
+        return self._norms(magnitude_of_gradient)
+
+    def _norms(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+        parameters = self._parameters()
+        names = {member.tensor for group in self.graph.groups for member in group.of_role("consumer")}
+        tensors = {name: read(parameters[name]) for name in names}
+        return {
+            group.name: torch.linalg.vector_norm(group.rows(tensors, "consumer"), dim=1) for group in self.graph.groups
+        }
+
+    def best(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
+        """Give the masks that meet the due share of the budget, as `compressor.selection.select` does.
+
+        Raises:
+            BudgetError: no choice of channels can meet it.
+        """
+        erk, due = self._allocation == "erk", Budget(self._budget.sparsity * share, self._budget.measure)
+        selection = select(
+            self.graph,
+            self._erk_places(scores) if erk else scores,
+            due,
+            costs=CostModel(self.graph),
+            scope="local" if self._allocation == "uniform" else "global",
+            round_to=self._round_to,
+            shares={name: mine * share for name, mine in self._shares.items() if name in self.masks},
+            normalise=not erk,
+        )
+        if not selection.reached:
+            raise BudgetError(due.measure, due.sparsity, selection.removed, selection.blocked)
+        return {name: _marked(mask, selection.keep.get(name)) for name, mask in self.masks.items()}
+
+    def _erk_places(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Give scores that order one queue of all channels so that any front of it leaves densities as ERK has them.
+
+        With a density of `min(1, scale * p)`, the best `scale * p * C` channels of a group stay: a channel of which a
+        share `q` of its group is no better goes when `scale` falls below `(1 - q) / p`.
+        """
+        places = {}
+        for group in self.graph.groups:
+            rank = scores[group.name].argsort(stable=True).argsort().double()
+            places[group.name] = (rank + 0.5 - group.size) / group.size / self._density(group)
+        return places
+
+    def _density(self, group: Group) -> float:
+        tensors = self._parameters()
+        shapes = [tensors[member.tensor].shape for member in group.of_role("producer") if member.tensor in tensors]
+        return relative_density(shapes[0]) if shapes else 1.0
+
+    def zeros(self) -> dict[str, Tensor]:
+        """Give where consumers' weights belong to a channel that is off."""
+        parameters, zeros = self._parameters(), dict[str, Tensor]()
+        for group in self.graph.groups:
+            off = (~self.masks[group.name]).cpu()
+            for member in group.of_role("consumer"):
+                weight = parameters[member.tensor]
+                along = torch.zeros(weight.shape[member.dim], dtype=torch.bool)
+                along[member.positions[off].flatten()] = True
+                shape = [-1 if dim == member.dim else 1 for dim in range(weight.dim())]
+                where = along.view(shape).to(weight.device)
+                zeros[member.tensor] = zeros[member.tensor] | where if member.tensor in zeros else where
+        return {name: where for name, where in zeros.items() if where.any()}
+
+    def settle(self) -> None:
+        """Try to cut half of every group and take it back; groups that refuse are frozen.
+
+        Raises:
+            BudgetError: without them it cannot be met.
+        """
+        while True:
+            half = {name: torch.arange((size + 1) // 2) for name, size in self.graph.sizes().items()}
+            try:
+                with suppress(_TakenBack):
+                    cut(self.graph, half, self._optimizers, check=_take_back, copies=self._copies)
+                break
+            except CutError as refusal:
+                self._go_without(refusal)
+        self.best(self.values())
+
+    def cut(self) -> None:
+        """Remove the channels that are off. A group that refuses stays whole: its channels are switched on again."""
+        while True:
+            try:
+                cut(self.graph, _kept(self.masks), self._optimizers, copies=self._copies)
+                break
+            except CutError as refusal:
+                self._go_without(refusal)
+        self._all_on()
+        self.switch(self.masks)
+
+    def _go_without(self, refusal: CutError) -> None:
+        if not refusal.groups:
+            raise refusal
+        self.graph.freeze(refusal.groups, refusal.reason)
+        self.masks = {name: mask for name, mask in self.masks.items() if name not in refusal.groups}
+
+
+class _TakenBack(Exception):
+    """Raised by the check of a cut that was only a trial."""
+
+
+def _take_back() -> NoReturn:
+    raise _TakenBack
+
+
+def _freeze_fixed(graph: ChannelGraph) -> None:
+    """Freeze the groups whose channels cannot be switched at their consumers.
+
+    Raises:
+        InputError: no group is left.
+    """
+    parameters = dict(graph.model.named_parameters())
+    reasons = {group.name: _why_fixed(group, parameters) for group in graph.groups}
+    for name, reason in reasons.items():
+        if reason:
+            graph.freeze([name], reason)
+    if not graph.groups:
+        why = "; ".join(sorted(set(reasons.values()))) or "every channel is frozen, as `graph.frozen` says"
+        raise InputError(
+            f"{type(graph.model).__name__} has no channel that can be switched off ({why}): use granularity 'weight'"
+        )
+
+
+def _why_fixed(group: Group, parameters: Mapping[str, nn.Parameter]) -> str:
+    """Say why the channels of a group cannot be switched at their consumers; nothing if they can."""
+    consumers = [member.tensor for member in group.of_role("consumer")]
+    if not group.exact:
+        return "a channel that is off is not one that was cut: others depend on it"
+    if not consumers:
+        return "no weight reads these channels, so none can be masked"
+    trains = all(name in parameters and parameters[name].requires_grad for name in consumers)
+    return "" if trains else "a weight that reads these channels does not train"
+
+
+def _marked(like: Tensor, kept: Tensor | None) -> Tensor:
+    mask = torch.ones_like(like) if kept is None else torch.zeros_like(like)
+    if kept is not None:
+        mask[kept.to(mask.device)] = True
+    return mask
+
+
+def _kept(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: mask.nonzero().flatten().cpu() for name, mask in masks.items()}

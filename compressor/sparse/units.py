@@ -1,0 +1,133 @@
+"""What a mask switches on and off: the units of a model, single weights or whole channels.
+
+A unit that is off is a zero in weights, and a zero in the optimizers' state for them. Gradients are left alone: they
+stay dense, and say which unit would help if it were on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from compressor.budget import Budget
+from compressor.errors import InputError
+from compressor.graph import ChannelGraph, named_tensors_of
+from compressor.surgery import require_alike
+
+Masks = dict[str, Tensor]
+
+
+class Units(ABC):
+    """The units of one model, and which of them are on.
+
+    Args:
+        graph: the channel graph of the model.
+        optimizers: those that train it.
+        budget: what is off at the end.
+        copies: models with the same tensors that get the same zeros and cuts, as for `compressor.cut`.
+
+    Attributes:
+        masks: by name of a layer (or group), bool, True where a unit is on. Change them by `switch` alone.
+    """
+
+    def __init__(
+        self, graph: ChannelGraph, optimizers: Sequence[Optimizer], budget: Budget, copies: Sequence[nn.Module]
+    ) -> None:
+        self.graph, self.masks, self._budget = graph, Masks(), budget
+        self._optimizers, self._copies = optimizers, copies
+        require_alike(named_tensors_of(dict(graph.model.named_modules())), copies)
+        self._zeros = dict[str, Tensor]()
+
+    @abstractmethod
+    def values(self) -> dict[str, Tensor]:
+        """Give what each unit is now, of the masks' shapes: signed for weights, a norm for channels."""
+
+    @abstractmethod
+    def slopes(self) -> dict[str, Tensor]:
+        """Give the magnitude of the loss's gradient by each unit, on or off, of the masks' shapes."""
+
+    @abstractmethod
+    def best(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
+        """Give the masks that meet that share of the budget and leave those units on that score highest.
+
+        Raises:
+            BudgetError: no masks can meet it.
+        """
+
+    @abstractmethod
+    def zeros(self) -> dict[str, Tensor]:
+        """Give by parameter, where the masks want zeros: bool, broadcastable to its shape."""
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Find out which channels cannot go and freeze them, before anything is switched off.
+
+        Raises:
+            BudgetError: without them the budget cannot be met.
+        """
+
+    @abstractmethod
+    def cut(self) -> None:
+        """Remove the channels that the masks left without weight, for good; writes model, optimizers, graph, masks."""
+
+    @property
+    def size(self) -> int:
+        """The number of units."""
+        return sum(mask.numel() for mask in self.masks.values())
+
+    @property
+    def off(self) -> int:
+        """The number of units that are off."""
+        return self.size - sum(int(mask.sum()) for mask in self.masks.values())
+
+    def strengths(self) -> dict[str, Tensor]:
+        """Give the magnitudes of `values()`; a unit that is off lies below all that are on, even if they are zero."""
+        values = self.values()
+        least = {name: torch.finfo(value.dtype).tiny for name, value in values.items()}
+        return {name: torch.where(self.masks[name], values[name].abs() + least[name], 0.0) for name in values}
+
+    def switch(self, masks: Mapping[str, Tensor]) -> None:
+        """Take other masks, and write the zeros that they want."""
+        self.masks = dict(masks)
+        self._zeros = self.zeros()
+        self.enforce()
+
+    @torch.no_grad()
+    def enforce(self) -> None:
+        """Write zeros wherever a unit is off: in the weights, their copies and what optimizers keep for them."""
+        parameters = dict(self.graph.model.named_parameters())
+        copies = [dict(copy.named_parameters()) for copy in self._copies]
+        for name, where in self._zeros.items():
+            for weights in (parameters, *copies):
+                weights[name].masked_fill_(where, 0)
+            for optimizer in self._optimizers:
+                for value in optimizer.state.get(parameters[name], {}).values():
+                    if isinstance(value, Tensor) and value.shape == parameters[name].shape:
+                        value.masked_fill_(where, 0)
+
+
+def magnitude_of_gradient(parameter: nn.Parameter) -> Tensor:
+    """Give `|gradient|` of a parameter; zeros where it has none or it is not a number."""
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return parameter.grad.detach().abs().nan_to_num(nan=0.0)
+
+
+def require_trained(names: Iterable[str], model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Refuse optimizers that do not hold all parameters of these names.
+
+    Raises:
+        InputError: one that none of them holds.
+    """
+    parameters = dict(model.named_parameters())
+    held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
+    for name in names:
+        if id(parameters[name]) not in held:
+            raise InputError(
+                f"no optimizer holds {name!r}, so it would keep its momentum where it is masked: "
+                "make the optimizer from model.parameters() of this very model, or freeze it (requires_grad = False)"
+            )

@@ -1,0 +1,144 @@
+"""Masks on single weights of convolutions and Linears, as the methods were published.
+
+Norms and biases are never masked, nor are weights that do not train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from compressor.budget import Budget
+from compressor.errors import CutError, InputError
+from compressor.graph import ChannelGraph
+from compressor.sparse.allocation import ALLOCATIONS, counts_off
+from compressor.sparse.empty import without_weight
+from compressor.sparse.regrowth import lowest
+from compressor.sparse.units import Masks, Units, magnitude_of_gradient, require_trained
+from compressor.surgery import cut, input_means, removed_channels
+
+
+class WeightMasks(Units):
+    """Which single weights are on.
+
+    Args:
+        graph, optimizers, budget, copies: as for `Units`; the budget is a share of all weights that can be masked.
+        allocation: "erk" or "uniform" say how sparse each layer is; "global" ranks all weights together.
+
+    Raises:
+        InputError: no convolution or Linear to mask, or an optimizer that does not hold one.
+    """
+
+    def __init__(
+        self,
+        graph: ChannelGraph,
+        optimizers: Sequence[Optimizer],
+        budget: Budget,
+        allocation: str,
+        copies: Sequence[nn.Module],
+    ) -> None:
+        super().__init__(graph, optimizers, budget, copies)
+        self._allocation = allocation
+        self._weights = maskable(graph.model)
+        require_trained(self._weights, graph.model, self._optimizers)
+        self.masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self._weights.items()}
+
+    def values(self) -> dict[str, Tensor]:
+        """Give the weights."""
+        return {name: weight.detach() for name, weight in self._weights.items()}
+
+    def slopes(self) -> dict[str, Tensor]:
+        """Give the magnitude of each weight's gradient."""
+        return {name: magnitude_of_gradient(weight) for name, weight in self._weights.items()}
+
+    def best(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
+        """Give the masks that leave exactly the due share of all weights off, those that score lowest."""
+        due = Budget(self._budget.sparsity * share)
+        whole = sum(mask.numel() for mask in self.masks.values())
+        total = whole - due.goal(whole)
+        if self._allocation == "global":
+            return _split(_on(torch.cat([scores[name].flatten() for name in self.masks]), total), self.masks)
+        shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
+        sizes = {name: mask.numel() for name, mask in self.masks.items()}
+        off = counts_off(sizes, ALLOCATIONS[self._allocation](shapes, due.sparsity), total)
+        return {name: _on(scores[name], off[name]) for name in self.masks}
+
+    def zeros(self) -> dict[str, Tensor]:
+        """Give where weights are off."""
+        return {name: ~mask for name, mask in self.masks.items()}
+
+    def settle(self) -> None:
+        """Look whether the allocation is possible at all."""
+        self.best(self.values())
+
+    def cut(self) -> None:
+        """Remove the channels that no weight writes or no weight reads.
+
+        What a channel without a writing weight still is, a constant made by biases, is folded into the next bias.
+        """
+        while keep := self._to_keep():
+            stays = _stays(self.graph, keep)
+            try:
+                means = input_means(self.graph, [self.graph.example_inputs])
+                cut(self.graph, keep, self._optimizers, means, copies=self._copies)
+            except CutError as refusal:
+                if not refusal.groups:
+                    raise
+                self.graph.freeze(refusal.groups, refusal.reason)
+                continue
+            self.switch({name: _narrowed(mask, name, stays) for name, mask in self.masks.items()})
+            return
+
+    def _to_keep(self) -> dict[str, Tensor]:
+        empty = without_weight(self.graph, self.masks)
+        return {name: (~gone).nonzero().flatten() for name, gone in empty.items() if gone.any()}
+
+
+def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Give the weights of all convolutions and Linears that train, by name, in the order of the model's modules.
+
+    Raises:
+        InputError: there are none.
+    """
+    kinds = (nn.modules.conv._ConvNd, nn.Linear)
+    owners = {f"{name}.weight".lstrip("."): each for name, each in model.named_modules() if isinstance(each, kinds)}
+    found = {name: weight for name, weight in model.named_parameters() if name in owners and weight.requires_grad}
+    if not found:
+        raise InputError(
+            f"{type(model).__name__} has no convolution or Linear whose weight trains, so there is nothing to mask: "
+            "give a model with some, or prune channels by a criterion, l1 say"
+        )
+    return found
+
+
+def _on(scores: Tensor, off: int) -> Tensor:
+    """Give the mask without the `off` units that score lowest."""
+    return ~lowest(scores, torch.ones_like(scores, dtype=torch.bool), off)
+
+
+def _split(side_by_side: Tensor, like: Masks) -> Masks:
+    parts = torch.split(side_by_side, [mask.numel() for mask in like.values()])
+    return {name: part.view_as(mask) for (name, mask), part in zip(like.items(), parts, strict=True)}
+
+
+def _stays(graph: ChannelGraph, keep: Mapping[str, Tensor]) -> dict[tuple[str, int], Tensor]:
+    """Give, for every tensor dimension that a cut narrows, which positions stay: bool."""
+    tensors = dict(graph.model.named_parameters())
+    stays: dict[tuple[str, int], Tensor] = {}
+    for name, kept in keep.items():
+        for member in graph[name].members:
+            if member.tensor in tensors:
+                size = tensors[member.tensor].shape[member.dim]
+                along = stays.setdefault((member.tensor, member.dim), torch.ones(size, dtype=torch.bool))
+                along[member.positions[removed_channels(graph[name], kept)].flatten()] = False
+    return stays
+
+
+def _narrowed(mask: Tensor, name: str, stays: Mapping[tuple[str, int], Tensor]) -> Tensor:
+    for (tensor, dim), along in stays.items():
+        if tensor == name:
+            mask = mask.index_select(dim, along.nonzero().flatten().to(mask.device))
+    return mask

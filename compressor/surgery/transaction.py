@@ -1,0 +1,124 @@
+"""All or nothing: tensors, gradients, optimizer state and attributes are written here, and can all be put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from compressor.errors import CutError, InputError
+from compressor.graph import named_tensors_of, numbers, refit, replace_data
+
+
+class Transaction:
+    """Writes a model, copies of it and the optimizers' state, and remembers how to put everything back.
+
+    Args:
+        model: the model that is cut.
+        copies: models with tensors of the same names and shapes, which get the same cuts.
+        optimizers: whose state follows.
+
+    Attributes:
+        tensors: parameters and buffers by name, of the model and of each copy.
+
+    Raises:
+        InputError: a copy of another model.
+    """
+
+    def __init__(self, model: nn.Module, copies: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
+        self._copies, self._optimizers = copies, optimizers
+        self._modules = [dict(each.named_modules()) for each in (model, *copies)]
+        self.tensors = [named_tensors_of(modules) for modules in self._modules]
+        require_alike(self.tensors[0], copies)
+        self._data: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._state: list[tuple[dict[str, Any], str, Any]] = []
+        every = [module for modules in self._modules for module in modules.values()]
+        self._attributes = [(module, type(module), _whole(module)) for module in every]
+
+    def narrow(self, name: str, stays: Mapping[int, Tensor]) -> None:
+        """Leave only some positions along dimensions of a tensor, its gradient and its optimizer state."""
+        for tensor in (tensors[name] for tensors in self.tensors):
+            self._remember(tensor)
+            gradient, shape = tensor.grad, tensor.shape
+            tensor.grad = None
+            self._narrow_state(name, tensor, shape, stays)
+            replace_data(tensor, _taken(tensor.data, stays))
+            if gradient is not None:
+                tensor.grad = _taken(gradient, stays)
+
+    def _narrow_state(self, name: str, tensor: Tensor, shape: torch.Size, stays: Mapping[int, Tensor]) -> None:
+        for optimizer in self._optimizers:
+            state = optimizer.state.get(tensor, {})
+            for key, value in list(state.items()):
+                if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1:
+                    continue
+                if value.shape != shape:
+                    raise CutError(
+                        f"{type(optimizer).__name__} keeps {key!r} of shape {tuple(value.shape)} for {name!r} of shape "
+                        f"{tuple(shape)}, which does not say what belongs to a channel; use SGD, Adam(W) or RMSprop"
+                    )
+                self._state.append((state, key, value))
+                state[key] = _taken(value, stays)
+
+    def add(self, tensor: Tensor, amount: Tensor) -> None:
+        """Add to a tensor, into new memory so that the old values can come back."""
+        self._remember(tensor)
+        tensor.data = tensor.data + amount.to(tensor)
+
+    def renumber(self, name: str, new: Tensor) -> None:
+        """Replace every position in a buffer of positions by its new number."""
+        for tensor in (tensors[name] for tensors in self.tensors):
+            self._remember(tensor)
+            tensor.data = new.to(tensor.device)[tensor.data.long()].to(tensor.dtype)
+
+    def refit_copies(self) -> None:
+        """Give the copies the sizes that the model says in its attributes now."""
+        for copy, modules in zip(self._copies, self._modules[1:], strict=True):
+            refit(copy)
+            for name, module in modules.items():
+                module.__dict__.update(numbers(self._modules[0][name]))
+
+    def _remember(self, tensor: Tensor) -> None:
+        self._data.setdefault(id(tensor), (tensor, tensor.data, tensor.grad))
+
+    def undo(self) -> None:
+        """Put everything back, bit for bit."""
+        for tensor, data, gradient in self._data.values():
+            tensor.grad = None
+            replace_data(tensor, data)
+            tensor.grad = gradient
+        for state, key, value in reversed(self._state):
+            state[key] = value
+        for module, kind, attributes in self._attributes:
+            module.__class__ = kind
+            module.__dict__.update(attributes)
+
+
+def _taken(tensor: Tensor, stays: Mapping[int, Tensor]) -> Tensor:
+    # NOTE: All dimensions of a tensor at once, so that what lies between is given back before the next one is made:
+    # on a CPU, fresh memory takes longer than filling it.
+    for dim, positions in sorted(stays.items()):
+        tensor = tensor.index_select(dim, positions.to(tensor.device))
+    return tensor
+
+
+def require_alike(tensors: Mapping[str, Tensor], copies: Iterable[nn.Module]) -> None:
+    """Raise InputError if a copy has not the parameters and buffers of these names and shapes."""
+    for copy in copies:
+        others = named_tensors_of(dict(copy.named_modules()))
+        shapes = [{name: tuple(each.shape) for name, each in found.items()} for found in (tensors, others)]
+        for name in sorted(shapes[0].keys() | shapes[1].keys()):
+            here, there = (found.get(name, "absent") for found in shapes)
+            if here != there:
+                raise InputError(
+                    f"{type(copy).__name__} is no copy of the model: {name!r} is {there} there and {here} in the "
+                    "model; of an AveragedModel pass its .module"
+                )
+
+
+def _whole(module: nn.Module) -> dict[str, Any]:
+    """Give the attributes that a cut may change."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, int | tuple)}

@@ -1,0 +1,217 @@
+"""Verification: hold a cut against silence, on real inputs, before it becomes final.
+
+Silencing a channel and cutting it must give the same output. The silenced outputs are computed first, on the model
+itself, whose weights come back bit for bit; then the model is cut and run again. Nothing is kept of the cut if the two
+differ. No second model is made.
+
+Groups that are not `exact` have no such oracle: there the cut model only has to run. The exact ones beside them are
+tried by themselves beforehand, and taken back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from compressor._utils import as_arguments, device_of, evaluating, full_precision, moved, named_tensors
+from compressor.errors import CutError, TraceError
+from compressor.graph import ChannelGraph
+from compressor.surgery.cutting import cut, removed_channels
+from compressor.surgery.masks import silence
+
+Outputs = list[tuple[str, Tensor]]
+Means = Mapping[str, Tensor]
+
+
+def verified_cut(
+    graph: ChannelGraph,
+    keep: Mapping[str, Tensor],
+    inputs: Any,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    means: Means | None = None,
+    copies: Sequence[nn.Module] = (),
+) -> None:
+    """Cut as `compressor.cut` does, and only if the outputs are those of the silenced model.
+
+    Where a mean is folded, the removed channel is silenced by its mean. Allowed is a difference of `sqrt(eps)` of the
+    output's largest value, half of the digits that the coarsest tensor has.
+
+    Args:
+        graph, keep, optimizer, means, copies: as for `compressor.cut`; indices sorted.
+        inputs: real inputs that the model accepts.
+
+    Raises:
+        CutError: the outputs differ; names the groups that do so by themselves. Model, optimizers and graph are as they
+            were. And as for `compressor.cut`.
+        TraceError: the model does not run on the inputs.
+    """
+    exact = {name: kept for name, kept in keep.items() if graph[name].exact}
+    inputs = moved(inputs, device_of(graph.model))
+    try:
+        if len(exact) == len(keep):
+            _cut_as_silenced(graph, keep, inputs, means, optimizer, copies)
+        else:
+            _try(graph, exact, inputs, means)
+            cut(graph, keep, optimizer, means, partial(_require_runs, graph.model, inputs), copies)
+    except _Differs as refusal:
+        guilty = [name for name in exact if not _agrees(graph, {name: exact[name]}, inputs, means)]
+        raise CutError(refusal.reason, guilty or sorted(exact)) from refusal
+
+
+class _Differs(CutError):
+    """The cut model is not the silenced one."""
+
+
+class _Tried(Exception):
+    """Takes back a cut that was in order."""
+
+
+def _cut_as_silenced(
+    graph: ChannelGraph,
+    keep: Mapping[str, Tensor],
+    inputs: Any,
+    means: Means | None,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
+    copies: Sequence[nn.Module] = (),
+    afterwards: Callable[[], None] = lambda: None,
+) -> None:
+    with _silenced(graph, {name: removed_channels(graph[name], kept) for name, kept in keep.items()}, means or {}):
+        expected = _run(graph.model, inputs)
+
+    def check() -> None:
+        _compare(_run_cut(graph.model, inputs), expected, _tolerance(graph.model))
+        afterwards()
+
+    cut(graph, keep, optimizer, means, check, copies)
+
+
+def _try(graph: ChannelGraph, keep: Mapping[str, Tensor], inputs: Any, means: Means | None) -> None:
+    """Cut, compare, and take the cut back; raises if it was not in order."""
+
+    def take_back() -> None:
+        raise _Tried
+
+    try:
+        _cut_as_silenced(graph, keep, inputs, means, afterwards=take_back)
+    except _Tried:
+        return
+
+
+def _agrees(graph: ChannelGraph, keep: Mapping[str, Tensor], inputs: Any, means: Means | None) -> bool:
+    try:
+        _try(graph, keep, inputs, means)
+    except CutError:
+        return False
+    return True
+
+
+# -- the oracle
+
+
+@contextmanager
+def _silenced(graph: ChannelGraph, gone: Mapping[str, Tensor], means: Means) -> Iterator[None]:
+    """Let consumers multiply the channels by zero, and add what their means come to; afterwards nothing is left."""
+    tensors = dict(graph.model.named_parameters())
+    read = {member.tensor for name in gone for member in graph[name].of_role("consumer")}
+    before = {name: tensors[name].data for name in read}
+    with ExitStack() as hooks:
+        for weight, constant in _constants(graph, gone, means).items():
+            module, dim = graph.model.get_submodule(weight.rpartition(".")[0]), 1 - max(tensors[weight].dim() - 1, 1)
+            hooks.callback(module.register_forward_hook(_adding(constant, dim - 1)).remove)
+        try:
+            for name, data in before.items():
+                tensors[name].data = data.clone()
+            silence(graph, gone)
+            yield
+        finally:
+            for name, data in before.items():
+                tensors[name].data = data
+
+
+def _constants(graph: ChannelGraph, gone: Mapping[str, Tensor], means: Means) -> dict[str, Tensor]:
+    """Give what each consuming module would put out for the removed channels' means alone, `(outputs,)` by weight."""
+    tensors, carried = dict(graph.model.named_parameters()), dict[str, Tensor]()
+    for name, channels in gone.items():
+        for seen in graph[name].inputs:
+            if seen.weight in means and seen.weight in graph.offsets:
+                mean = means[seen.weight]
+                places = seen.positions[channels].flatten().to(mean.device)
+                carried.setdefault(seen.weight, torch.zeros_like(mean))[places] = mean[places]
+    return {weight: _answer(tensors[weight].detach(), mean) for weight, mean in carried.items()}
+
+
+def _answer(weight: Tensor, mean: Tensor) -> Tensor:
+    """Give the output of a Linear, or of a convolution away from its border, for an input that is `mean` everywhere."""
+    kernel = weight.flatten(2).sum(2) if weight.dim() > 2 else weight  # (outputs, inputs of one block)
+    blocks = mean.to(kernel).view(-1, 1, kernel.shape[1])
+    return (kernel.view(len(blocks), -1, kernel.shape[1]) * blocks).sum(2).flatten()
+
+
+def _adding(constant: Tensor, dim: int) -> Callable[..., Tensor]:
+    """Give a forward hook that adds a constant along a dimension, counted from the end."""
+    shaped = constant.view(-1, *[1] * (-dim - 1))
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output + shaped
+
+    return hook
+
+
+# -- running and comparing
+
+
+def _run(model: nn.Module, inputs: Any) -> Outputs:
+    """Give the floating-point outputs in evaluation mode, each with its place."""
+    arguments, named = as_arguments(inputs)
+    try:
+        with evaluating(model), full_precision():
+            outputs = named_tensors(model(*arguments, **named))
+    except Exception as error:
+        shapes = ", ".join(str(tuple(tensor.shape)) for _, tensor in named_tensors(inputs))
+        raise TraceError(type(model).__name__, shapes, "", error) from error
+    return [(place, tensor.detach()) for place, tensor in outputs if tensor.is_floating_point()]
+
+
+def _require_runs(model: nn.Module, inputs: Any) -> None:
+    _run_cut(model, inputs)
+
+
+def _run_cut(model: nn.Module, inputs: Any) -> Outputs:
+    try:
+        return _run(model, inputs)
+    except TraceError as error:
+        raise _Differs(f"the cut model does not run on real inputs: {error.__cause__}") from error
+
+
+def _tolerance(model: nn.Module) -> float:
+    kinds = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+    return math.sqrt(max(torch.finfo(kind).eps for kind in kinds))
+
+
+def _compare(now: Outputs, expected: Outputs, tolerance: float) -> None:
+    for (place, tensor), (_, wanted) in zip(now, expected, strict=True):
+        error = _difference(tensor, wanted)
+        if not error <= tolerance:
+            what = f"output {place!r}" if place else "the output"
+            raise _Differs(
+                f"on real inputs {what} of the cut model differs from that of the silenced one by {error:.1e} of its "
+                f"largest value ({tolerance:.1e} is rounding)"
+            )
+
+
+def _difference(first: Tensor, second: Tensor) -> float:
+    """Give the largest difference over the largest value; infinite where the two are not finite at the same places."""
+    if first.shape != second.shape or not torch.equal(first.isfinite(), second.isfinite()):
+        return float("inf")
+    finite = second.isfinite()
+    if not finite.any():
+        return 0.0
+    scale = second[finite].abs().max().double().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((first[finite].double() - second[finite].double()).abs().max() / scale)

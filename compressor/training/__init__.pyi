@@ -1,0 +1,17 @@
+from . import models as models
+from .config import TrainingConfig as TrainingConfig
+from .config import learning_rate as learning_rate
+from .data.sources import Data as Data
+from .data.sources import load_data as load_data
+from .data.splits import Part as Part
+from .evaluation import Evaluation as Evaluation
+from .evaluation import evaluate as evaluate
+from .evaluation import in_mode as in_mode
+from .evaluation import recalibrate as recalibrate
+from .hooks import HookFactory as HookFactory
+from .hooks import PlainStep as PlainStep
+from .hooks import StepHook as StepHook
+from .loop import History as History
+from .loop import require_scores as require_scores
+from .loop import train as train
+from .models import ModelSpec as ModelSpec

@@ -1,0 +1,149 @@
+"""Data sets by name, resident in memory where they fit, with a validation part held out of training.
+
+`load_data` returns a `Data` of three parts; `Part.batches` goes through one. `DATASETS` is the list of what can be loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressor.errors import DataError, InputError, RangeError, UnknownNameError
+from compressor.training.data.folder import imagefolder
+from compressor.training.data.images import CHUNK, RESIDENT_BYTES, Progress, Resident
+from compressor.training.data.splits import Found, Part, Request, moments, split
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """A data set in three parts.
+
+    Attributes:
+        name: as it was asked for.
+        classes: their names, by class index.
+        image_shape: `(C, H, W)`.
+        train: to learn from.
+        validation: held out of training, for every decision.
+        test: to be looked at once, at the end.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    train: Part
+    validation: Part
+    test: Part
+
+
+def load_data(
+    name: str,
+    *,
+    seed: int = 0,
+    validation: float = 0.1,
+    image_size: int | None = None,
+    root: Path = Path(".data"),
+    download: bool = False,
+    on_progress: Progress = lambda done, total: None,
+) -> Data:
+    """Load a data set by name.
+
+    Args:
+        name: `digits`, `cifar10`, `cifar100` or `imagefolder:PATH`.
+        seed: of the validation part. The test part does not depend on it.
+        validation: share of each class's training images, in `(0, 1)`, that is held out; without effect where a folder
+            has `train/`, `val/` and `test/`.
+        image_size: height and width in pixels. None: digits 32; CIFAR as it is; folders as they are if all images
+            have one size up to 64, else 224. Folders: the short side is resized, then the centre is cut out.
+        root: where CIFAR is kept.
+        download: fetch CIFAR if it is not there.
+        on_progress: called with the images decoded so far and their number.
+
+    Raises:
+        UnknownNameError: no such data set; says what is close.
+        RangeError: a share or size outside its range.
+        InputError: `download` for something that is not downloaded.
+        DataError: the data is missing, empty or broken; names the folder, class or file.
+    """
+    kind, _, path = name.partition(":")
+    if kind not in DATASETS or bool(path) != (kind == "imagefolder"):
+        raise UnknownNameError("data set", name, [*(DATASETS.keys() - {"imagefolder"}), "imagefolder:PATH"])
+    if not 0 < validation < 1:
+        raise RangeError("validation", validation, "(0, 1)")
+    if image_size is not None and image_size < 1:
+        raise RangeError("image_size", image_size, "1, 2, 3, ...")
+    if download and not kind.startswith("cifar"):
+        raise InputError(f"download has no effect on {kind}: leave it out")
+    found = DATASETS[kind](Request(path, image_size, root, download, on_progress))
+    return _finished(name, found, validation, seed)
+
+
+def _finished(name: str, found: Found, share: float, seed: int) -> Data:
+    """Hold the validation part out, then normalise by what is left to train on."""
+    train, held_out = found.train, found.validation
+    if held_out is None:
+        train, held_out = split(train, share, seed, found.classes)
+    mean, std = moments(train)
+    shape = train.images.shape
+    shift = shape[1] // (8 if found.natural else 16)
+    parts = [
+        replace(part, mean=mean, std=std, shift=shift, mirror=found.natural) for part in (train, held_out, found.test)
+    ]
+    return Data(name, found.classes, shape, *parts)
+
+
+def _digits(request: Request) -> Found:
+    """1,797 handwritten digits of 8x8 grey values that come with scikit-learn, enlarged; a quarter is the test part."""
+    from sklearn.datasets import load_digits
+
+    raw, size = load_digits(), request.image_size or 32
+    grey = torch.from_numpy(raw.images).unsqueeze(1) * (255 / 16)
+    pixels = F.interpolate(grey, (size, size), mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
+    classes = tuple(str(name) for name in raw.target_names)
+    whole = Part.of(Resident(pixels), torch.from_numpy(raw.target))
+    train, test = split(whole, 0.25, 0, classes)
+    return Found(classes, train, test, natural=False)
+
+
+def _cifar(kind: str, request: Request) -> Found:
+    """CIFAR (Krizhevsky 2009): 50,000 training and 10,000 test images of 32x32, by torchvision."""
+    from torchvision import datasets
+
+    try:
+        halves = [getattr(datasets, kind)(request.root, train, download=request.download) for train in (True, False)]
+    except (OSError, RuntimeError) as error:  # no network; not there, or damaged
+        advice = "check the network" if request.download else "add --download to fetch it"
+        raise DataError(f"{kind.lower()} cannot be loaded from {request.root}: {error}; {advice}") from error
+    train, test = (
+        Part.of(
+            Resident(_enlarged(torch.from_numpy(half.data).permute(0, 3, 1, 2), request)), torch.tensor(half.targets)
+        )
+        for half in halves
+    )
+    return Found(tuple(halves[0].classes), train, test)
+
+
+def _enlarged(pixels: Tensor, request: Request) -> Tensor:
+    """Resize `(N, C, H, W)` uint8 images that are all in memory."""
+    size = request.image_size
+    if size is None or size == pixels.shape[-1]:
+        return pixels.contiguous()
+    if len(pixels) * 3 * size * size > RESIDENT_BYTES:
+        most = math.isqrt(RESIDENT_BYTES // (3 * len(pixels)))
+        raise RangeError("image_size", size, f"1 to {most}, or larger with imagefolder:PATH, which stays on disk")
+    chunks = [F.interpolate(chunk.float(), (size, size), mode="bilinear") for chunk in torch.split(pixels, CHUNK)]
+    return torch.cat([chunk.round().to(torch.uint8) for chunk in chunks])
+
+
+DATASETS: dict[str, Callable[[Request], Found]] = {
+    "digits": _digits,
+    "cifar10": partial(_cifar, "CIFAR10"),
+    "cifar100": partial(_cifar, "CIFAR100"),
+    "imagefolder": imagefolder,
+}
