@@ -13,11 +13,12 @@ export OMP_NUM_THREADS ?= 1
 demo: $(INSTALLED)
 	$(BIN)/compress --criterion relevance --model resnet18 --data digits --sparsity 0.6 --out runs/demo --overwrite
 
+# One worker a core: tests are one-threaded, see OMP_NUM_THREADS.
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-all: $(INSTALLED) lint
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -n auto -m ""
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

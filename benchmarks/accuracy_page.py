@@ -31,7 +31,7 @@ NOTES = (
 
 
 def cells_of(rows: Iterable[Mapping[str, Any]], column: str = "test accuracy %") -> Cells:
-    """Give one column of the rows that have it; the dense network stands at 0 %."""
+    """Return one column of the rows that have it; the dense network stands at 0 %."""
     found: Cells = defaultdict(lambda: defaultdict(dict))
     for row in rows:
         if column in row:
@@ -40,14 +40,14 @@ def cells_of(rows: Iterable[Mapping[str, Any]], column: str = "test accuracy %")
 
 
 def ranked(cells: Cells, shares: Sequence[float]) -> list[str]:
-    """Give the criteria, but for the dense network, the best first over the shares that all of them have."""
+    """Return the criteria, but for the dense network, the best first over the shares that all of them have."""
     known = [name for name in cells if name != "dense" and name not in VARIANTS]
     common = [share for share in shares if all(share in cells[name] for name in known)]
     return sorted(known, key=lambda name: -mean(mean(cells[name][share].values()) for share in common))
 
 
 def table(rows: Sequence[Mapping[str, Any]], names: Sequence[str], shares: Sequence[float]) -> str:
-    """Give a Markdown table with a column for each share."""
+    """Return a Markdown table with a column for each share."""
     cells, macs = cells_of(rows), cells_of(rows, "MACs removed %")
     lines = ["| criterion | " + " | ".join(f"{share:.0f} % removed" for share in shares) + " |"]
     lines += ["|---|" + "---|" * len(shares)]
@@ -73,7 +73,7 @@ def _shown(cell: Cell, random: Cell, macs: Cell) -> str:
 
 
 def picture(title: str, cells: Cells, names: Sequence[str], shares: Sequence[float]) -> str:
-    """Give an SVG: a panel for each share, a line for each criterion."""
+    """Return an SVG: a panel for each share, a line for each criterion."""
     width, height = LEFT + (WIDTH + GAP) * len(shares), TOP + ROW * len(names) + 30
     marks = [f'<rect width="{width}" height="{height}" fill="white"/>']
     marks += [f'<text x="10" y="18" font-size="13" font-weight="bold">{escape(title)}</text>']

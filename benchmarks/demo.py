@@ -19,7 +19,7 @@ from results_file import write
 from rich.progress import track
 
 from compressor import job
-from compressor.job.settings import Settings
+from compressor.job import Settings
 
 
 def measure(criterion: str, seed: int) -> dict[str, Any]:

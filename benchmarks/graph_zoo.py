@@ -32,8 +32,8 @@ from compressor.errors import UnknownNameError
 
 CHECKED = (
     "Double precision, fresh weights, shaken BatchNorm statistics, scales and biases. Half the channels of every exact "
-    "group are cut. `error` is the largest relative difference between the cut and the silenced model "
-    f"(right: at most {TOLERANCE[torch.float64]}), `effect` that between the silenced and the whole one. Then half of "
+    "group are cut. `error` is the largest relative difference between the cut and the masked model "
+    f"(right: at most {TOLERANCE[torch.float64]}), `effect` that between the masked and the whole one. Then half of "
     "every other group is cut, and the model must still run. A group that refuses is frozen. `right`: exact groups "
     "were cut, and rightly; `runs`: only groups that are not exact; `refused`: nothing was cut. `build ms` and `cut "
     "ms` are of one run, for orientation."
@@ -57,7 +57,7 @@ Measure = Callable[[Row], None]
 
 
 def measures(part: str, timing: bool, limit_s: int) -> dict[str, Measure]:
-    """Give what measures each model of a part, by name."""
+    """Return what measures each model of a part, by name."""
     if part == "growth":
         return growth.MEASURES
     cases = {"torchvision": classifiers, "dense": dense, "timm": timm_cases}[part]()
@@ -87,7 +87,7 @@ def run(part: str, chosen: Mapping[str, Measure], order: Iterable[str], rows: di
 
 
 def known_rows(part: str) -> dict[str, Row]:
-    """Give the rows that this machine made lately, by model."""
+    """Return the rows that this machine made lately, by model."""
     return {row["model"]: row for row in earlier(f"graph-zoo-{part}")}
 
 

@@ -60,7 +60,7 @@ def main(
 
 
 def measured(part: str, key: str, end: float) -> list[dict[str, Any]]:
-    """Give the row of one cell; none if it is too late to begin."""
+    """Return the row of one cell; none if it is too late to begin."""
     if time.time() > end:
         return []
     return [{"cell": key, **importlib.import_module(f"intraining.{part}").cells()[key]()}]

@@ -11,8 +11,8 @@ from results_file import write
 from rich.progress import track
 
 import compressor
-from compressor.budget.costs import CostModel
-from compressor.deploy.flops import fvcore_macs
+from compressor.budget import CostModel
+from compressor.deploy import fvcore_macs
 
 MODELS = ("resnet18", "vgg16", "vgg16_bn", "mobilenet_v2", "densenet121", "googlenet")
 

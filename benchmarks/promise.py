@@ -1,4 +1,4 @@
-"""Promise 1 on the reference models: a cut model equals the silenced one, for every criterion, half of all channels.
+"""Promise 1 on the reference models: a cut model equals the masked one, for every criterion, half of all channels.
 
 Double precision, random weights, BatchNorm statistics that are not trivial. The oracle zeroes the consumers' weights in
 a copy of the whole model and never sees the surgery. The first column of figures must be at most 1e-12.
@@ -21,19 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressor
-from compressor.budget.costs import CostModel
-from compressor.budget.selection import Budget, select
-from compressor.criteria.registry import score
-from compressor.relevance.relevance import Relevance
-from compressor.surgery.cutting import removed_channels
-from compressor.surgery.masks import silence
+from compressor.budget import Budget, CostModel, select
+from compressor.criteria import score
+from compressor.relevance import Relevance
+from compressor.surgery import mask_channels, removed_channels
 
 MODELS = "resnet18,vgg16,vgg16_bn,mobilenet_v2,densenet121,googlenet"
 CRITERIA = ("l1", "l2", "euclidean", "geometric_median", "bn_scale", "taylor", "random", "relevance")
 
 
 def built(name: str) -> nn.Module:
-    """Give the model in double precision, with statistics and scales that are not trivial."""
+    """Return the model in double precision, with statistics and scales that are not trivial."""
     torch.manual_seed(0)
     extra = {"aux_logits": False, "init_weights": False} if name == "googlenet" else {}
     model = torchvision.models.get_model(name, weights=None, num_classes=10, **extra).double().eval()
@@ -65,7 +63,7 @@ def scores(name: str, model: nn.Module, graph: compressor.ChannelGraph, size: in
 
 
 def measure(model_name: str, criterion: str, size: int) -> dict[str, object]:
-    """Cut half of all channels and hold the result against the silenced copy."""
+    """Cut half of all channels and hold the result against the masked copy."""
     model = built(model_name)
     x = torch.randn(1, 3, size, size, dtype=torch.float64)
     start = time.perf_counter()
@@ -74,7 +72,7 @@ def measure(model_name: str, criterion: str, size: int) -> dict[str, object]:
     found = scores(criterion, model, graph, size)
     selection = select(graph, found, Budget(0.5, "channels"), costs=CostModel(graph))
     oracle = copy.deepcopy(graph)
-    silence(oracle, {name: removed_channels(graph[name], keep) for name, keep in selection.keep.items()})
+    mask_channels(oracle, {name: removed_channels(graph[name], keep) for name, keep in selection.keep.items()})
     before = time.perf_counter()
     compressor.cut(graph, selection.keep)
     done = time.perf_counter()
@@ -82,7 +80,7 @@ def measure(model_name: str, criterion: str, size: int) -> dict[str, object]:
         expected, result = oracle.model.eval()(x), model.eval()(x)
     error = float((result - expected).abs().max() / expected.abs().max())
     return {
-        "model": model_name, "criterion": criterion, "error against silence": error, "holds": error <= 1e-12,
+        "model": model_name, "criterion": criterion, "error against masking": error, "holds": error <= 1e-12,
         "channels removed": selection.removed, "groups": len(graph.groups), "frozen": len(graph.frozen),
         "trace ms": 1e3 * (traced - start), "cut ms": 1e3 * (done - before),
     }  # fmt: skip
@@ -94,7 +92,7 @@ def main(models: Annotated[str, typer.Option()] = MODELS, size: Annotated[int, t
     rows = [measure(m, c, size) for m, c in track(pairs, description="cutting")]
     note = "VGG-16 has no BatchNorm, so `bn_scale` does not apply to it. Times are of one run each, for orientation."
     print(write("promise", rows, note))
-    worst = max(float(str(row["error against silence"])) for row in rows)
+    worst = max(float(str(row["error against masking"])) for row in rows)
     print(f"largest error {worst:.1e}, {sum(bool(row['holds']) for row in rows)} of {len(rows)} hold")
     raise typer.Exit(0 if all(row["holds"] for row in rows) else 1)
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from compressor.deploy.latency import machine
+from compressor.deploy import describe_machine
 
 RESULTS = Path(__file__).parent / "results"
 BEGAN = datetime.date.today()  # a run over midnight stays in one file
@@ -20,7 +20,7 @@ def write(name: str, rows: list[dict[str, Any]], notes: str = "") -> Path:
     RESULTS.mkdir(exist_ok=True)
     stem = f"{BEGAN.isoformat()}-{name}"
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    document = {"command": command, "machine": machine(), "notes": notes, "rows": rows}
+    document = {"command": command, "machine": describe_machine(), "notes": notes, "rows": rows}
     (RESULTS / f"{stem}.json").write_text(json.dumps(document, indent=1) + "\n")
     path = RESULTS / f"{stem}.md"
     path.write_text(_markdown(name, document))
@@ -28,11 +28,11 @@ def write(name: str, rows: list[dict[str, Any]], notes: str = "") -> Path:
 
 
 def earlier(name: str) -> list[dict[str, Any]]:
-    """Give the rows that this machine wrote under that name today, or else yesterday."""
+    """Return the rows that this machine wrote under that name today, or else yesterday."""
     for date in (BEGAN, BEGAN - datetime.timedelta(days=1)):
         path = RESULTS / f"{date.isoformat()}-{name}.json"
         document = json.loads(path.read_text()) if path.exists() else {}
-        if document.get("machine") == machine():
+        if document.get("machine") == describe_machine():
             rows: list[dict[str, Any]] = document["rows"]
             return rows
     return []

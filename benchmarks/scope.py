@@ -21,10 +21,7 @@ from torch.nn import functional as F
 
 import compressor
 from compressor.budget.selection import SCOPES
-from compressor.training.config import TrainingConfig
-from compressor.training.evaluation import evaluate, recalibrate
-from compressor.training.hooks import PlainStep
-from compressor.training.loop import train
+from compressor.training import PlainStep, TrainingConfig, evaluate, recalibrate, train
 
 NOTE = (
     "Accuracy on the test part, in percent, right after a cut of a trained network: mean over the seeds, and smallest "
@@ -37,7 +34,7 @@ BATCH = 64
 
 
 def trained(seed: int) -> nn.Module:
-    """Give the dense network, with the gradients of a part of the training data."""
+    """Return the dense network, with the gradients of a part of the training data."""
     found = accuracy.data("cifar10")
     model = accuracy.network(len(found.classes), seed)
     config = TrainingConfig(accuracy.EPOCHS["cifar10"], BATCH, 0.05, seed=seed, device=accuracy.DEVICE)
@@ -49,13 +46,13 @@ def trained(seed: int) -> nn.Module:
 
 
 def batches(count: int) -> list[tuple[Tensor, Tensor]]:
-    """Give the first batches of the training data."""
+    """Return the first batches of the training data."""
     every = accuracy.data("cifar10").train.batches(BATCH, device=accuracy.DEVICE)
     return [batch for batch, _ in zip(every, range(count), strict=False)]
 
 
 def after_cut(model: nn.Module, criterion: str, sparsity: float, scope: str, seed: int) -> float:
-    """Give the accuracy in percent of a copy that was cut."""
+    """Return the accuracy in percent of a copy that was cut."""
     smaller, found = copy.deepcopy(model), accuracy.data("cifar10")
     for parameter, whole in zip(smaller.parameters(), model.parameters(), strict=True):
         parameter.grad = None if whole.grad is None else whole.grad.clone()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+# NOTE: Rooms come as modules where their names need torch: they import it when a name is looked up, not before.
+from compressor import deploy, graph, job, report, training
+from compressor._utils import atomic_write
 from compressor.errors import CompressorError, InputError
 from compressor.job import Settings, as_written, option_kinds, read_toml
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from compressor.report import Report
 
 _WIDTH = 120  # of tables that go into a file or a pipe
 
@@ -55,11 +57,20 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; modules in the present folder can be named as package.module:factory."""
     sys.path.append(str(Path.cwd()))  # at the end: a file here never hides an installed package
+    _show_warnings()
     app(prog_name="compress")
 
 
+def _show_warnings() -> None:
+    """Let the library's warnings appear on stderr like the messages of this module."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("compress: %(message)s"))
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("compressor").addHandler(handler)
+
+
 def _takes_every_option(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command one parameter for every field of `Settings`; None where it was not typed."""
+    """Return a command one parameter for every field of `Settings`; None where it was not typed."""
     kinds = option_kinds()
     own = inspect.signature(command, eval_str=True).parameters.values()
     fields = {item.name.replace("_", "-"): item for item in dataclasses.fields(Settings)}
@@ -97,19 +108,17 @@ def compress(
     if ctx.invoked_subcommand:
         _refuse_idle(ctx.invoked_subcommand, [*given, *_flags(config=config, resume=resume, overwrite=overwrite)])
         return
-    from compressor import job  # imports torch
-
     asked = {**(read_toml(config) if config else {}), **given}
     source = str(config) if config else ""
-    settings = job.resumed(asked, source) if resume else Settings.of(asked, source)
+    settings = job.resumed(asked, source) if resume else Settings.from_options(asked, source)
     try:
         with _progress() as on_progress:
-            report = job.run(settings, resume=resume, overwrite=overwrite, on_progress=on_progress)
+            made = job.run(settings, resume=resume, overwrite=overwrite, on_progress=on_progress)
     except KeyboardInterrupt:
         typer.echo(f"compress: stopped; go on with: compress --resume --out {settings.out}", err=True)
         raise typer.Exit(130) from None
-    _show(report, Path(settings.out))
-    if report.goal.reached < report.goal.asked:
+    _show(made, Path(settings.out))
+    if made.goal.reached < made.goal.asked:
         typer.echo("compress: the asked sparsity was not reached, see the notes above", err=True)
         raise typer.Exit(1)
 
@@ -178,23 +187,20 @@ def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]],
     _console().print(table)
 
 
-def _show(report: Report, folder: Path) -> None:
+def _show(made: report.Report, folder: Path) -> None:
     """Print the result of a run: dense beside pruned, in one sentence, and where the files are."""
-    from compressor.report import tables
-
-    rows = [(row.label, row.dense, row.pruned, row.change) for row in tables.comparison(report)]
-    _print_table(report.name, ("", "dense", "pruned", "change"), rows)
-    typer.echo(tables.summary(report))
-    for note in (*report.goal.blocked, *report.notes):
+    rows = [(row.label, row.dense, row.pruned, row.change) for row in report.tables.comparison(made)]
+    _print_table(made.name, ("", "dense", "pruned", "change"), rows)
+    typer.echo(report.tables.summary(made))
+    for note in (*made.goal.blocked, *made.notes):
         typer.echo(f"note: {note}")
     typer.echo("files:")
-    for name in (*report.files, "report.html", "report.md", "report.json"):
+    for name in (*made.files, "report.html", "report.md", "report.json"):
         typer.echo(f"  {folder / name}")
 
 
 def _show_inspection(found: Mapping[str, Any], model: str) -> None:
-    from compressor.report import count
-
+    count = report.count
     groups = [
         (
             group["name"],
@@ -247,22 +253,16 @@ def inspect_(
         raise InputError(f"--svg {svg} is not the name of a picture: give one that ends in .svg, as in --svg graph.svg")
     import torch
 
-    from compressor._utils import written_beside
-    from compressor.graph import trace
-    from compressor.job import saved
-    from compressor.report import graph_picture, inspection
-    from compressor.training import models
-
     if model.endswith(".safetensors"):
-        network, shape = saved.loaded(Path(model), factory, image_size)
+        network, shape = job.saved.loaded(Path(model), factory, image_size)
     else:
         side = image_size or 224
-        network, shape = models.build(model, classes=classes, stem=stem, seed=0), (3, side, side)
-    graph = trace(network, torch.zeros(1, *shape))
+        network, shape = training.models.build(model, classes=classes, stem=stem, seed=0), (3, side, side)
+    channels = graph.trace(network, torch.zeros(1, *shape))
     if svg:
-        with written_beside(svg) as part:
-            part.write_text(graph_picture(graph), encoding="utf-8")
-    found = inspection(graph)
+        with atomic_write(svg) as part:
+            part.write_text(report.draw_graph(channels), encoding="utf-8")
+    found = report.inspect_graph(channels)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
@@ -279,14 +279,10 @@ def export(
     """Write a saved model as ONNX, and prove with onnxruntime that it gives the same outputs."""
     import torch
 
-    from compressor.deploy import export_onnx
-    from compressor.job import saved
-    from compressor.report import size
-
-    model, shape = saved.loaded(file, factory, image_size)
-    made = export_onnx(model, out or file.with_suffix(".onnx"), torch.zeros(1, *shape))
+    model, shape = job.saved.loaded(file, factory, image_size)
+    made = deploy.export_onnx(model, out or file.with_suffix(".onnx"), torch.zeros(1, *shape))
     typer.echo(
-        f"{made.path}: {size(made.size_bytes)}, opset {made.opset}; largest difference from PyTorch "
+        f"{made.path}: {report.size(made.size_bytes)}, opset {made.opset}; largest difference from PyTorch "
         f"{made.relative:.1e} of the outputs' scale, {made.images} inputs, {', '.join(made.providers)}"
     )
 
@@ -301,14 +297,11 @@ def benchmark(
     image_size: ImageSize = None,
 ) -> None:
     """Time models in turns, in one run: .safetensors files in PyTorch, .onnx files in onnxruntime."""
-    from compressor.job import saved
-    from compressor.report import milliseconds
-
     for size in batch_size:
-        times = saved.timed(files, size, device, threads, factory, image_size)
+        times = job.saved.timed(files, size, device, threads, factory, image_size)
         first = next(iter(times.values())).p50_ms
         rows = [
-            (str(file), *map(milliseconds, (t.p50_ms, t.p90_ms, t.p99_ms)), str(t.n), f"{first / t.p50_ms:.2f}")
+            (str(file), *map(report.milliseconds, (t.p50_ms, t.p90_ms, t.p99_ms)), str(t.n), f"{first / t.p50_ms:.2f}")
             for file, t in times.items()
         ]
         title = f"milliseconds, batch {size}, {device}, {threads} thread{'s' * (threads > 1)}"
@@ -318,7 +311,5 @@ def benchmark(
 @app.command("report")
 def report_(run: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
     """Render report.html and report.md of a run again from its report.json."""
-    from compressor import report
-
     for path in report.render(report.read(run), run):
         typer.echo(path)

@@ -5,6 +5,8 @@
     │   ├── UnknownNameError        a model, criterion, data set, ... that does not exist; says what is close
     │   ├── RangeError              a number outside its range
     │   ├── ScoreError              a criterion cannot judge a group, or gave scores that cannot be ranked
+    │   ├── IdleArgumentError       an argument that would have no effect
+    │   ├── OptimizerError          the optimizer does not hold the model's parameters
     │   ├── PeriodError             too few training steps to tell any channel from chance
     │   └── RunFolderError          the run folder is already there, or is not one
     ├── DataError                   a data folder is missing, empty or broken
@@ -17,8 +19,10 @@
     ├── ExportError                 the model cannot be written as ONNX
     └── ParityError                 the exported model does not give the same outputs
 
-The text of a message lives in its class: the caller passes facts, not prose. Every message says what came, why we
-cannot go on, and what to type instead. The command line prints it without a traceback and exits with 2.
+Every message says what came, why we cannot go on, and what to type instead. A message with a form of its own lives in
+its class: the caller passes the facts, which stay readable as attributes, and no prose; `InputError`, `DataError`,
+`ArtifactError` and `RunFolderError` take the one sentence of the one place that raises it. The command line prints the
+message without a traceback and exits with 2.
 """
 
 from __future__ import annotations
@@ -36,10 +40,16 @@ class InputError(CompressorError, ValueError):
 
 
 class UnknownNameError(InputError):
-    """A name that is not in the table it was looked up in."""
+    """A name that is not in the table it was looked up in.
+
+    Attributes:
+        kind, name: what was looked up ("criterion", "group", ...), and by which name.
+        known: all names that there are.
+    """
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         known = sorted(known)
+        self.kind, self.name, self.known = kind, name, tuple(known)
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         listed = ", ".join(known) if len(known) <= 20 else ", ".join(known[:20]) + ", ..."
         advice = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {listed or 'none'}"
@@ -47,17 +57,28 @@ class UnknownNameError(InputError):
 
 
 class RangeError(InputError):
-    """A number outside the range in which it means something."""
+    """A number outside the range in which it means something.
+
+    Attributes:
+        name, value: of the number.
+        allowed: its range, in words.
+    """
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
+        self.name, self.value, self.allowed = name, value, allowed
         super().__init__(f"{name} = {value} is out of range: give {name} in {allowed}")
 
 
 class ScoreError(InputError):
-    """A group without scores that can be ranked. Raised by a criterion, it means: leave this group whole."""
+    """A group without scores that can be ranked. Raised by a criterion, it means: leave this group whole.
+
+    Attributes:
+        group: its name.
+        reason: why it cannot be judged.
+    """
 
     def __init__(self, group: str, reason: str, instead: str) -> None:
-        self.group = group
+        self.group, self.reason = group, reason
         super().__init__(f"no usable scores for group {group!r}: {reason}; {instead}")
 
 
@@ -65,15 +86,47 @@ class RunFolderError(InputError):
     """The run folder cannot be used as it is."""
 
 
+class IdleArgumentError(InputError):
+    """An argument that would have no effect.
+
+    Attributes:
+        name: of the argument.
+        beside: what makes it idle.
+    """
+
+    def __init__(self, name: str, beside: str) -> None:
+        self.name, self.beside = name, beside
+        super().__init__(f"{name} has no effect with {beside}: leave one of them out")
+
+
+class OptimizerError(InputError):
+    """The optimizers do not hold the parameters that they should train.
+
+    Attributes:
+        missing: names of parameters that none of them holds.
+        asked: how many should be held.
+    """
+
+    def __init__(self, missing: Sequence[str], asked: int) -> None:
+        self.missing, self.asked = tuple(missing), asked
+        none = f"holds none of the model's {asked} parameters ({missing[0]!r}, ...)"
+        what = none if len(missing) == asked > 1 else f"does not hold {missing[0]!r}"
+        super().__init__(
+            f"the optimizer {what}: its state would not be cut or masked along; make it from model.parameters() of the "
+            "very model that is given here, or freeze what it shall not train (requires_grad = False)"
+        )
+
+
 class PeriodError(InputError):
     """Too few steps to tell any channel from chance.
 
     Attributes:
-        needed: how many steps it takes.
+        steps: how many there are.
+        needed: how many it takes.
     """
 
     def __init__(self, what: str, steps: int, needed: int, batch_size: int, instead: str) -> None:
-        self.needed = needed
+        self.steps, self.needed = steps, needed
         super().__init__(
             f"{what} = {steps} step{'s' * (steps != 1)} cannot resolve anything: with batches of {batch_size} it takes "
             f"{needed} to tell from chance even a channel that saves a whole standard deviation of the loss; {instead}"
@@ -85,9 +138,16 @@ class DataError(CompressorError):
 
 
 class TraceError(CompressorError):
-    """The model did not run on the example inputs; the model's own error is the cause."""
+    """The model did not run on the example inputs; the model's own error is the cause.
+
+    Attributes:
+        model: name of its class.
+        shapes: of the example inputs.
+        where: qualified name of the module that failed; empty for the model's own code.
+    """
 
     def __init__(self, model: str, shapes: str, where: str, cause: BaseException) -> None:
+        self.model, self.shapes, self.where = model, shapes, where
         at = f" at module {where!r}" if where else ""
         super().__init__(
             f"{model} does not run on the example inputs {shapes}{at}: {type(cause).__name__}: {cause}; "
@@ -120,12 +180,18 @@ class StaleGraphError(CutError):
 
 
 class BudgetError(CompressorError):
-    """The asked sparsity cannot be reached; what blocks it, and the best that can be."""
+    """The asked sparsity cannot be reached.
+
+    Attributes:
+        measure, asked: what was to go.
+        best: the share that can.
+        blocked: lines that say what stands in the way.
+    """
 
     def __init__(self, measure: str, asked: float, best: float, blocked: Sequence[str]) -> None:
         self.measure, self.asked, self.best, self.blocked = measure, asked, best, tuple(blocked)
         why, reachable = "".join(f"\n  - {line}" for line in blocked), int(best * 1000) / 1000
-        less = f"at most {best:.1%} can go; ask for --sparsity {reachable:g} or less"
+        less = f"at most {best:.1%} can go; ask for a sparsity of {reachable:g} or less"
         advice = less if reachable else "nothing can go"
         super().__init__(
             f"cannot remove {asked:.1%} of the {measure}: {advice}. What blocks it:{why or ' nothing is left to cut'}"
@@ -133,9 +199,16 @@ class BudgetError(CompressorError):
 
 
 class TrainingError(CompressorError):
-    """The loss became infinite or not a number: training diverged."""
+    """The loss became infinite or not a number: training diverged.
+
+    Attributes:
+        loss: the mean loss of the epoch.
+        epoch: which one, from 1.
+        lr: the highest learning rate.
+    """
 
     def __init__(self, loss: float, epoch: int, lr: float) -> None:
+        self.loss, self.epoch, self.lr = loss, epoch, lr
         super().__init__(
             f"the loss became {loss} in epoch {epoch}: training diverged at lr = {lr:g}; try {lr / 3:.1g} or less"
         )
@@ -146,9 +219,15 @@ class ArtifactError(CompressorError):
 
 
 class ExportError(CompressorError):
-    """The model cannot be written as an ONNX file; nothing was written."""
+    """The model cannot be written as an ONNX file; nothing was written.
+
+    Attributes:
+        model: name of its class.
+        reason: why not.
+    """
 
     def __init__(self, model: str, reason: str, instead: str) -> None:
+        self.model, self.reason = model, reason
         super().__init__(f"{model} cannot be exported to ONNX: {reason}; {instead}")
 
 
@@ -166,3 +245,25 @@ class ParityError(CompressorError):
             f"the ONNX file is not the model: {reason}; it is kept as {kept}, other files are as they were. "
             "Another opset may do: export_onnx(..., opset=20)"
         )
+
+
+def no_axis_rule(op: str, module: str, shape: Sequence[int]) -> str:
+    """Return the message about an operation that the channel graph has no rule for, at the module where it ran."""
+    return (
+        f"no axis rule for op {op!r} {_at_module(module)} (input shape {tuple(shape)}); channels that reach it stay.\n"
+        f'Teach it:        compressor.RULES["{op}"] = my_rule     (docs/adding_an_op.md)\n'
+        "or accept it:    trace(model, example_inputs)               keeps those channels frozen"
+    )
+
+
+def failed_axis_rule(op: str, module: str, shape: Sequence[int], problem: str) -> str:
+    """Return the message about an operation whose rule raised, or returned axes that its results do not have."""
+    return (
+        f"the axis rule for op {op!r} {_at_module(module)} (input shape {tuple(shape)}) failed: {problem}; channels "
+        "that reach it stay.\n"
+        f'Mend it:         compressor.RULES["{op}"]               (docs/adding_an_op.md)'
+    )
+
+
+def _at_module(module: str) -> str:
+    return f"at module {module!r}" if module else "in the model's own code"

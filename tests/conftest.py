@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor, nn
 
-from compressor.graph.group import ChannelGraph
+from compressor.graph import ChannelGraph
 
 # These machines are shared: how long an example takes says nothing about the code.
 settings.register_profile("shared", deadline=None)
@@ -36,7 +36,7 @@ def shake(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def silenced(graph: ChannelGraph, keep: dict[str, Tensor]) -> nn.Module:
+def masked(graph: ChannelGraph, keep: dict[str, Tensor]) -> nn.Module:
     """The oracle of every cut: a copy of the model in which consumers multiply the removed channels by zero."""
     model = copy.deepcopy(graph.model)
     tensors = dict(model.named_parameters())

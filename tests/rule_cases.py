@@ -57,7 +57,7 @@ class Case:
         model, shape: the model, and the shape of its input.
         groups: by name, the rows of every member; members that are missing here must not exist.
         frozen: besides `a`'s inputs and `b`'s outputs: by tensor dimension, words of the reason.
-        inexact: groups for which silencing a channel and cutting it may differ; all of them where it says True.
+        inexact: groups for which masking a channel and cutting it may differ; all of them where it says True.
         whole: whether to trace in inference mode, where PyTorch does not take operations apart before we see them.
         real: whether the model must run on real tensors, because a result's shape depends on values.
     """
@@ -134,7 +134,7 @@ REDUCTIONS = "mean sum amax amin logsumexp nansum var std"
 
 
 def each(names: str, use: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
-    """Give `use` for each of these operations."""
+    """Return `use` for each of these operations."""
     return {name: partial(use, getattr(aten, name)) for name in names.split()}
 
 
@@ -948,7 +948,7 @@ CONTRACTIONS = {
         SEQUENCE,
         {"a": {"a.weight.0": I4, "k.weight.0": I4}, "v": {"v.weight.0": I5, "b.weight.1": I5}},
         dict.fromkeys(("k.weight.1", "v.weight.1"), "meets an axis without channels"),
-        inexact=("a",),  # nothing reads these channels with a weight, so nothing can silence them
+        inexact=("a",),  # nothing reads these channels with a weight, so nothing can mask them
     ),
     "embedding": Case(
         "embedding",

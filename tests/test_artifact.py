@@ -17,8 +17,8 @@ from conftest import random_keep
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from compressor.deploy import artifact
 from compressor.deploy.artifact import describe, load, save
+from compressor.deploy.model_file import FORMAT, checksum
 from compressor.errors import ArtifactError, InputError
 from compressor.graph.tracing import trace
 from compressor.surgery.cutting import cut
@@ -69,7 +69,7 @@ def changed(path: Path, metadata: dict[str, str] | None = None, **content: Any) 
     with safe_open(path, framework="pt") as file:
         old = file.metadata()
     text = json.dumps(json.loads(old["content"]) | content)
-    new = old | {"content": text, "sha256": artifact._checksum(text, tensors)} | (metadata or {})
+    new = old | {"content": text, "sha256": checksum(text, tensors)} | (metadata or {})
     safetensors.torch.save_file(tensors, path, new)
     return path
 
@@ -260,7 +260,7 @@ def test_a_missing_and_an_additional_tensor_are_named(name: str, small: Path) ->
     if tensors.pop(name, None) is None:
         tensors[name] = torch.ones(3)
     text = json.dumps({"spec": None, "cut": {}, "attributes": {}, "channels_last": [], "extra": {}, "versions": {}})
-    metadata = {"format": artifact.FORMAT, "version": "1", "content": text, "sha256": artifact._checksum(text, tensors)}
+    metadata = {"format": FORMAT, "version": "1", "content": text, "sha256": checksum(text, tensors)}
     safetensors.torch.save_file(tensors, small, metadata)
     with pytest.raises(ArtifactError, match=f"'{name}' is only in one of the two"):
         load(small, factory=Small)

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import random_keep, relative_error, shake, silenced
+from conftest import masked, random_keep, relative_error, shake
 from torch import Tensor, nn
 
 import compressor
@@ -92,14 +92,14 @@ class Encoder(nn.Module):
 
 
 @pytest.mark.parametrize("norm_first", [True, False])
-def test_whole_heads_are_cut_and_silence_is_cut(norm_first: bool) -> None:
+def test_whole_heads_are_cut_and_masked_is_cut(norm_first: bool) -> None:
     model = shake(Encoder(norm_first=norm_first))
     x = torch.randn(2, 7, 5, dtype=torch.float64)
     graph = compressor.trace(model, x)
     heads = [group.name for group in graph.groups if group.name.endswith("self_attn")]
     assert [(graph[name].size, graph[name].exact) for name in heads] == [(4, True), (4, True)]
     keep = {name: kept for name, kept in random_keep(graph).items() if graph[name].exact}
-    expected = silenced(graph, keep)(x)
+    expected = masked(graph, keep)(x)
     compressor.cut(graph, keep)
     attention = model.encoder.layers[0].self_attn
     assert (attention.num_heads, attention.head_dim, tuple(attention.in_proj_weight.shape)) == (2, 4, (24, 16))

@@ -17,11 +17,11 @@ from user_models import tiny
 
 import compressor
 from compressor import cli, job, report
-from compressor.deploy.artifact import save
+from compressor.deploy import save
 from compressor.errors import CompressorError
-from compressor.job.settings import Settings, option_kinds
-from compressor.report.document import Goal, Report
-from compressor.surgery.cutting import cut
+from compressor.job import Settings, option_kinds
+from compressor.report import Goal, Report
+from compressor.surgery import cut
 from compressor.training import models
 
 
@@ -107,7 +107,7 @@ def test_options_become_settings(monkeypatch) -> None:
         "--overwrite",
     )
     wanted = {"criterion": "l1", "sparsity": 0.4, "round-to": 1, "epochs": 7, "out": "here"}
-    assert settings == Settings.of(wanted)
+    assert settings == Settings.from_options(wanted)
     assert (how["resume"], how["overwrite"]) == (False, True)
 
 
@@ -138,14 +138,14 @@ def test_what_was_written_for_a_run_goes_on_with_it(monkeypatch, tmp_path: Path)
 def test_options_on_the_line_win_over_the_file(monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "exp.toml").write_text('criterion = "l1"\nepochs = 7\nlr = 0.1\n')
     settings, _ = asked(monkeypatch, "--config", "exp.toml", "--epochs", "2")
-    assert settings == Settings.of({"criterion": "l1", "epochs": 2, "lr": 0.1})
+    assert settings == Settings.from_options({"criterion": "l1", "epochs": 2, "lr": 0.1})
 
 
 def test_resume_takes_the_settings_of_the_run(monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text('criterion = "l1"\nepochs = 7\nlr = 0.1\n')
     settings, how = asked(monkeypatch, "--resume", "--out", "run")
-    assert settings == Settings.of({"criterion": "l1", "epochs": 7, "lr": 0.1, "out": "run"})
+    assert settings == Settings.from_options({"criterion": "l1", "epochs": 7, "lr": 0.1, "out": "run"})
     assert how["resume"]
 
 
@@ -229,12 +229,12 @@ BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "sparsity -0.1": (nothing, "--sparsity -0.1", "sparsity = -0.1 is out of range"),
     "sparsity twice": (nothing, "--sparsity 0.5 --sparsity 0.6", "sparsity = [0.5, 0.6]: give one number, and PATTERN"),
     "sparsity of a group": (nothing, "--sparsity conv1=1.5", "sparsity = 'conv1=1.5': give PATTERN=NUMBER with"),
-    "no such group": (nothing, "--model user_models:tiny --keep 77", "unknown group for --keep '77': did you mean '7'"),
-    "no such group to cut": (nothing, "--model user_models:tiny --only 33", "unknown group for --only '33': did you"),
+    "no such group": (nothing, "--model user_models:tiny --keep 77", "unknown group for keep '77': did you mean '7'"),
+    "no such group to cut": (nothing, "--model user_models:tiny --only 33", "unknown group for only '33': did you"),
     "contradiction": (
         nothing,
         "--model user_models:tiny --keep 3 --sparsity 3=0.5",
-        "--sparsity 3=0.5 and --keep 3 contradict each other at group '3'",
+        "sparsity 3=0.5 and keep 3 contradict each other at group '3'",
     ),
     "kept whole": (nothing, "--model user_models:tiny --only 0 --sparsity 0.5", "cannot remove 50.0% of the params"),
     "importance": (nothing, "--criterion tp:GroupTailor", "unknown criterion 'tp:GroupTailor': did you mean 'tp:G"),
@@ -256,7 +256,7 @@ BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "config": (a_config_with_a_typing_error, "--config exp.toml", "unknown option in exp.toml 'sparsty': did you mean"),
     "no config": (nothing, "--config none.toml", "cannot read none.toml"),
     "no effect": (nothing, "--criterion l1 --drop 0.2", "--drop has no effect with --criterion l1"),
-    "cannot be reached": (nothing, "--model user_models:baked --sparsity 0.5", "cannot remove 50.0% of the params"),
+    "cannot be reached": (nothing, "--model user_models:baked --sparsity 0.9", "cannot remove 90.0% of the params"),
     "too much": (nothing, "--model user_models:tiny --sparsity 0.99", "cannot remove 99.0% of the params: at most"),
     "criterion blind": (nothing, "--model user_models:plain --criterion bn_scale", "no usable scores for group '0'"),
     "classes": (a_run, "--model user_models:seven --out run --overwrite", "Sequential gives (1, 7) for one image"),
@@ -288,7 +288,7 @@ def test_bad_input_is_one_message_exit_code_2_and_nothing_changed(case: str, tmp
 def test_a_sparsity_that_cannot_be_reached_says_what_blocks_it() -> None:
     result = compress("--model", "user_models:tiny", "--sparsity", "0.99")
     first, *blocked = result.stderr.splitlines()
-    assert "ask for --sparsity 0." in first
+    assert "ask for a sparsity of 0." in first
     assert blocked
     assert all(line.startswith("  - ") for line in blocked)
 

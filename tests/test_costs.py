@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compressor.budget.costs import MEASURES, CostModel
+from compressor.budget import MEASURES, CostModel
 from compressor.errors import RangeError, UnknownNameError
-from compressor.graph.group import ChannelGraph, Extent, Term
-from compressor.graph.tracing import trace
+from compressor.graph import ChannelGraph, Extent, Term, trace
 
 WIDTHS = {"stem": 6, "inner": 5, "branch": 4, "mix": 3, "hidden": 7}
 X = torch.zeros(2, 3, 4, 4)

@@ -11,14 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressor.criteria.gradient import taylor
+from compressor.criteria import CRITERIA, Snapshot, bn_scale, euclidean, geometric_median, l1, l2, lookup, score, taylor
 from compressor.criteria.random import random
-from compressor.criteria.registry import CRITERIA, lookup, score
-from compressor.criteria.snapshot import Snapshot
-from compressor.criteria.weight import bn_scale, euclidean, geometric_median, l1, l2
 from compressor.errors import ScoreError, UnknownNameError
-from compressor.graph.group import Group, Member, Role
-from compressor.graph.tracing import trace
+from compressor.graph import Group, Member, Role, trace
 
 CHANNELS = 6
 
@@ -202,9 +198,9 @@ def test_a_criterion_gives_one_finite_float_a_channel_and_changes_nothing(name: 
 def test_permuting_channels_permutes_scores(name: str, order: list[int]) -> None:
     torch.manual_seed(0)
     group, values = residual_group()
-    moved = tuple(Member(each.tensor, each.dim, each.positions[order], each.role) for each in group.members)
+    to_device = tuple(Member(each.tensor, each.dim, each.positions[order], each.role) for each in group.members)
     scores = CRITERIA[name](group, snapshot_of(values))
-    permuted = CRITERIA[name](Group("stem", CHANNELS, moved), snapshot_of(values))
+    permuted = CRITERIA[name](Group("stem", CHANNELS, to_device), snapshot_of(values))
     torch.testing.assert_close(permuted, scores[order], rtol=1e-4, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""Data sets: what is in the parts, what augmentation does to an image, and which folders are refused in which words."""
+"""Data sets: what is in the splits, what augmentation does to an image, which folders are refused in which words."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from compressor.errors import DataError, InputError, RangeError, UnknownNameErro
 from compressor.training.data import folder
 from compressor.training.data import sources as data
 from compressor.training.data.images import OnDisk, Resident
-from compressor.training.data.sources import Data, load
-from compressor.training.data.splits import Part
+from compressor.training.data.sources import Data, load_data
+from compressor.training.data.splits import Split
 
 CLASSES = ("ant", "bee")
 
@@ -32,27 +32,27 @@ def paint(path: Path, seed: int, size: tuple[int, int] = (8, 8)) -> np.ndarray[A
     return pixels
 
 
-def make_folder(root: Path, parts: tuple[str, ...] = ("train", "test"), each: int = 4, **options: Any) -> Path:
-    """Write `each` images for every part and class; their seeds count up in the order of the parts."""
+def make_folder(root: Path, splits: tuple[str, ...] = ("train", "test"), each: int = 4, **options: Any) -> Path:
+    """Write `each` images for every split and class; their seeds count up in the order of the splits."""
     seeds = itertools.count()
-    for part, name, index in itertools.product(parts, CLASSES, range(each)):
-        paint(root / part / name / f"{index}.png", next(seeds), **options)
+    for split, name, index in itertools.product(splits, CLASSES, range(each)):
+        paint(root / split / name / f"{index}.png", next(seeds), **options)
     return root
 
 
 def painted(seeds: Iterable[int], scratch: Path) -> Tensor:
-    """Give the pixels that `paint` writes for these seeds."""
+    """Return the pixels that `paint` writes for these seeds."""
     return torch.stack([torch.tensor(paint(scratch / "scratch.png", seed)).permute(2, 0, 1) for seed in seeds])
 
 
-def raw(part: Part) -> Tensor:
-    """Take all normalised images of a part back to pixel values."""
-    images = torch.cat([images for images, _ in part.batches(3)])
-    return images * torch.tensor(part.std).view(-1, 1, 1) + torch.tensor(part.mean).view(-1, 1, 1)
+def raw(split: Split) -> Tensor:
+    """Take all normalised images of a split back to pixel values."""
+    images = torch.cat([images for images, _ in split.batches(3)])
+    return images * torch.tensor(split.std).view(-1, 1, 1) + torch.tensor(split.mean).view(-1, 1, 1)
 
 
-def labels(part: Part) -> list[int]:
-    return [int(target) for _, targets in part.batches(3) for target in targets]
+def labels(split: Split) -> list[int]:
+    return [int(target) for _, targets in split.batches(3) for target in targets]
 
 
 # -- digits
@@ -60,19 +60,19 @@ def labels(part: Part) -> list[int]:
 
 @pytest.fixture(scope="module")
 def digits() -> Data:
-    return load("digits")
+    return load_data("digits")
 
 
 def test_digits_is_complete_and_stratified(digits: Data) -> None:
     from sklearn.datasets import load_digits
 
-    parts = [digits.train, digits.validation, digits.test]
-    assert sorted(int(i) for part in parts for i in part.indices) == list(range(1797))
+    splits = [digits.train, digits.validation, digits.test]
+    assert sorted(int(i) for split in splits for i in split.indices) == list(range(1797))
     assert (digits.classes, digits.image_shape) == (tuple("0123456789"), (3, 32, 32))
     whole = np.bincount(load_digits().target)
-    for part, share in zip(parts, (0.75 * 0.9, 0.75 * 0.1, 0.25), strict=True):
-        assert np.abs(np.bincount(part.targets) - share * whole).max() <= 1.5
-        assert part.targets.tolist() == load_digits().target[part.indices].tolist()
+    for split, share in zip(splits, (0.75 * 0.9, 0.75 * 0.1, 0.25), strict=True):
+        assert np.abs(np.bincount(split.targets) - share * whole).max() <= 1.5
+        assert split.targets.tolist() == load_digits().target[split.indices].tolist()
 
 
 def test_digits_are_enlarged_not_redrawn(digits: Data) -> None:
@@ -84,28 +84,28 @@ def test_digits_are_enlarged_not_redrawn(digits: Data) -> None:
     assert min(correlations) > 0.9
 
 
-def test_training_part_is_normalised(digits: Data) -> None:
+def test_training_split_is_normalised(digits: Data) -> None:
     images = torch.cat([images for images, _ in digits.train.batches(100)]).double()
     assert images.mean().abs() < 1e-5
     assert (images.std(unbiased=False) - 1).abs() < 1e-5
 
 
 def test_seed_moves_validation_and_never_test(digits: Data) -> None:
-    other, again = load("digits", seed=1), load("digits")
+    other, again = load_data("digits", seed=1), load_data("digits")
     assert other.test.indices.tolist() == digits.test.indices.tolist()
     assert other.validation.indices.tolist() != digits.validation.indices.tolist()
     assert again.validation.indices.tolist() == digits.validation.indices.tolist()
-    assert len(load("digits", validation=0.5).validation) == pytest.approx(0.5 * 0.75 * 1797, abs=6)
+    assert len(load_data("digits", validation=0.5).validation) == pytest.approx(0.5 * 0.75 * 1797, abs=6)
 
 
 def test_image_size() -> None:
-    assert load("digits", image_size=8).image_shape == (3, 8, 8)
+    assert load_data("digits", image_size=8).image_shape == (3, 8, 8)
 
 
 # -- batches
 
 
-def test_batches_cover_the_part_once(digits: Data) -> None:
+def test_batches_cover_the_split_once(digits: Data) -> None:
     sizes = [len(targets) for _, targets in digits.test.batches(64)]
     assert sizes == [64] * 7 + [2]
     assert [len(targets) for _, targets in digits.test.batches(64, drop_last=True)] == [64] * 7
@@ -156,8 +156,8 @@ def test_augmented_image_is_a_moved_and_perhaps_mirrored_original(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(1, 256, (5, 3, height, width), generator=generator, dtype=torch.uint8)
-    part = Part(Resident(pixels), torch.arange(5), torch.arange(5), (0.0,) * 3, (1.0,) * 3, shift, mirror)
-    images, targets = next(part.batches(5, shuffle=generator, augment=True))
+    split = Split(Resident(pixels), torch.arange(5), torch.arange(5), (0.0,) * 3, (1.0,) * 3, shift, mirror)
+    images, targets = next(split.batches(5, shuffle=generator, augment=True))
     for image, target in zip(images, targets, strict=True):
         original = pixels[target].float()
         versions = [original, original.flip(2)] if mirror else [original]
@@ -173,13 +173,13 @@ def every_move(image: Tensor, shift: int) -> list[Tensor]:
 
 def test_every_move_and_mirror_occurs() -> None:
     pixels = torch.arange(1, 28).to(torch.uint8).view(1, 3, 3, 3).repeat(400, 1, 1, 1)
-    part = Part(Resident(pixels), torch.arange(400), torch.zeros(400), (0.0,) * 3, (1.0,) * 3, shift=1, mirror=True)
-    images, _ = next(part.batches(400, shuffle=torch.Generator().manual_seed(0), augment=True))
+    split = Split(Resident(pixels), torch.arange(400), torch.zeros(400), (0.0,) * 3, (1.0,) * 3, shift=1, mirror=True)
+    images, _ = next(split.batches(400, shuffle=torch.Generator().manual_seed(0), augment=True))
     assert len({image.numpy().tobytes() for image in images}) == 2 * 9
 
 
 def test_natural_images_are_mirrored_and_digits_are_not(digits: Data, tmp_path: Path) -> None:
-    natural = load(f"imagefolder:{make_folder(tmp_path, size=(32, 32))}")
+    natural = load_data(f"imagefolder:{make_folder(tmp_path, size=(32, 32))}")
     assert (natural.train.shift, natural.train.mirror) == (4, True)
     assert (digits.train.shift, digits.train.mirror) == (2, False)
 
@@ -187,39 +187,43 @@ def test_natural_images_are_mirrored_and_digits_are_not(digits: Data, tmp_path: 
 # -- folders
 
 
-def test_folder_gives_its_pixels(tmp_path: Path) -> None:
+def test_folder_gives_its_pixels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "compressor")
     make_folder(tmp_path)
     (tmp_path / "train/ant/notes.txt").write_text("no image")
     (tmp_path / "train/ant/._0.png").write_text("no image either")
     (tmp_path / "train/.cache").mkdir()
     seen: list[tuple[int, int]] = []
-    found = load(f"imagefolder:{tmp_path}", validation=0.25, on_progress=lambda *done: seen.append(done))
+    found = load_data(f"imagefolder:{tmp_path}", validation=0.25, on_progress=lambda *done: seen.append(done))
     assert (found.classes, found.image_shape) == (CLASSES, (3, 8, 8))
-    assert [len(part) for part in (found.train, found.validation, found.test)] == [6, 2, 8]
+    assert [len(split) for split in (found.train, found.validation, found.test)] == [6, 2, 8]
     assert labels(found.validation) == [0, 1]
     assert labels(found.test) == [0] * 4 + [1] * 4
     assert torch.equal(raw(found.test).round().to(torch.uint8), painted(range(8, 16), tmp_path))
     assert seen[-1] == (16, 16)
+    assert "1 files in" in caplog.text  # notes.txt; the hidden file and folder count for nothing
 
 
 def test_folder_normalises_by_what_is_trained_on(tmp_path: Path) -> None:
-    found = load(f"imagefolder:{make_folder(tmp_path)}")
+    found = load_data(f"imagefolder:{make_folder(tmp_path)}")
     pixels = found.train.images.take(found.train.indices, torch.device("cpu")).double()
     assert found.train.mean == pytest.approx(pixels.mean((0, 2, 3)).tolist())
     assert found.train.std == pytest.approx(pixels.std((0, 2, 3), unbiased=False).tolist())
     assert found.test.mean == found.validation.mean == found.train.mean
 
 
-def test_own_validation_part(tmp_path: Path) -> None:
-    found = load(f"imagefolder:{make_folder(tmp_path, ('train', 'test', 'val'), each=3)}")
-    assert [len(part) for part in (found.train, found.validation, found.test)] == [6, 6, 6]
+def test_own_validation_split(tmp_path: Path) -> None:
+    found = load_data(f"imagefolder:{make_folder(tmp_path, ('train', 'test', 'val'), each=3)}")
+    assert [len(split) for split in (found.train, found.validation, found.test)] == [6, 6, 6]
     assert found.test.indices.tolist() == list(range(6, 12))
     assert found.validation.indices.tolist() == list(range(12, 18))
 
 
-def test_val_alone_is_the_test_part(tmp_path: Path) -> None:
-    found = load(f"imagefolder:{make_folder(tmp_path, ('train', 'val'))}", validation=0.5)
-    assert [len(part) for part in (found.train, found.validation, found.test)] == [4, 4, 8]
+def test_val_alone_is_the_test_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "compressor")
+    found = load_data(f"imagefolder:{make_folder(tmp_path, ('train', 'val'))}", validation=0.5)
+    assert "has no test/: val/ is the test split" in caplog.text
+    assert [len(split) for split in (found.train, found.validation, found.test)] == [4, 4, 8]
     assert torch.equal(raw(found.test).round().to(torch.uint8), painted(range(8, 16), tmp_path))
 
 
@@ -232,11 +236,11 @@ def test_folder_image_size(
 ) -> None:
     make_folder(tmp_path)
     paint(tmp_path / "test/bee/odd.png", 0, size=odd)
-    assert load(f"imagefolder:{tmp_path}", image_size=asked).image_shape == shape
+    assert load_data(f"imagefolder:{tmp_path}", image_size=asked).image_shape == shape
 
 
 def test_small_images_need_not_be_square(tmp_path: Path) -> None:
-    found = load(f"imagefolder:{make_folder(tmp_path, size=(5, 9))}")
+    found = load_data(f"imagefolder:{make_folder(tmp_path, size=(5, 9))}")
     assert found.image_shape == (3, 5, 9)
     expected = torch.tensor(paint(tmp_path / "scratch.png", 8, size=(5, 9))).permute(2, 0, 1)
     assert torch.equal(raw(found.test)[0].round().to(torch.uint8), expected)
@@ -246,12 +250,12 @@ def test_constant_channel_stays_finite(tmp_path: Path) -> None:
     make_folder(tmp_path, each=2)
     for path in tmp_path.rglob("*.png"):
         Image.fromarray(np.full((8, 8, 3), 9, np.uint8)).save(path)
-    images, _ = next(load(f"imagefolder:{tmp_path}").train.batches(2))
+    images, _ = next(load_data(f"imagefolder:{tmp_path}").train.batches(2))
     assert images.abs().max() == 0
 
 
 def test_large_images_of_one_size_are_resized(tmp_path: Path) -> None:
-    found = load(f"imagefolder:{make_folder(tmp_path, each=2, size=(65, 70))}")
+    found = load_data(f"imagefolder:{make_folder(tmp_path, each=2, size=(65, 70))}")
     assert found.image_shape == (3, 224, 224)
 
 
@@ -260,7 +264,7 @@ def test_resize_takes_the_centre(tmp_path: Path) -> None:
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 18:42] = 200  # a little wider than the square in the middle: resizing looks at neighbours
     Image.fromarray(pixels).save(tmp_path / "test/ant/wide.png")
-    found = load(f"imagefolder:{tmp_path}", image_size=10)
+    found = load_data(f"imagefolder:{tmp_path}", image_size=10)
     assert (raw(found.test)[2] - 200).abs().max() < 1e-3
 
 
@@ -269,18 +273,19 @@ def test_grey_palette_and_transparent_images_become_rgb(tmp_path: Path) -> None:
     image = Image.fromarray(np.full((8, 8), 77, np.uint8))
     for mode in ("L", "P", "1", "RGBA", "LA"):
         image.convert(mode).save(tmp_path / f"train/ant/{mode}.png")
-    assert load(f"imagefolder:{tmp_path}").image_shape == (3, 8, 8)
+    assert load_data(f"imagefolder:{tmp_path}").image_shape == (3, 8, 8)
 
 
 def test_on_disk_gives_the_same_batches_as_resident(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_folder(tmp_path)
-    resident = load(f"imagefolder:{tmp_path}")
+    resident = load_data(f"imagefolder:{tmp_path}")
     monkeypatch.setattr(folder, "RESIDENT_BYTES", 16 * 3 * 8 * 8 - 1)
-    lazy = load(f"imagefolder:{tmp_path}")
+    lazy = load_data(f"imagefolder:{tmp_path}")
     assert isinstance(resident.train.images, Resident)
     assert isinstance(lazy.train.images, OnDisk)
     runs = [
-        part.batches(4, shuffle=torch.Generator().manual_seed(1), augment=True) for part in (resident.train, lazy.train)
+        split.batches(4, shuffle=torch.Generator().manual_seed(1), augment=True)
+        for split in (resident.train, lazy.train)
     ]
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first[0], second[0])
@@ -334,14 +339,14 @@ def test_folder_is_refused(tmp_path: Path, spoil: Callable[[Path], object], mess
     root = make_folder(tmp_path / "photos")
     spoil(root)
     with pytest.raises(DataError) as caught:
-        load(f"imagefolder:{root}")
+        load_data(f"imagefolder:{root}")
     assert message.format(root=root) in str(caught.value)
 
 
 def test_class_with_one_image_cannot_be_split(tmp_path: Path) -> None:
     make_folder(tmp_path, each=1)
     with pytest.raises(DataError, match="class 'ant' has 1 training image: it needs 2 or more"):
-        load(f"imagefolder:{tmp_path}")
+        load_data(f"imagefolder:{tmp_path}")
 
 
 # -- CIFAR
@@ -359,25 +364,25 @@ class FakeCifar:
 
 def test_cifar_has_channels_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar)
-    found = load("cifar10", validation=0.2)
+    found = load_data("cifar10", validation=0.2)
     assert (found.classes, found.image_shape) == (CLASSES, (3, 32, 32))
-    assert [len(part) for part in (found.train, found.validation, found.test)] == [3, 2, 5]
+    assert [len(split) for split in (found.train, found.validation, found.test)] == [3, 2, 5]
     expected = torch.from_numpy(FakeCifar(Path(), True, False).data).permute(0, 3, 1, 2)
     assert torch.equal(raw(found.test).round().to(torch.uint8), expected)
 
 
 def test_cifar_is_enlarged_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar)
-    assert load("cifar10", image_size=40).image_shape == (3, 40, 40)
+    assert load_data("cifar10", image_size=40).image_shape == (3, 40, 40)
     monkeypatch.setattr(data, "RESIDENT_BYTES", 5 * 3 * 36 * 36)
     with pytest.raises(RangeError, match="image_size = 40 is out of range: give image_size in 1 to 36, or larger with"):
-        load("cifar10", image_size=40)
+        load_data("cifar10", image_size=40)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_missing_cifar_says_how_to_get_it(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError) as caught:
-        load(name, root=tmp_path)
+        load_data(name, root=tmp_path)
     assert f"{name} cannot be loaded from {tmp_path}" in str(caught.value)
     assert str(caught.value).endswith("add --download to fetch it")
 
@@ -388,15 +393,19 @@ def test_missing_cifar_says_how_to_get_it(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: load("digit"), UnknownNameError, "unknown data set 'digit': did you mean 'digits'?"),
-        (lambda: load("imagefolder"), UnknownNameError, "did you mean 'imagefolder:PATH'?"),
-        (lambda: load("imagefolder:"), UnknownNameError, "did you mean 'imagefolder:PATH'?"),
-        (lambda: load("digits:here"), UnknownNameError, "did you mean 'digits'"),
-        (lambda: load("mnist"), UnknownNameError, "known: cifar10, cifar100, digits, imagefolder:PATH"),
-        (lambda: load("digits", validation=0), RangeError, "validation = 0 is out of range: give validation in (0, 1)"),
-        (lambda: load("digits", validation=1.0), RangeError, "validation = 1.0"),
-        (lambda: load("digits", image_size=0), RangeError, "image_size = 0"),
-        (lambda: load("digits", download=True), InputError, "download has no effect on digits: leave it out"),
+        (lambda: load_data("digit"), UnknownNameError, "unknown data set 'digit': did you mean 'digits'?"),
+        (lambda: load_data("imagefolder"), UnknownNameError, "did you mean 'imagefolder:PATH'?"),
+        (lambda: load_data("imagefolder:"), UnknownNameError, "did you mean 'imagefolder:PATH'?"),
+        (lambda: load_data("digits:here"), UnknownNameError, "did you mean 'digits'"),
+        (lambda: load_data("mnist"), UnknownNameError, "known: cifar10, cifar100, digits, imagefolder:PATH"),
+        (
+            lambda: load_data("digits", validation=0),
+            RangeError,
+            "validation = 0 is out of range: give validation in (0, 1)",
+        ),
+        (lambda: load_data("digits", validation=1.0), RangeError, "validation = 1.0"),
+        (lambda: load_data("digits", image_size=0), RangeError, "image_size = 0"),
+        (lambda: load_data("digits", download=True), InputError, "download has no effect on digits: leave it out"),
     ],
 )
 def test_refused(call: Callable[[], object], error: type[Exception], message: str) -> None:
@@ -406,9 +415,9 @@ def test_refused(call: Callable[[], object], error: type[Exception], message: st
 
 
 def test_a_user_can_add_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    def mine(request: data.Request) -> data.Found:
-        part = Part.of(Resident(torch.zeros(6, 1, 4, 4, dtype=torch.uint8)), torch.tensor([0, 1] * 3))
-        return data.Found(CLASSES, part, part)
+    def mine(request: data.Request) -> data.RawDataset:
+        split = Split.from_arrays(Resident(torch.zeros(6, 1, 4, 4, dtype=torch.uint8)), torch.tensor([0, 1] * 3))
+        return data.RawDataset(CLASSES, split, split)
 
     monkeypatch.setitem(data.DATASETS, "mine", mine)
-    assert load("mine").image_shape == (1, 4, 4)
+    assert load_data("mine").image_shape == (1, 4, 4)

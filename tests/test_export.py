@@ -8,16 +8,17 @@ from typing import Any
 
 import onnx
 import onnxruntime
+import onnxscript
 import pytest
 import torch
 from torch import Tensor, nn
 
 from compressor._utils import running as runtime
-from compressor._utils.files import written_beside
-from compressor._utils.running import evaluating
-from compressor.deploy import export, parity
+from compressor._utils.files import atomic_write
+from compressor._utils.running import eval_mode
+from compressor.deploy import export
 from compressor.deploy.export import export_onnx
-from compressor.deploy.parity import Parity, UnequalError
+from compressor.deploy.parity import Parity, UnequalError, judge
 from compressor.deploy.session import open_session
 from compressor.errors import ExportError, InputError, ParityError, RangeError
 from compressor.graph.tracing import trace
@@ -164,7 +165,7 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
 
 def test_running_a_model_leaves_the_random_state_and_records_no_gradients() -> None:
     model, random = Residual().train(), torch.get_rng_state()
-    with evaluating(model):
+    with eval_mode(model):
         assert not model.norm.training
         assert not model(torch.randn(1, 3, 8, 8)).requires_grad
     assert model.norm.training
@@ -188,15 +189,15 @@ def test_nothing_is_printed_and_the_file_names_no_folder(tmp_path: Path, capfd: 
 @pytest.fixture
 def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the exporter write another model than it was given."""
-    right = export._exported
+    right = torch.onnx.export
 
-    def other(model: nn.Module, *rest: Any) -> Any:
+    def other(model: nn.Module, *rest: Any, **options: Any) -> Any:
         model = copy.deepcopy(model)
         with torch.no_grad():
             model[-1].bias[3] += 0.25
-        return right(model, *rest)
+        return right(model, *rest, **options)
 
-    monkeypatch.setattr(export, "_exported", other)
+    monkeypatch.setattr(torch.onnx, "export", other)
 
 
 @pytest.mark.usefixtures("wrong")
@@ -232,18 +233,25 @@ def test_a_file_that_differs_only_on_the_callers_examples_fails(
         def forward(self, x: Tensor) -> Tensor:
             return x.clamp(max=self.limit)
 
-    right = export._exported
-    monkeypatch.setattr(export, "_exported", lambda model, *rest: right(Clipped(50.0), *rest))
+    right = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda model, *rest, **options: right(Clipped(50.0), *rest, **options))
     export_onnx(Clipped(100.0), tmp_path / "m.onnx", torch.zeros(1, 4))
     with pytest.raises(ParityError, match="differs by 25 at batch size 1"):
         export_onnx(Clipped(100.0), tmp_path / "m.onnx", torch.zeros(1, 4), check_inputs=torch.full((3, 4), 75.0))
 
 
 def test_a_file_that_onnxruntime_refuses_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "_save", lambda exported, path: path.write_bytes(b"no ONNX"))
+    monkeypatch.setattr(onnxscript.ir, "save", lambda exported, path: path.write_bytes(b"no ONNX"))
     with pytest.raises(ParityError, match="onnxruntime does not load it: InvalidProtobuf"):
         export_onnx(plain(), tmp_path / "m.onnx", torch.randn(1, 3, 8, 8))
     assert (tmp_path / "m.failed.onnx").read_bytes() == b"no ONNX"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_where_no_gpu_was_compared_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "compressor")
+    assert export_onnx(plain(), tmp_path / "m.onnx", torch.randn(1, 3, 8, 8)).providers == ("CPUExecutionProvider",)
+    assert "is compared on the CPU only" in caplog.text
 
 
 # -- the judge
@@ -251,7 +259,7 @@ def test_a_file_that_onnxruntime_refuses_fails(tmp_path: Path, monkeypatch: pyte
 
 def judged(ours: Tensor, theirs: Tensor) -> Parity:
     found = Parity()
-    parity._judge(found, ["output"], [ours], [theirs], "here")
+    judge(found, ["output"], [ours], [theirs], "here")
     return found
 
 
@@ -270,7 +278,7 @@ def test_the_tolerance_is_a_share_of_the_scale() -> None:
     with pytest.raises(UnequalError, match=r"'output' has shape \(2, 1\) here, and the model's \(2, 2\)"):
         judged(ours, ours[:, :1])
     with pytest.raises(UnequalError, match="it gives 2 outputs here, and the model 1"):
-        parity._judge(Parity(), ["output"], [ours], [ours, ours], "here")
+        judge(Parity(), ["output"], [ours], [ours, ours], "here")
     assert (
         judged(torch.tensor([[torch.inf, torch.nan, 1.0]]), torch.tensor([[torch.inf, torch.nan, 1.0]])).relative == 0
     )
@@ -288,7 +296,7 @@ def test_full_precision_is_asked_for_and_given_back() -> None:
     before = cudnn.allow_tf32, cublas.allow_tf32
     try:
         cudnn.allow_tf32 = cublas.allow_tf32 = True
-        with runtime.full_precision():
+        with runtime.tf32_disabled():
             assert (cudnn.allow_tf32, cublas.allow_tf32) == (False, False)
         assert (cudnn.allow_tf32, cublas.allow_tf32) == (True, True)
     finally:
@@ -369,11 +377,11 @@ def test_a_session_does_not_fall_back_to_the_cpu(tmp_path: Path, capfd: pytest.C
 
 def test_a_file_is_there_in_full_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    with written_beside(path) as part:
+    with atomic_write(path) as part:
         part.write_text("old")
         assert not path.exists()
     with path.open() as reader:  # one who reads it goes on reading the old one
-        with written_beside(path) as part:
+        with atomic_write(path) as part:
             part.write_text("new")
         assert (reader.read(), path.read_text()) == ("old", "new")
     assert list(tmp_path.iterdir()) == [path]
@@ -381,7 +389,7 @@ def test_a_file_is_there_in_full_or_not_at_all(tmp_path: Path) -> None:
 
 def test_half_a_file_is_taken_away(tmp_path: Path) -> None:
     def fail() -> None:
-        with written_beside(tmp_path / "file") as part:
+        with atomic_write(tmp_path / "file") as part:
             part.write_text("half")
             raise KeyboardInterrupt
 

@@ -32,6 +32,12 @@ def test_products_are_counted_and_nothing_else(size: int) -> None:
     assert fvcore_macs(model, {"weight": weight, "image": image}) == size * MACS
 
 
+def test_what_fvcore_has_no_count_for_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "compressor")
+    fvcore_macs(nn.Sequential(nn.Conv2d(3, 2, 1), nn.GELU()), torch.zeros(1, 3, 4, 4))
+    assert "fvcore has no count for aten::gelu" in caplog.text
+
+
 def test_the_model_is_left_as_it_was(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
     model, inputs = Mixed().train(), (torch.randn(2, 3, 10, 10), torch.randn(5, 6))
     mine = model.norm.register_forward_hook(lambda module, args, output: None)

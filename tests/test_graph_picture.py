@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import compressor
 from compressor.cli import app
-from compressor.graph.group import ChannelGraph
+from compressor.graph import ChannelGraph
 from compressor.report.graph_layout import Node, Stripe, Wire, blocks, nodes, wires
 from compressor.report.graph_picture import graph_picture
 from compressor.report.svg import colours

@@ -1,85 +1,101 @@
-"""The house: modules import only from rows above them, public names are there, only the command line prints."""
+"""The house: rooms import from lower rooms only what these hand out; docs/design.md shows it; only the command line prints."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import compressor
 
-ROOT = Path(compressor.__file__).parent
+_SPEC = importlib.util.spec_from_file_location("draw_house", Path(__file__).parents[1] / "docs" / "draw_house.py")
+assert _SPEC
+assert _SPEC.loader
+house = importlib.util.module_from_spec(_SPEC)
+sys.modules["draw_house"] = house  # where dataclasses look up the module of their annotations
+_SPEC.loader.exec_module(house)
 
-# docs/design.md shows the same table. A module may import from its own row's parts only within one package.
-ROWS = [
-    ["errors"],
-    ["files", "runtime", "attention"],
-    ["graph.axes", "graph.group", "graph.shortcuts", "sizes"],
-    ["graph.flow", "graph.table"],
-    ["graph.rules", "graph.grouping", "graph.trail", "graph.surroundings"],
-    ["graph.recorder"],
-    ["graph.trace", "graph.retrace", "criteria", "transaction"],
-    ["costs", "masks", "surgery", "schedules", "limits", "widths"],
-    ["selection", "verification", "calibration"],
-    ["ledger"],
-    ["cutting", "intraining"],
-    ["pruning", "pruner", "models", "data"],
-    ["training", "artifact", "parity", "latency", "flops"],
-    ["export", "checks"],
-    ["report", "settings"],
-    ["job"],
-    ["cli"],
-    ["__main__"],
-]
-FREE = {"", "graph"}  # the packages' own lists of names
+MODULES = house.modules()
+ROOMS = house.rooms()
+NUMBER = {name: room.number for room in ROOMS for name in room.names}
+HEAVY = {
+    *("torch", "torchvision", "torch_pruning", "onnx", "onnxruntime", "onnxscript", "fvcore", "safetensors", "sklearn"),
+    *("scipy", "rich", "jinja2", "PIL", "msgspec"),
+}
+# What a rule of `test_a_room_hands_out_what_others_take` cannot say: the package's own list of names.
+PUBLIC = "compressor's own list of names"
 
 
-def modules() -> dict[str, Path]:
-    found = {}
-    for path in ROOT.rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+def test_the_table_names_every_room_once() -> None:
+    there = {path.name.removesuffix(".py") for path in house.PACKAGE.iterdir() if path.suffix in ("", ".py")}
+    listed = [name for room in ROOMS for name in room.names]
+    assert sorted(listed) == sorted(there - {"__init__", "__pycache__"})
+    assert [room.number for room in ROOMS] == list(range(12))
 
 
-def room(module: str) -> str | None:
-    names = [name for row in ROWS for name in row]
-    fitting = [name for name in names if module == name or module.startswith(name + ".")]
-    return max(fitting, key=len, default=None)
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {""}))
+def test_a_room_imports_only_from_rooms_that_its_row_names(module: str) -> None:
+    here = NUMBER[house.room(module)]
+    allowed = next(room.may_import for room in ROOMS if room.number == here)
+    for used in house.imports(MODULES[module]):
+        there = NUMBER[house.room(house.used_module(used, MODULES))]
+        assert there == here or there in allowed, f"{module} imports {used.target}.{used.name}"
 
 
-def row(module: str) -> int:
-    home = room(module)
-    assert home is not None, f"{module} has no row: put it into the table of tests/test_house.py and docs/design.md"
-    return next(index for index, names in enumerate(ROWS) if home in names)
+@pytest.mark.parametrize("module", sorted(set(MODULES) - {""}))
+def test_a_room_takes_from_another_only_what_that_one_hands_out(module: str) -> None:
+    for used in house.imports(MODULES[module]):
+        other = house.used_module(used, MODULES)
+        if house.room(other) == house.room(module) or other == "errors":
+            continue
+        if used.target == "":  # `from compressor import budget`: the room itself, whose names are looked up when used
+            assert used.name in NUMBER, f"{module} imports {used.name} from {PUBLIC}"
+            continue
+        handed_out = importlib.import_module(f"compressor.{house.room(other)}").__all__
+        assert used.target == house.room(other), f"{module} reaches into {used.target}: import from the room"
+        assert used.name in handed_out, f"{module} takes {used.name}, which {used.target} does not hand out"
+        assert not used.name.startswith("_")
 
 
-def imported(path: Path) -> set[str]:
-    """Every module of ours that a file imports when it runs; imports for type checking alone do not count."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = [ast.Pass()]
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("compressor"):
-            base = (node.module or "").removeprefix("compressor").removeprefix(".")
-            names |= {
-                f"{base}.{a.name}".strip(".") if f"{base}.{a.name}".strip(".") in modules() else base
-                for a in node.names
-            }
-        elif isinstance(node, ast.Import):
-            names |= {a.name.removeprefix("compressor.") for a in node.names if a.name.startswith("compressor.")}
-    return names
+@pytest.mark.parametrize("room", [name for name in NUMBER if (house.PACKAGE / name).is_dir()])
+def test_no_room_has_a_cycle_inside(room: str) -> None:
+    mine = {name: path for name, path in MODULES.items() if name.startswith(f"{room}.")}
+    takes = {
+        name: {house.used_module(used, MODULES) for used in house.imports(path)} & mine.keys() - {name}
+        for name, path in mine.items()
+    }
+    try:
+        list(TopologicalSorter(takes).static_order())
+    except CycleError as error:
+        pytest.fail(f"a cycle in {room}: {' <- '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("module", sorted(set(modules()) - FREE))
-def test_modules_import_only_from_rows_above(module: str) -> None:
-    for other in imported(modules()[module]) - FREE:
-        assert room(other) == room(module) or row(other) < row(module), f"{module} imports {other}"
+@pytest.mark.parametrize("room", [name for name in NUMBER if (house.PACKAGE / name / "__init__.pyi").exists()])
+def test_every_name_that_a_room_hands_out_is_there_and_no_module_hides_it(room: str) -> None:
+    package = importlib.import_module(f"compressor.{room}")
+    for name in package.__all__:
+        getattr(package, name)
+        is_module = f"{room}.{name}" in MODULES
+        assert not is_module or getattr(package, name).__name__ == f"compressor.{room}.{name}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_functions_import_only_what_is_heavy_and_not_ours(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    for node in (each for function in functions for each in ast.walk(function)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
+            assert (name or "").split(".")[0] in HEAVY, f"{module}:{node.lineno} imports {name} inside a function"
+
+
+def test_the_picture_of_the_house_is_the_code() -> None:
+    assert house.PICTURE.read_text(encoding="utf-8") == house.picture(), "run: python docs/draw_house.py"
 
 
 @pytest.mark.parametrize("name", compressor.__all__)
@@ -99,7 +115,7 @@ def test_importing_compressor_and_the_command_line_does_not_import_torch() -> No
 
 
 def test_only_the_command_line_prints_or_exits() -> None:
-    for module, path in modules().items():
+    for module, path in MODULES.items():
         if module in ("cli", "__main__"):
             continue
         calls = {ast.unparse(n.func) for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)}

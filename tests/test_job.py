@@ -11,18 +11,15 @@ import torch
 from user_models import tiny
 
 from compressor import job, report
-from compressor.deploy import latency
-from compressor.deploy.artifact import describe, load
-from compressor.deploy.session import open_session
+from compressor.deploy import describe, latency, load, open_session
 from compressor.errors import BudgetError, InputError, RunFolderError
+from compressor.job import Settings, results, stages
 from compressor.job import folder as folders
-from compressor.job import results, stages
-from compressor.job.settings import Settings
-from compressor.report.document import Report
+from compressor.report import Report
+from compressor.training import evaluate
 from compressor.training.data import sources as datasets
-from compressor.training.evaluation import evaluate
 
-DURING = {"model": "user_models:tiny", "epochs": 3, "round-to": 4, "collect": 9}
+DURING = {"model": "user_models:tiny", "epochs": 3, "round-to": 4, "prune-every": 9}
 AFTER = {"model": "user_models:tiny", "epochs": 2, "finetune-epochs": 2, "round-to": 4, "criterion": "l1"}
 
 
@@ -33,7 +30,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module", params=[DURING, AFTER], ids=["during", "after"])
 def finished(request, tmp_path_factory) -> tuple[Settings, Report, list[tuple[str, int, int]]]:
     torch.set_num_threads(1)
-    settings = Settings.of({**request.param, "out": str(tmp_path_factory.mktemp("runs") / "run")})
+    settings = Settings.from_options({**request.param, "out": str(tmp_path_factory.mktemp("runs") / "run")})
     progress: list[tuple[str, int, int]] = []
     return settings, job.run(settings, on_progress=lambda *step: progress.append(step)), progress
 
@@ -49,7 +46,7 @@ def test_the_run_folder_holds_what_it_should_and_nothing_else(finished) -> None:
 
 def test_config_toml_makes_the_same_settings(finished) -> None:
     settings, _, _ = finished
-    assert Settings.of(tomllib.loads((Path(settings.out) / "config.toml").read_text())) == settings
+    assert Settings.from_options(tomllib.loads((Path(settings.out) / "config.toml").read_text())) == settings
 
 
 def test_the_saved_models_have_the_reported_size_and_accuracy(finished) -> None:
@@ -155,7 +152,7 @@ def killer(stage: str, step: int) -> Callable[[str, int, int], None]:
 
 def outcome(settings: Settings, monkeypatch, *kills: tuple[str, int]) -> tuple[list[dict], dict, dict]:
     """Run, killed and resumed once for each of `kills`; give the records without times, and both models' tensors."""
-    monkeypatch.setattr(job, "finish", lambda settings, data, trained, *rest: trained)
+    monkeypatch.setattr("compressor.job.main_job.finish", lambda settings, data, trained, *rest: trained)
     for number, kill in enumerate(kills):
         with pytest.raises(Killed):
             job.run(settings, resume=number > 0, on_progress=killer(*kill))
@@ -177,8 +174,8 @@ def outcome(settings: Settings, monkeypatch, *kills: tuple[str, int]) -> tuple[l
     ids=["during", "during, thrice, once narrow", "after"],
 )
 def test_a_killed_run_goes_on_bit_for_bit(options, kills, tmp_path: Path, monkeypatch) -> None:
-    whole = outcome(Settings.of({**options, "out": str(tmp_path / "whole")}), monkeypatch)
-    killed = outcome(Settings.of({**options, "out": str(tmp_path / "killed")}), monkeypatch, *kills)
+    whole = outcome(Settings.from_options({**options, "out": str(tmp_path / "whole")}), monkeypatch)
+    killed = outcome(Settings.from_options({**options, "out": str(tmp_path / "killed")}), monkeypatch, *kills)
     assert killed[0] == whole[0]
     for there, here in zip(killed[1:], whole[1:], strict=True):
         assert there.keys() == here.keys()
@@ -186,8 +183,8 @@ def test_a_killed_run_goes_on_bit_for_bit(options, kills, tmp_path: Path, monkey
 
 
 def test_a_resumed_run_repeats_no_finished_epoch(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(job, "finish", lambda settings, data, trained, *rest: trained)
-    settings = Settings.of({**DURING, "epochs": 2, "out": str(tmp_path / "run")})
+    monkeypatch.setattr("compressor.job.main_job.finish", lambda settings, data, trained, *rest: trained)
+    settings = Settings.from_options({**DURING, "epochs": 2, "out": str(tmp_path / "run")})
     with pytest.raises(Killed):
         job.run(settings, on_progress=killer("pruned", 20))
     steps: list[tuple[str, int]] = []
@@ -196,7 +193,7 @@ def test_a_resumed_run_repeats_no_finished_epoch(tmp_path: Path, monkeypatch) ->
 
 
 def test_gradients_that_a_criterion_needs_are_there_and_gone_before_training(tmp_path: Path, monkeypatch) -> None:
-    settings = Settings.of(
+    settings = Settings.from_options(
         {**AFTER, "criterion": "taylor", "epochs": 1, "finetune-epochs": 0, "out": str(tmp_path / "t")}
     )
     _, _, pruned = outcome(settings, monkeypatch)
@@ -209,7 +206,7 @@ def test_gradients_that_a_criterion_needs_are_there_and_gone_before_training(tmp
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path, monkeypatch) -> None:
     short = {**AFTER, "epochs": 1, "finetune-epochs": 1}
     first, again, other = (
-        outcome(Settings.of({**short, "seed": seed, "out": str(tmp_path / name)}), monkeypatch)[0]
+        outcome(Settings.from_options({**short, "seed": seed, "out": str(tmp_path / name)}), monkeypatch)[0]
         for name, seed in (("first", 3), ("again", 3), ("other", 4))
     )
     assert first == again
@@ -217,7 +214,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Pat
 
 
 def test_sparsity_that_cannot_be_reached_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    settings = Settings.of({**DURING, "sparsity": 0.99, "out": str(tmp_path / "run")})
+    settings = Settings.from_options({**DURING, "sparsity": 0.99, "out": str(tmp_path / "run")})
     with pytest.raises(BudgetError, match=r"cannot remove 99\.0% of the params: at most [\d.]+% can go"):
         job.run(settings)
     assert not (tmp_path / "run").exists()
@@ -230,7 +227,7 @@ def test_latency_goes_without_onnxruntime_where_it_cannot_use_the_device(tmp_pat
         return latency.LatencyReport((), 1, {})
 
     monkeypatch.setattr(results.latency, "compare", compare)
-    settings, data = Settings.of(DURING), datasets.load_data("digits")
+    settings, data = Settings.from_options(DURING), datasets.load_data("digits")
     timings, notes = results._timings(settings, data, {"dense": tiny(10)}, tmp_path, lambda *step: None)
     assert (timings, notes) == ((), ("onnxruntime cannot run on 'cuda' here",))
 
@@ -239,7 +236,7 @@ def test_latency_goes_without_onnxruntime_where_it_cannot_use_the_device(tmp_pat
 
 
 def test_overwrite_clears_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> None:
-    settings = Settings.of({**DURING, "out": str(tmp_path)})
+    settings = Settings.from_options({**DURING, "out": str(tmp_path)})
     folders.start(tmp_path, settings)
     (tmp_path / "checkpoint").mkdir()
     for name in ("report.json", "model.onnx", "checkpoint/state.pt", "my notes.txt"):
@@ -264,29 +261,29 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path, content: dict,
         (tmp_path / name).write_text(text)
     before = files_in(tmp_path)
     with pytest.raises(RunFolderError, match=message):
-        job.run(Settings.of({**DURING, "out": str(tmp_path)}), **flags)
+        job.run(Settings.from_options({**DURING, "out": str(tmp_path)}), **flags)
     assert files_in(tmp_path) == before
 
 
 def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("mine")
     with pytest.raises(RunFolderError, match="is a file: give another --out"):
-        job.run(Settings.of({**DURING, "out": str(tmp_path / "run")}))
+        job.run(Settings.from_options({**DURING, "out": str(tmp_path / "run")}))
 
 
 def test_resume_and_overwrite_contradict_each_other(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--resume and --overwrite contradict each other"):
-        job.run(Settings.of({**DURING, "out": str(tmp_path)}), resume=True, overwrite=True)
+        job.run(Settings.from_options({**DURING, "out": str(tmp_path)}), resume=True, overwrite=True)
 
 
 def test_there_must_be_a_run_to_resume(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"holds no run to go on with .*leave --resume out"):
-        job.run(Settings.of({**DURING, "out": str(tmp_path)}), resume=True)
+        job.run(Settings.from_options({**DURING, "out": str(tmp_path)}), resume=True)
 
 
 def test_a_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
-    folders.start(tmp_path, Settings.of({**DURING, "out": str(tmp_path)}))
-    assert job.resumed({"out": str(tmp_path)}) == Settings.of({**DURING, "out": str(tmp_path)})
+    folders.start(tmp_path, Settings.from_options({**DURING, "out": str(tmp_path)}))
+    assert job.resumed({"out": str(tmp_path)}) == Settings.from_options({**DURING, "out": str(tmp_path)})
     assert job.resumed({"out": str(tmp_path), "epochs": 3, "device": "auto"}).epochs == 3
     with pytest.raises(RunFolderError, match=r"has --epochs 3, not 4: leave it out to go on, or give another --out"):
         job.resumed({"out": str(tmp_path), "epochs": 4})
@@ -296,10 +293,10 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
 
 def test_metrics_of_a_stage_that_is_over_take_the_place_of_what_came_while_it_ran(tmp_path: Path) -> None:
     metrics = folders.Metrics(tmp_path / "metrics.jsonl")
-    metrics.settle([{"epoch": 1}])
+    metrics.replace_stage([{"epoch": 1}])
     metrics.append({"epoch": 2})
     metrics.append({"epoch": 2, "again": True})
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
-    metrics.settle([{"epoch": 2, "loss": math.pi}])
+    metrics.replace_stage([{"epoch": 2, "loss": math.pi}])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"epoch": 1}, {"epoch": 2, "loss": math.pi}]

@@ -14,9 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compressor.deploy import latency
+from compressor.deploy import latency, timing
 from compressor.deploy.export import export_onnx
-from compressor.deploy.latency import Comparison, Latency, compare, machine, measure, onnx_runner, torch_runner
+from compressor.deploy.latency import Comparison, compare
+from compressor.deploy.machine import describe_machine
+from compressor.deploy.timing import Latency, measure, onnx_runner, torch_runner
 from compressor.errors import InputError, RangeError
 
 
@@ -31,7 +33,7 @@ class Clock:
         return self.now
 
     def runner(self, name: str, *seconds: float) -> Callable[[], None]:
-        """Give a runner that takes these times, over and over."""
+        """Return a runner that takes these times, over and over."""
         made = 0
 
         def run() -> None:
@@ -46,7 +48,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(latency, "perf_counter", clock)
+    monkeypatch.setattr(timing, "perf_counter", clock)
     return clock
 
 
@@ -66,9 +68,11 @@ def test_runners_take_turns_and_warm_up_is_not_counted(clock: Clock) -> None:
     assert [round(x, 6) for x in found["b"].samples_ms] == [3.0, 7000.0]
 
 
-def test_a_slow_runner_ends_with_the_budget(clock: Clock) -> None:
+def test_a_slow_runner_ends_with_the_budget(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "compressor")
     found = measure({"a": clock.runner("a", 1.0)}, runs=1000, min_runs=2, warmup=10, budget_s=10)
     assert found["a"].n == 8  # two seconds of ten went into warming up
+    assert "time was up after 8 of 1000 rounds" in caplog.text
     assert len(clock.calls) == 10
 
 
@@ -102,9 +106,12 @@ def test_nothing_to_measure_is_refused() -> None:
 
 
 @given(st.lists(st.floats(0.001, 1e6), min_size=1, max_size=50), st.floats(0, 100))
-def test_percentiles_are_those_of_numpy(samples: list[float], q: float) -> None:
-    found = Latency(tuple(samples))
-    assert found.percentile_ms(q) == pytest.approx(np.percentile(samples, q), rel=1e-9)
+def test_percentiles_interpolate_between_the_calls_in_order(samples: list[float], q: float) -> None:
+    found, ordered = Latency(tuple(samples)), sorted(samples)
+    place = q / 100 * (len(samples) - 1)
+    low = ordered[int(place)]
+    high = ordered[min(int(place) + 1, len(samples) - 1)]
+    assert found.percentile_ms(q) == pytest.approx(low + (high - low) * (place % 1), rel=1e-9)
     assert found.p50_ms == pytest.approx(statistics.median(samples))
     assert found.mean_ms == pytest.approx(statistics.fmean(samples))
     assert (found.p90_ms, found.p99_ms) == (found.percentile_ms(90), found.percentile_ms(99))
@@ -152,7 +159,7 @@ def test_models_are_timed_side_by_side_in_every_place(tmp_path: Path) -> None:
     for each in report.comparisons:
         assert {name: found.n for name, found in each.latencies.items()} == {"dense": 6, "pruned": 6}
         assert each.speedup("dense") == 1.0
-    assert (report.threads, report.machine) == (1, machine())
+    assert (report.threads, report.machine) == (1, describe_machine())
     assert (models["dense"].training, models["pruned"].training) == (True, False)
     assert torch.equal(torch.get_rng_state(), random)
     for name, model in models.items():
@@ -195,7 +202,7 @@ def test_a_comparison_without_sense_is_refused(asked: dict[str, Any], message: s
 
 
 def test_the_machine_and_the_versions_are_named() -> None:
-    found = machine()
+    found = describe_machine()
     assert list(found) == [*("cpu", "cores", "memory_gib", "gpu", "os", "python"), *_PACKAGES]
     assert all(found[name] for name in ("cpu", "cores", "os", "python", *_PACKAGES))
     assert torch.__version__.startswith(found["torch"])

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 import compressor
 from compressor import Budget, Linear, Pruner
 from compressor.errors import InputError
+from compressor.relevance import RelevanceConfig
+from compressor.sparse import SparseConfig
 
 STEPS = 48
 
@@ -37,9 +39,9 @@ CRITERIA = ["relevance", "l1", "taylor"]
 
 
 def made(model: nn.Module, optimizer, criterion: str, **options) -> Pruner:
-    options = {"total_steps": STEPS, "collect": 12, "schedule": Linear(0.1, 0.8), "round_to": 1, **options}
+    options = {"total_steps": STEPS, "prune_every": 12, "schedule": Linear(0.1, 0.8), "round_to": 1, **options}
     if criterion == "relevance":
-        options = {"drop": 0.15, **options}  # few steps: many channels in each
+        options = {"relevance": RelevanceConfig(drop=0.15), **options}  # few steps: many channels in each
     return Pruner(model, X, criterion, Budget(0.5, "channels"), optimizer=optimizer, **options)
 
 
@@ -52,7 +54,10 @@ def nothing_left(model: nn.Module) -> bool:
 
 
 def shrunk(pruner: Pruner) -> bool:
-    return pruner.result().reached and pruner.result().channels[1] <= 28
+    """Whether half of the 40 channels are gone, of the modules too."""
+    model, result = pruner.graph.model, pruner.result()
+    assert isinstance(model, Net)
+    return result.reached and model.stem.out_channels + model.one.out_channels == result.channels[1] <= 20
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -61,11 +66,11 @@ def test_ones_own_forward_pass(criterion: str) -> None:
     optimizer = sgd(model)
     pruner = made(model, optimizer, criterion)
     for _ in range(STEPS):
-        with pruner.step(X) as mean:
+        with pruner.observe(X) as mean:
             loss = mean(F.cross_entropy(model(X), Y, reduction="none"))
         loss.backward()
         optimizer.step()
-        pruner.update()
+        pruner.step()
         optimizer.zero_grad()
         assert nothing_left(model)
     assert shrunk(pruner)
@@ -77,18 +82,19 @@ def test_ones_own_forward_pass_observes_what_the_call_of_loss_observes() -> None
         torch.manual_seed(0)
         model = Net()
         optimizer = sgd(model)
-        pruner = made(model, optimizer, "relevance", estimator="soft")
+        pruner = made(model, optimizer, "relevance", relevance=RelevanceConfig("soft", drop=0.15))
         for _ in range(4):
             if own:
-                with pruner.step(X) as mean:
+                with pruner.observe(X) as mean:
                     loss = mean(F.cross_entropy(model(X), Y, reduction="none"))
             else:
                 loss = pruner.loss(X, Y, F.cross_entropy)
             loss.backward()
             optimizer.step()
-            pruner.update()
+            pruner.step()
             optimizer.zero_grad()
-        scores.append(pruner._observer.scores())
+        assert pruner.relevance
+        scores.append(pruner.relevance.scores())
     assert all(torch.equal(scores[0][name], scores[1][name]) for name in scores[0])
 
 
@@ -103,7 +109,7 @@ def test_autocast_and_a_gradient_scaler(criterion: str) -> None:
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        pruner.update()
+        pruner.step()
         optimizer.zero_grad()
     assert shrunk(pruner)
     assert all(parameter.dtype == torch.float32 and parameter.isfinite().all() for parameter in model.parameters())
@@ -118,9 +124,26 @@ def test_gradient_accumulation(criterion: str) -> None:
         for half in (slice(0, 8), slice(8, 16)):
             (pruner.loss(X[half], Y[half], F.cross_entropy) / 2).backward()
         optimizer.step()
-        pruner.update()
+        pruner.step()
         optimizer.zero_grad()
     assert shrunk(pruner)
+
+
+def test_every_accumulated_batch_is_observed() -> None:
+    samples = []
+    for halves in ([slice(0, 8)], [slice(0, 8), slice(8, 16)]):
+        model = Net()
+        optimizer = sgd(model)
+        config = RelevanceConfig(drop=0.5, warmup=0, observe_every=1)
+        pruner = made(model, optimizer, "relevance", relevance=config)
+        for half in halves:
+            (pruner.loss(X[half], Y[half], F.cross_entropy) / len(halves)).backward()
+        optimizer.step()
+        pruner.step()
+        assert pruner.relevance
+        samples.append(sum(pruner.relevance.record()["stem"]["n"]))
+    assert samples[0] == 8 * 16 / 2  # each sample draws half of the 16 channels
+    assert samples[1] > 1.9 * samples[0]  # the older batch counts a little less
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -135,7 +158,7 @@ def test_several_optimizers_and_a_scheduler(criterion: str) -> None:
         for optimizer in optimizers:
             optimizer.step()
         scheduler.step()
-        pruner.update()
+        pruner.step()
         for optimizer in optimizers:
             optimizer.zero_grad()
     assert shrunk(pruner)
@@ -154,7 +177,7 @@ def test_frozen_layers_stay_frozen(criterion: str) -> None:
     for _ in range(STEPS):
         pruner.loss(X, Y, F.cross_entropy).backward()
         optimizer.step()
-        pruner.update()
+        pruner.step()
         optimizer.zero_grad()
     assert shrunk(pruner)
     kept = list(model.stem.weight.detach().flatten(1))
@@ -179,7 +202,7 @@ def test_inference_in_the_middle_is_that_of_the_model_as_it_is(criterion: str) -
             assert all(torch.equal(value, plain[name]) for name, value in model.state_dict().items())
         loss.backward()
         optimizer.step()
-        pruner.update()
+        pruner.step()
         optimizer.zero_grad()
     assert shrunk(pruner)
 
@@ -193,7 +216,7 @@ def test_a_moving_average_is_cut_along(criterion: str) -> None:
     for _ in range(STEPS):
         pruner.loss(X, Y, F.cross_entropy).backward()
         optimizer.step()
-        pruner.update()
+        pruner.step()
         optimizer.zero_grad()
         average.update_parameters(model)
     assert shrunk(pruner)
@@ -213,7 +236,7 @@ def test_a_compiled_model(criterion: str) -> None:
     for _ in range(STEPS):
         pruner.loss(X, Y, F.cross_entropy).backward()
         optimizer.step()
-        pruner.update()
+        pruner.step()
         optimizer.zero_grad()
     assert shrunk(pruner)
     compiled.eval()
@@ -225,7 +248,7 @@ def test_a_compiled_model(criterion: str) -> None:
 def test_an_exception_leaves_no_hook() -> None:
     model = Net()
     pruner = made(model, sgd(model), "relevance")
-    with pytest.raises(ZeroDivisionError), pruner.step(X):
+    with pytest.raises(ZeroDivisionError), pruner.observe(X):
         model(X).sum() / (1 // 0)
     assert nothing_left(model)
     with pytest.raises(ZeroDivisionError):
@@ -241,7 +264,7 @@ def test_an_optimizer_of_another_model_is_refused(criterion: str) -> None:
 
 def test_pruning_a_compiled_model_cuts_the_model_itself() -> None:
     model = Net()
-    result = compressor.prune(torch.compile(model, backend="eager"), X, sparsity=0.5, measure="channels")
+    result = compressor.prune(torch.compile(model, backend="eager"), X, budget=compressor.Budget(0.5, "channels"))
     assert result.reached
     assert model.stem.out_channels < 16 or model.one.out_channels < 24
 
@@ -250,14 +273,14 @@ def test_pruning_a_compiled_model_cuts_the_model_itself() -> None:
 def test_sparse_training_in_ones_own_loop(granularity: str) -> None:
     model = Net()
     optimizer = sgd(model)
-    options = {"granularity": granularity, "collect": 6, "total_steps": STEPS}
+    options = {"config": SparseConfig(granularity), "prune_every": 6, "total_steps": STEPS}
     training = compressor.SparseTraining(model, X, "rigl", Budget(0.5), optimizer=optimizer, **options)
     for _ in range(STEPS):
-        with training.step(X) as mean:
+        with training.observe(X) as mean:
             loss = mean(F.cross_entropy(model(X), Y, reduction="none"))
         loss.backward()
         optimizer.step()
-        training.update()
+        training.step()
         optimizer.zero_grad()
     assert training.steps == STEPS
     assert training.result().reached
@@ -270,7 +293,12 @@ def test_a_moving_average_is_masked_and_cut_along(criterion: str, granularity: s
     model = Net()
     optimizer = sgd(model)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
-    options = {"granularity": granularity, "collect": 6, "total_steps": STEPS, "copies": [average.module]}
+    options = {
+        "config": SparseConfig(granularity),
+        "prune_every": 6,
+        "total_steps": STEPS,
+        "copies": [average.module],
+    }
     if granularity == "channel":
         options["round_to"] = 1
     training = compressor.SparseTraining(model, X, criterion, Budget(0.5), optimizer=optimizer, **options)
@@ -278,7 +306,7 @@ def test_a_moving_average_is_masked_and_cut_along(criterion: str, granularity: s
         training.loss(X, Y, F.cross_entropy).backward()
         optimizer.step()
         average.update_parameters(model)  # before the masks: weights that are off have moved a little
-        training.update()
+        training.step()
         optimizer.zero_grad()
         same_zeros(model, average.module, training)
     assert training.result().reached
@@ -306,5 +334,5 @@ def test_sparse_training_refuses_a_copy_of_another_model() -> None:
         InputError, match=r"Linear is no copy of the model: 'bias' is \(2,\) there and absent in the model"
     ):
         compressor.SparseTraining(
-            model, X, optimizer=sgd(model), total_steps=STEPS, collect=6, copies=[nn.Linear(2, 2)]
+            model, X, optimizer=sgd(model), total_steps=STEPS, prune_every=6, copies=[nn.Linear(2, 2)]
         )

@@ -7,15 +7,15 @@ import copy
 
 import pytest
 import torch
-from conftest import random_keep, relative_error, shake, silenced
+from conftest import masked, random_keep, relative_error, shake
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressor
 from compressor.errors import InputError, RangeError, UnknownNameError
-from compressor.graph.group import ChannelGraph, ConsumerInput, Group, Member
+from compressor.graph import ChannelGraph, ConsumerInput, Group, Member
 from compressor.relevance.gates import Gates, observable
-from compressor.surgery.masks import silence
+from compressor.surgery.masks import mask_channels
 
 
 class Branches(nn.Module):
@@ -63,22 +63,22 @@ def test_the_groups_are_what_this_file_is_about(graph: ChannelGraph) -> None:
     assert inputs == {"a": ["b", "deep", "c"], "b": ["c"], "c": ["fc"], "fc": ["last"]}
 
 
-# -- silence
+# -- masking
 
 
-def test_silence_is_what_the_oracle_of_cuts_does(graph: ChannelGraph) -> None:
+def test_masking_is_what_the_oracle_of_cuts_does(graph: ChannelGraph) -> None:
     keep = random_keep(graph)
-    expected = silenced(graph, keep)(images(2))
+    expected = masked(graph, keep)(images(2))
     gone = {name: [c for c in range(graph[name].size) if c not in kept.tolist()] for name, kept in keep.items()}
-    silence(graph, gone)
+    mask_channels(graph, gone)
     assert torch.equal(graph.model(images(2)), expected)
 
 
 @torch.no_grad()
-def test_silence_equals_the_cut(graph: ChannelGraph) -> None:
+def test_masking_equals_the_cut(graph: ChannelGraph) -> None:
     small = compressor.trace(copy.deepcopy(graph.model), images(2))
     compressor.cut(small, {"a": [1, 3], "c": [0]})
-    silence(graph, {"a": torch.tensor([0, 2]), "c": [1, 2, 3, 4, 5]})
+    mask_channels(graph, {"a": torch.tensor([0, 2]), "c": [1, 2, 3, 4, 5]})
     assert relative_error(graph.model(images(2)), small.model(images(2))) <= 1e-12
 
 
@@ -91,10 +91,10 @@ def test_silence_equals_the_cut(graph: ChannelGraph) -> None:
         ({"a": [0], "b": torch.ones(5, dtype=torch.bool)}, InputError, r"came as a mask: give their indices"),
     ],
 )
-def test_silence_refuses_and_writes_nothing(graph: ChannelGraph, channels, error: type, message: str) -> None:
+def test_masking_refuses_and_writes_nothing(graph: ChannelGraph, channels, error: type, message: str) -> None:
     before = copy.deepcopy(graph.model.state_dict())
     with pytest.raises(error, match=message):
-        silence(graph, channels)
+        mask_channels(graph, channels)
     assert all(torch.equal(tensor, before[name]) for name, tensor in graph.model.state_dict().items())
 
 
@@ -110,13 +110,13 @@ def test_gates_of_one_change_no_bit(graph: ChannelGraph) -> None:
 
 
 @torch.no_grad()
-def test_gates_of_zero_silence_every_sample_for_itself(graph: ChannelGraph) -> None:
+def test_gates_of_zero_mask_every_sample_for_itself(graph: ChannelGraph) -> None:
     gates = (torch.rand(6, 22) < 0.5).double()
     with Gates(graph).applied(gates):
         out = graph.model(images(6))
     for sample in range(6):
         keep = {name: part.nonzero().flatten() for name, part in Gates(graph).split(gates[sample]).items()}
-        expected = silenced(graph, keep)(images(6)[sample : sample + 1])
+        expected = masked(graph, keep)(images(6)[sample : sample + 1])
         assert relative_error(out[sample : sample + 1], expected) <= 1e-12
 
 
@@ -126,7 +126,7 @@ def test_only_the_chosen_groups_are_gated(graph: ChannelGraph) -> None:
     assert gates.sizes == {"b": 5}
     with gates.applied(torch.zeros(2, 5, dtype=torch.float64)):
         out = graph.model(images(2))
-    expected = silenced(graph, {"b": torch.zeros(0, dtype=torch.int64)})(images(2))
+    expected = masked(graph, {"b": torch.zeros(0, dtype=torch.int64)})(images(2))
     assert relative_error(out, expected) <= 1e-12
 
 

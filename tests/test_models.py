@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compressor.errors import ArtifactError, InputError, RangeError, UnknownNameError
-from compressor.training.models import ModelSpec, build, load_weights, names
+from compressor.training.models import ModelSpec, build, names
+from compressor.training.weights import load_weights
 
 # A user's module, as `package.module:factory` finds it on the path.
 USER_MODULE = """
@@ -145,9 +146,11 @@ def test_refused(call: Callable[[], object], error: type[Exception], message: st
 
 
 @pytest.mark.parametrize(("factory", "outputs"), [("sized", 5), ("any_arguments", 5), ("fixed", 7)])
-def test_user_factory(user_module: str, factory: str, outputs: int) -> None:
+def test_user_factory(user_module: str, factory: str, outputs: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "compressor")
     model = build(f"{user_module}:{factory}", classes=5)
     assert model(torch.rand(2, 4)).shape == (2, outputs)
+    assert ("takes no num_classes" in caplog.text) == (factory == "fixed")
     assert model.compressor_spec.names_code
     assert not build("squeezenet1_1", classes=2).compressor_spec.names_code
 
@@ -190,12 +193,14 @@ def test_weights_come_back(tmp_path: Path, suffix: str) -> None:
     assert same(values(model), values(source))
 
 
-def test_batch_counters_may_be_missing(tmp_path: Path) -> None:
+def test_batch_counters_may_be_missing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "compressor")
     source, model = net(), net()
     state = {name: tensor for name, tensor in source.state_dict().items() if "num_batches" not in name}
     save_file(state, tmp_path / "old.safetensors")
     load_weights(model, tmp_path / "old.safetensors")
     assert same(values(model), values(source))
+    assert "1 BatchNorms keep their own" in caplog.text
 
 
 def _damaged(path: Path) -> None:

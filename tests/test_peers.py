@@ -9,13 +9,11 @@ import torchvision
 from torch import Tensor, nn
 
 import compressor
-from compressor.budget.costs import CostModel
-from compressor.criteria.registry import score
-from compressor.criteria.snapshot import Snapshot
-from compressor.criteria.torch_pruning import torch_pruning
-from compressor.deploy.flops import fvcore_macs
+from compressor.budget import CostModel
+from compressor.criteria import Snapshot, from_torch_pruning, score
+from compressor.deploy import fvcore_macs
 from compressor.errors import InputError, ScoreError, UnknownNameError
-from compressor.graph.group import Group
+from compressor.graph import Group
 
 LAYERS = (nn.Conv2d, nn.Linear)
 
@@ -114,7 +112,7 @@ def group_of(graph: compressor.ChannelGraph, layer: str) -> tuple[Group, Tensor]
 def test_their_importances_give_our_groups_their_numbers(known, importance: str) -> None:
     graph, theirs = known
     make = IMPORTANCES[importance]
-    found = score(torch_pruning(make()), graph.groups, Snapshot.from_model(graph.model))
+    found = score(from_torch_pruning(make()), graph.groups, Snapshot.from_model(graph.model))
     assert found.keys() == graph.sizes().keys()
     assert len(theirs) == len(found) > 7
     for layer, their_group in theirs.items():
@@ -142,7 +140,7 @@ def test_offsets_transposed_kernels_and_flattened_channels_are_found(importance:
     x = torch.randn(2, 3, 2, 2)
     model = with_gradients(Flattened(), x)
     graph, make = compressor.trace(model, x), IMPORTANCES[importance]
-    found = score(torch_pruning(make()), graph.groups, Snapshot.from_model(model))
+    found = score(from_torch_pruning(make()), graph.groups, Snapshot.from_model(model))
     wanted = {name: make()(group).detach() for name, group in their_groups(model, x).items()}
     assert {name: len(each) for name, each in found.items()} == {"a": 6, "b": 4, "up": 5}
     for name, scores in found.items():
@@ -156,17 +154,17 @@ def test_a_channel_of_several_positions_gets_their_mean() -> None:
     importance = tp.importance.MagnitudeImportance(p=1, normalizer=None)
     snapshot = Snapshot(dict(model.named_parameters()), modules={"": model})
     rows = model.weight.detach().abs().flatten(1).sum(1)
-    torch.testing.assert_close(torch_pruning(importance)(group, snapshot), rows.view(2, 3).mean(0))
+    torch.testing.assert_close(from_torch_pruning(importance)(group, snapshot), rows.view(2, 3).mean(0))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_prune_takes_them_by_name_and_as_objects() -> None:
     widths = []
     x = torch.randn(2, 3, 32, 32)
-    for criterion in ("tp:GroupTaylorImportance", torch_pruning(tp.importance.GroupTaylorImportance())):
+    for criterion in ("tp:GroupTaylorImportance", from_torch_pruning(tp.importance.GroupTaylorImportance())):
         torch.manual_seed(0)
         model = with_gradients(zoo("resnet18"), x)
-        result = compressor.prune(model, x, criterion=criterion, sparsity=0.3)
+        result = compressor.prune(model, x, criterion=criterion, budget=0.3)
         assert result.reached
         widths.append(result.widths)
     assert widths[0] == widths[1]
@@ -209,7 +207,7 @@ def test_a_snapshot_without_modules_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
     (group,) = compressor.trace(model, torch.randn(1, 3)).groups
     with pytest.raises(InputError, match="MagnitudeImportance walks modules, and this snapshot shows none"):
-        torch_pruning(tp.importance.MagnitudeImportance())(group, Snapshot.from_model(model))
+        from_torch_pruning(tp.importance.MagnitudeImportance())(group, Snapshot(dict(model.named_parameters())))
 
 
 # -- costs

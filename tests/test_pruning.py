@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import fields
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressor
-import compressor.surgery
+import compressor.graph
 from compressor.errors import BudgetError, InputError, PeriodError, RangeError, ScoreError, UnknownNameError
+from compressor.relevance import RelevanceConfig
 
 X = torch.randn(1, 3, 8, 8, dtype=torch.float64)
 
@@ -24,7 +26,7 @@ X = torch.randn(1, 3, 8, 8, dtype=torch.float64)
 def test_every_criterion_reaches_the_budget_and_the_result_says_what_is_there(criterion: str, measure: str) -> None:
     model = shake(torchvision.models.resnet18(num_classes=10))
     x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
-    result = compressor.prune(model, x, criterion=criterion, sparsity=0.5, measure=measure, round_to=8)
+    result = compressor.prune(model, x, criterion=criterion, budget=compressor.Budget(0.5, measure), round_to=8)
     assert result.reached
     assert 0.5 <= result.removed < 0.6
     assert result.params[1] == sum(p.numel() for p in model.parameters())
@@ -43,24 +45,24 @@ def test_a_function_of_ones_own_is_a_criterion() -> None:
         return group.rows(snapshot.values).abs().amax(dim=1)
 
     strong = model[0].weight[::2].clone()
-    compressor.prune(model, X, criterion=widest, sparsity=0.5, measure="channels", scope="local")
+    compressor.prune(model, X, criterion=widest, budget=compressor.Budget(0.5, "channels"), scope="local")
     assert torch.equal(model[0].weight, strong)
 
 
 def test_taylor_takes_the_gradients_that_are_there() -> None:
     model = shake(small())
     F.cross_entropy(model(X), torch.tensor([1])).backward()
-    assert compressor.prune(model, X, criterion="taylor", sparsity=0.3).reached
+    assert compressor.prune(model, X, criterion="taylor", budget=0.3).reached
 
 
 def test_prune_goes_on_without_a_group_that_refuses_and_says_so() -> None:
     model = Baked().double()
-    result = compressor.prune(model, X, sparsity=0.4, measure="params")
+    result = compressor.prune(model, X, budget=compressor.Budget(0.4, "params"))
     assert model.a.out_channels == 8
     assert model.b.out_channels < 6
     assert result.reached
     assert result.widths["a"] == (8, 8)
-    result = compressor.prune(model, X, sparsity=0.9, measure="params")
+    result = compressor.prune(model, X, budget=compressor.Budget(0.9, "params"))
     assert not result.reached
     assert "a: its cut was refused" in result.blocked
     assert any("aten.view in the model does not follow the cut" in line for line in result.blocked)
@@ -69,14 +71,16 @@ def test_prune_goes_on_without_a_group_that_refuses_and_says_so() -> None:
 @pytest.mark.parametrize("sparsity", [0.07, 0.08, 0.09, 0.5, 0.29])
 def test_a_share_that_is_gone_to_the_digit_is_reached(sparsity: float) -> None:
     model = nn.Sequential(nn.Linear(3, 100), nn.ReLU(), nn.Linear(100, 2)).double()
-    result = compressor.prune(model, torch.randn(1, 3, dtype=torch.float64), sparsity=sparsity, measure="channels")
+    result = compressor.prune(
+        model, torch.randn(1, 3, dtype=torch.float64), budget=compressor.Budget(sparsity, "channels"), round_to=1
+    )
     assert result.reached
     assert result.channels == (100, 100 - round(100 * sparsity))
 
 
 def test_the_share_is_of_the_whole_model_also_where_a_group_refuses() -> None:
     model = Baked().double()  # 8 channels that cannot go, 6 that can
-    result = compressor.prune(model, X, sparsity=0.3, measure="channels")
+    result = compressor.prune(model, X, budget=compressor.Budget(0.3, "channels"))
     assert (result.reached, result.channels) == (True, (14, 9))
 
 
@@ -84,9 +88,10 @@ def test_the_share_is_of_the_whole_model_also_where_a_group_refuses() -> None:
     ("arguments", "error", "message"),
     [
         ({"criterion": "l3"}, UnknownNameError, "unknown criterion 'l3': did you mean 'l"),
-        ({"sparsity": 1.0}, RangeError, r"sparsity = 1.0 is out of range: give sparsity in \[0, 1\)"),
-        ({"sparsity": -0.1}, RangeError, "sparsity = -0.1 is out of range"),
-        ({"measure": "flops"}, UnknownNameError, "unknown measure 'flops'"),
+        ({"budget": 1.0}, RangeError, r"sparsity = 1.0 is out of range: give sparsity in \[0, 1\)"),
+        ({"budget": -0.1}, RangeError, "sparsity = -0.1 is out of range"),
+        ({"budget": "half"}, InputError, r"budget = 'half': give a share of the parameters, 0\.5 say, or Budget\(0\.5"),
+        ({"budget": True}, InputError, "budget = True: give a share"),
         ({"scope": "layer"}, UnknownNameError, "unknown scope 'layer'"),
         ({"round_to": 0}, RangeError, "round_to = 0 is out of range"),
     ],
@@ -107,7 +112,7 @@ def test_every_group_is_scored_once_however_many_refuse() -> None:
         return group.rows(snapshot.values).abs().sum(dim=1)
 
     model = Baked().double()
-    result = compressor.prune(model, X, criterion=judge, sparsity=0.9)
+    result = compressor.prune(model, X, criterion=judge, budget=0.9)
     assert "a: its cut was refused" in result.blocked
     assert sorted(scored) == ["a", "b"]
 
@@ -119,7 +124,7 @@ def test_a_group_that_stays_whole_is_not_scored() -> None:
 
     model = shake(small())
     limits = compressor.Limits(keep=["0"])
-    assert compressor.prune(model, X, criterion=judge, sparsity=0.2, limits=limits).reached
+    assert compressor.prune(model, X, criterion=judge, budget=0.2, limits=limits).reached
 
 
 def test_a_model_without_parameters_has_nothing_to_prune() -> None:
@@ -179,11 +184,18 @@ def wide() -> nn.Sequential:
 
 def pruner_of(model: nn.Module, optimizer: torch.optim.Optimizer, criterion: str, **extra) -> compressor.Pruner:
     if criterion == "relevance":
-        extra = {"drop": 0.15, **extra}  # few steps: many channels in each
+        extra = {"relevance": RelevanceConfig(drop=0.15), **extra}  # few steps: many channels in each
     return compressor.Pruner(
-        model, torch.randn(1, 3, 8, 8), criterion, compressor.Budget(0.5),
-        optimizer=optimizer, total_steps=40, collect=6, round_to=4, **extra,
-    )  # fmt: skip
+        model,
+        torch.randn(1, 3, 8, 8),
+        criterion,
+        compressor.Budget(0.5),
+        optimizer=optimizer,
+        total_steps=40,
+        prune_every=6,
+        round_to=4,
+        **extra,
+    )
 
 
 def train(pruner: compressor.Pruner, optimizer: torch.optim.Optimizer, steps: range) -> list[dict]:
@@ -192,7 +204,7 @@ def train(pruner: compressor.Pruner, optimizer: torch.optim.Optimizer, steps: ra
         x, y = batches(40)[step]
         pruner.loss(x, y, F.cross_entropy).backward()
         optimizer.step()
-        events.append(pruner.update())
+        events.append(pruner.step())
         optimizer.zero_grad()
     return [event for event in events if event]
 
@@ -220,7 +232,7 @@ def test_the_model_shrinks_on_schedule_and_reaches_the_budget(criterion: str) ->
 
 @pytest.mark.parametrize(
     ("criterion", "extra"),
-    [("relevance", {}), ("relevance", {"delta": 1.0, "observe_every": 3}), ("random", {})],
+    [("relevance", {}), ("relevance", {"relevance": RelevanceConfig(drop=0.15, confidence=1.0, observe_every=3)}), ("random", {})],
 )
 def test_a_run_that_is_taken_up_again_goes_on_as_if_nothing_had_happened(criterion: str, extra: dict) -> None:
     model = wide()
@@ -230,7 +242,7 @@ def test_a_run_that_is_taken_up_again_goes_on_as_if_nothing_had_happened(criteri
     kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), pruner.state_dict()))
     first = train(pruner, optimizer, range(17, 40))
     again = wide()
-    restore_shapes(again, {name: tuple(t.shape) for name, t in kept[0].items()})
+    compressor.graph.restore_shapes(again, {name: tuple(t.shape) for name, t in kept[0].items()})
     again.load_state_dict(kept[0])
     other = sgd(again)
     other.load_state_dict(kept[1])
@@ -246,20 +258,22 @@ def test_a_budget_that_cannot_be_reached_is_refused_at_the_first_step() -> None:
     pruner = compressor.Pruner(
         model, torch.randn(1, 3, 8, 8), "l1", compressor.Budget(0.99), optimizer=sgd(model), total_steps=10
     )
-    message = r"cannot remove 99.0% of the params: at most .*ask for --sparsity 0\.\d+ or less"
+    message = r"cannot remove 99.0% of the params: at most .*ask for a sparsity of 0\.\d+ or less"
     with pytest.raises(BudgetError, match=message):
         pruner.loss(*batches(1)[0], F.cross_entropy)
 
 
 def observing(batch: int = 16, **extra) -> compressor.Pruner:
     model = wide()
+    config = {name: extra.pop(name) for name in list(extra) if name in {each.name for each in fields(RelevanceConfig)}}
     pruner = compressor.Pruner(
         model,
         X.float(),
         "relevance",
         compressor.Budget(0.5),
         optimizer=sgd(model),
-        **{"total_steps": 400, "drop": 0.15, **extra},
+        relevance=RelevanceConfig(**{"drop": 0.15, **config}),
+        **{"total_steps": 400, **extra},
     )
     x, y = torch.randn(batch, 3, 8, 8), torch.arange(batch) % 4
     pruner.loss(x, y, F.cross_entropy).backward()
@@ -269,8 +283,11 @@ def observing(batch: int = 16, **extra) -> compressor.Pruner:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"collect": 5}, "collect = 5 steps cannot resolve anything: with batches of 16 it takes 6 .*give --collect 6"),
-        ({"collect": 81, "estimator": "source"}, "collect = 81 steps cannot resolve anything.* it takes 82"),
+        (
+            {"prune_every": 5},
+            "prune_every = 5 steps cannot resolve anything: with batches of 16 it takes 6 .*give prune_every = 6",
+        ),
+        ({"prune_every": 81, "estimator": "source"}, "prune_every = 81 steps cannot resolve anything.* it takes 82"),
         ({"total_steps": 7}, "the time until the whole budget is due = 5 steps cannot .*; train longer, or on larger"),
         ({"total_steps": 100, "estimator": "source"}, "the time until the whole budget is due = 65 steps"),
         ({"schedule": compressor.OneShot(0.1), "total_steps": 50}, "the time until the whole budget is due = 5 steps"),
@@ -279,48 +296,50 @@ def observing(batch: int = 16, **extra) -> compressor.Pruner:
 def test_a_period_in_which_nothing_can_be_resolved_is_refused(extra: dict, message: str) -> None:
     pruner = observing(**extra)
     with pytest.raises(PeriodError, match=message):
-        pruner.update()
+        pruner.step()
 
 
-@pytest.mark.parametrize(("estimator", "collect"), [("soft", 20), ("source", 82)])
-def test_a_period_left_open_becomes_as_long_as_it_takes(estimator: str, collect: int) -> None:
+@pytest.mark.parametrize(("estimator", "prune_every"), [("soft", 20), ("source", 82)])
+def test_a_period_left_open_becomes_as_long_as_it_takes(estimator: str, prune_every: int) -> None:
     pruner = observing(estimator=estimator)
-    pruner.update()
-    assert pruner.state_dict()["collect"] == collect
-    assert pruner.state_dict()["observer"]["half_life"] == collect
+    pruner.step()
+    assert pruner.state_dict()["prune_every"] == prune_every
+    assert pruner.state_dict()["relevance"]["half_life"] == prune_every
 
 
 @pytest.mark.parametrize(
-    ("extra", "every", "collect", "half_life"),
+    ("extra", "every", "prune_every", "half_life"),
     [
         ({}, 3, 20, 20),  # six batches of 16 resolve something
-        ({"collect": 200}, 8, 200, 200),
-        ({"collect": 6}, 1, 6, 6),
+        ({"prune_every": 200}, 8, 200, 200),
+        ({"prune_every": 6}, 1, 6, 6),
         ({"observe_every": 2}, 2, 20, 20),
         ({"observe_every": 8}, 8, 48, 48),  # what was given stays, and what was left open gives way
         ({"observe_every": 8, "half_life": 7.0}, 8, 48, 7.0),
         ({"estimator": "loss"}, 1, 20, 20),
     ],
 )
-def test_samples_draw_as_often_as_the_period_asks_for(extra: dict, every: int, collect: int, half_life: float) -> None:
+def test_samples_draw_as_often_as_the_period_asks_for(
+    extra: dict, every: int, prune_every: int, half_life: float
+) -> None:
     pruner = observing(**extra)
-    pruner.update()
+    pruner.step()
     state = pruner.state_dict()
-    assert (state["observer"]["observe_every"], state["collect"]) == (every, collect)
-    assert state["observer"]["half_life"] == half_life
-    gates = pruner._observer._gates
-    assert (gates.half_life, gates.track_every) == (half_life / every, max(1, 8 // every))
+    assert (state["relevance"]["observe_every"], state["prune_every"]) == (every, prune_every)
+    assert state["relevance"]["half_life"] == half_life
 
 
-def test_a_pace_that_was_given_and_resolves_nothing_is_refused() -> None:
-    pruner = observing(observe_every=8, collect=20)
-    with pytest.raises(PeriodError, match=r"collect = 20 steps cannot resolve .* it takes 48 .*give --collect 48"):
-        pruner.update()
+def test_a_schedule_that_was_given_and_resolves_nothing_is_refused() -> None:
+    pruner = observing(observe_every=8, prune_every=20)
+    with pytest.raises(
+        PeriodError, match=r"prune_every = 20 steps cannot resolve .* it takes 48 .*give prune_every = 48"
+    ):
+        pruner.step()
 
 
-def test_no_time_is_needed_by_criteria_that_do_not_watch() -> None:
+def test_no_time_is_needed_by_criteria_that_do_not_observe() -> None:
     model = wide()
-    pruner = compressor.Pruner(model, X.float(), "l1", optimizer=sgd(model), total_steps=3, collect=1)
+    pruner = compressor.Pruner(model, X.float(), "l1", optimizer=sgd(model), total_steps=3, prune_every=1)
     pruner.require_time(1)
 
 
@@ -329,9 +348,9 @@ def test_no_time_is_needed_by_criteria_that_do_not_watch() -> None:
     [
         ({"schedule": lambda progress: progress / 2}, InputError, "after all 400 steps the schedule asks for 50% of"),
         ({"warmup": 260}, RangeError, r"warmup = 260 is out of range: give warmup in \[0, 260\): then the whole"),
-        ({"delta": 1.5}, RangeError, r"delta = 1\.5 is out of range"),
+        ({"confidence": 1.5}, RangeError, r"confidence = 1\.5 is out of range"),
         ({"drop": 0.7}, RangeError, r"drop = 0\.7 is out of range"),
-        ({"collect": 0}, RangeError, "collect = 0 is out of range"),
+        ({"prune_every": 0}, RangeError, "prune_every = 0 is out of range"),
     ],
 )
 def test_observing_out_of_range_is_refused(extra: dict, error: type, message: str) -> None:
@@ -346,19 +365,25 @@ def test_gradients_that_were_cleared_too_early_are_missed_by_a_criterion_that_ne
     for x, y in batches(5):
         pruner.loss(x, y, F.cross_entropy).backward()
         optimizer.zero_grad()
-        pruner.update()
+        pruner.step()
     pruner.loss(x, y, F.cross_entropy)
     with pytest.raises(ScoreError, match=r"taylor needs gradients.*run backward"):
-        pruner.update()
+        pruner.step()
 
 
 def test_floors_are_a_share_of_the_whole_model_however_often_it_is_cut() -> None:
     model = wide()
     optimizer = sgd(model)
     pruner = compressor.Pruner(
-        model, torch.randn(1, 3, 8, 8), "l1", compressor.Budget(0.85),
-        optimizer=optimizer, total_steps=40, collect=2, round_to=1,
-    )  # fmt: skip
+        model,
+        torch.randn(1, 3, 8, 8),
+        "l1",
+        compressor.Budget(0.85),
+        optimizer=optimizer,
+        total_steps=40,
+        prune_every=2,
+        round_to=1,
+    )
     train(pruner, optimizer, range(40))
     assert pruner.result().reached
     assert all(after >= 0.1 * before for before, after in pruner.result().widths.values())
@@ -379,9 +404,17 @@ def test_relevance_goes_on_when_a_group_refuses() -> None:
     model = Baked()
     optimizer = sgd(model)
     pruner = compressor.Pruner(
-        model, torch.randn(1, 3, 8, 8), "relevance", compressor.Budget(0.3, "channels"),
-        optimizer=optimizer, total_steps=20, collect=6, round_to=1, verify=True, drop=0.15,
-    )  # fmt: skip
+        model,
+        torch.randn(1, 3, 8, 8),
+        "relevance",
+        compressor.Budget(0.3, "channels"),
+        optimizer=optimizer,
+        total_steps=20,
+        prune_every=6,
+        round_to=1,
+        verify=True,
+        relevance=RelevanceConfig(drop=0.15),
+    )
     train(pruner, optimizer, range(20))
     result = pruner.result()
     assert (result.reached, result.widths["a"]) == (True, (8, 8))

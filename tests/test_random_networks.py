@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from conftest import relative_error, shake, silenced
+from conftest import masked, relative_error, shake
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -142,7 +142,7 @@ networks = st.lists(st.sampled_from(sorted(BLOCKS)), min_size=1, max_size=6).fil
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(networks, st.booleans(), st.integers(0, 10_000), st.floats(0.1, 0.9))
-def test_a_cut_is_silence_or_refused(names: list[str], flatten: bool, seed: int, share: float) -> None:
+def test_a_masked_is_cut_or_refused(names: list[str], flatten: bool, seed: int, share: float) -> None:
     model = shake(Drawn(names, flatten), seed)
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     graph = compressor.trace(model, x)
@@ -154,7 +154,7 @@ def test_a_cut_is_silence_or_refused(names: list[str], flatten: bool, seed: int,
     }
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
-        expected = silenced(graph, keep)(x)
+        expected = masked(graph, keep)(x)
         try:
             compressor.cut(graph, keep)
         except CutError as refusal:
@@ -169,6 +169,8 @@ def test_a_cut_is_silence_or_refused(names: list[str], flatten: bool, seed: int,
 def test_pruning_reaches_the_budget_or_says_why_not(names: list[str], seed: int) -> None:
     """`prune` goes around refusals: the budget is reached, or the result says what stands in the way."""
     model = shake(Drawn(names, False), seed)
-    result = compressor.prune(model, torch.randn(1, 3, 4, 4, dtype=torch.float64), sparsity=0.3, measure="channels")
+    result = compressor.prune(
+        model, torch.randn(1, 3, 4, 4, dtype=torch.float64), budget=compressor.Budget(0.3, "channels")
+    )
     assert result.reached or result.blocked
     assert model(torch.randn(2, 3, 4, 4, dtype=torch.float64)).shape == (2, 3)

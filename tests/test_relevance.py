@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import compressor
 from compressor.errors import InputError, RangeError, UnknownNameError
-from compressor.graph.group import ChannelGraph, ConsumerInput, Group, Member
+from compressor.graph import ChannelGraph, ConsumerInput, Group, Member
 from compressor.relevance.draws import drawn, independently_drawn
 from compressor.relevance.estimators import ESTIMATORS, Estimator, Step
 from compressor.relevance.evidence import Evidence
@@ -375,7 +375,7 @@ def test_on_one_step_in_so_many_samples_draw_and_the_others_train_as_they_would(
         relevance.update()
     assert gated == [step % 3 == 0 for step in range(7)]
     assert (relevance.steps, relevance._batches) == (7, 3)
-    assert relevance.needed_steps(64) == 3 * watching(estimator, drop=0.5)[1].needed_steps(64)
+    assert relevance.required_steps(64) == 3 * watching(estimator, drop=0.5)[1].required_steps(64)
 
 
 def test_steps_without_draws_count_in_the_half_life() -> None:
@@ -440,7 +440,7 @@ def test_a_channel_that_was_drawn_less_often_is_less_certain() -> None:
     ],
 )
 def test_the_steps_that_resolve_anything(settings: dict, batch: int, steps: int) -> None:
-    assert watching(**settings)[1].needed_steps(batch) == steps
+    assert watching(**settings)[1].required_steps(batch) == steps
 
 
 # -- what a training loop may rely on

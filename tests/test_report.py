@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sample_report import epoch, sample, timing
 
-from compressor import reports
+from compressor import report as reports
 from compressor.errors import ArtifactError, RunFolderError
 from compressor.report import tables
 from compressor.report.document import Cut, FrozenLayer, Goal, Layer, Report

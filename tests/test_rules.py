@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import random_keep, relative_error, silenced
+from conftest import masked, random_keep, relative_error
 from rule_cases import CASES, Case, Net
 from torch import Tensor, nn
 
 import compressor
 from compressor.errors import CutError
-from compressor.graph.group import ChannelGraph
+from compressor.graph import ChannelGraph
 
 # Cases with a size in their own code, which no cut can follow, and those in which half of two is one: without a second
 # channel or head PyTorch copies no memory, and the check of a cut refuses other operations than before.
@@ -65,7 +65,7 @@ def traced(name: str) -> tuple[Case, ChannelGraph]:
 @pytest.mark.parametrize("name", CASES)
 def test_channels_are_where_they_were_computed_to_be(name: str) -> None:
     case, graph = traced(name)
-    assert case.rules <= {step.op for step in graph.trail.script.steps}
+    assert case.rules <= {record.op for record in graph.recording.log.records}
     found = {g.name: {f"{m.tensor}.{m.dim}": m.positions.tolist() for m in g.members} for g in graph.groups}
     assert found == case.groups
     assert any("ran on real tensors" in note for note in graph.notes) == case.real
@@ -88,7 +88,7 @@ def test_a_group_is_exact_unless_channels_are_mixed_without_a_weight(name: str) 
 
 
 def positive(model: nn.Module) -> nn.Module:
-    """Give a copy in double precision whose weights are positive and small: then logarithms and roots are numbers."""
+    """Return a copy in double precision whose weights are positive and small: then logarithms and roots are numbers."""
     model = copy.deepcopy(model).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -98,7 +98,7 @@ def positive(model: nn.Module) -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:input's size at dim=1 does not match num_features")
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.groups and case.inexact is not True])
-def test_a_cut_of_exact_groups_is_silence(name: str) -> None:
+def test_a_cut_of_exact_groups_is_its_mask(name: str) -> None:
     case = CASES[name]
     model, x = positive(case.model), torch.rand(case.shape, dtype=torch.float64)
     with torch.inference_mode(case.whole), torch.no_grad(), default_double():
@@ -108,7 +108,7 @@ def test_a_cut_of_exact_groups_is_silence(name: str) -> None:
             with pytest.raises(CutError):
                 compressor.cut(graph, keep)
             return
-        wanted = None if name in NO_ORACLE else silenced(graph, keep)(x)
+        wanted = None if name in NO_ORACLE else masked(graph, keep)(x)
         compressor.cut(graph, keep)
         assert name in NO_ORACLE or relative_error(model(x), wanted) <= 1e-12
 

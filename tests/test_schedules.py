@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.budget.schedules import Cubic, Linear, OneShot, Schedule
+from compressor.budget import Cubic, Linear, OneShot, Schedule
 from compressor.errors import RangeError
 
 ALL = [OneShot(0.5), OneShot(0.0), OneShot(1.0), Linear(0.1, 0.65), Linear(0.0, 1.0), Cubic(0.1, 0.65), Cubic(0.0, 1.0)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -14,11 +15,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from compressor.budget.costs import MEASURES, CostModel
-from compressor.budget.selection import SCOPES, Budget, Selection, select
+from compressor.budget import MEASURES, Budget, CostModel, Selection, SelectionOptions, select
+from compressor.budget.options import SCOPES
 from compressor.budget.widths import Widths
 from compressor.errors import RangeError, ScoreError, UnknownNameError
-from compressor.graph.group import ChannelGraph, Extent, Frozen, Group, Term
+from compressor.graph import ChannelGraph, Extent, Frozen, Group, Term
 
 
 def chain(sizes: list[int], frozen: tuple[Frozen, ...] = ()) -> ChannelGraph:
@@ -40,10 +41,16 @@ def random_scores(graph: ChannelGraph, seed: int) -> dict[str, Tensor]:
     return {group.name: torch.rand(group.size, generator=generator) for group in graph.groups}
 
 
+OPTIONS = {each.name for each in fields(SelectionOptions)}
+
+
 def choose(
     graph: ChannelGraph, scores: dict[str, Tensor], sparsity: float, measure: str = "params", **how: Any
 ) -> Selection:
-    return select(graph, scores, Budget(sparsity, measure), costs=CostModel(graph), **how)
+    """Select; the scope is global here, and counts are not rounded, where nothing else is asked."""
+    chosen = {"scope": "global", "round_to": 1} | {name: how.pop(name) for name in OPTIONS & how.keys()}
+    options = SelectionOptions(**chosen)
+    return select(graph, scores, Budget(sparsity, measure), costs=CostModel(graph), options=options, **how)
 
 
 def widths(graph: ChannelGraph, selection: Selection) -> dict[str, int]:
@@ -224,8 +231,8 @@ def test_groups_with_a_share_of_their_own_are_named_where_the_budget_is_missed()
     assert widths(graph, made) == {"0": 20, "1": 20, "2": 1}
     assert made.blocked == (
         "groups at their floor (10% of the channels): '2' keeps 1 of 6",
-        "groups that --keep or --only leaves whole: '0'",
-        "groups with a --sparsity of their own: '1' keeps 20 of 40",
+        "groups that keep or only leaves whole: '0'",
+        "groups with a sparsity of their own: '1' keeps 20 of 40",
         "5 of 1,135 params belong to no group",
     )
 
@@ -328,7 +335,7 @@ def test_the_asked_share_is_taken_as_typed() -> None:
 )
 def test_kept_counts_are_the_nearest_that_are_allowed(size: int, round_to: int, expected: dict[int, int]) -> None:
     allowed = {size} | {n for n in range(1, size + 1) if n % round_to == 0 and n >= 0.1 * size}
-    of_group = Widths.of([Group("0", size, ())], round_to, 0.1, {})
+    of_group = Widths.for_groups([Group("0", size, ())], SelectionOptions(round_to=round_to), 0.1, {})
     for count in range(1, size + 1):
         nearest = min(allowed, key=lambda n: (abs(n - count), -n))
         assert of_group.nearest(np.array([count])).tolist() == [nearest]
@@ -409,3 +416,15 @@ def test_settings_out_of_range_and_unknown_names_are_refused() -> None:
 def test_scores_that_cannot_be_ranked_are_refused(scores: Tensor, reason: str) -> None:
     with pytest.raises(ScoreError, match=rf"group '0': {reason}; a criterion gives \(4,\) finite numbers for it"):
         choose(chain([4]), {"0": scores}, 0.5)
+
+
+def test_left_open_large_groups_end_with_multiples_of_eight_and_small_ones_with_any_number() -> None:
+    graph = chain([128, 64, 63, 20])
+    scores = random_scores(graph, 0)
+    left = widths(graph, choose(graph, scores, 0.37, scope="local", round_to=None))
+    assert [left[name] % 8 for name in ("0", "1")] == [0, 0]
+    assert [left[name] for name in ("2", "3")] == [51, 16]
+    # A group keeps its step however narrow earlier cuts made it.
+    narrow = chain([40, 20])
+    left = widths(narrow, choose(narrow, random_scores(narrow, 0), 0.3, round_to=None, whole={"0": 64, "1": 63}))
+    assert left["0"] % 8 == 0

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import compressor
 from compressor.errors import BudgetError, InputError, RangeError, UnknownNameError
+from compressor.sparse import SparseConfig
 from compressor.sparse.allocation import erdos_renyi
 from compressor.sparse.empty import without_weight
 from compressor.sparse.training import SparseTraining
@@ -39,7 +40,9 @@ def made(
     model = model or wide()
     optimizer = OPTIMIZERS[kind](model.parameters())
     how = {"budget": compressor.Budget(0.6), "total_steps": 40, "collect": 5, **how}
-    training = SparseTraining(model, X, criterion, optimizer=optimizer, granularity=granularity, **how)
+    training = SparseTraining(
+        model, X, criterion, optimizer=optimizer, **how, config=SparseConfig(granularity=granularity)
+    )
     return model, optimizer, training
 
 
@@ -49,7 +52,7 @@ def steps(training: SparseTraining, optimizer: torch.optim.Optimizer, numbers: r
         x, y = batches(40)[number]
         training.loss(x, y, F.cross_entropy).backward()
         optimizer.step()
-        yield training.update()
+        yield training.step()
         optimizer.zero_grad()
 
 
@@ -231,7 +234,13 @@ def test_channels_side_by_side_in_one_consumer_are_masked_each_for_itself() -> N
     x = torch.randn(5, 3, 9, 9, dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters())
     training = SparseTraining(
-        model, x[:1], "rigl", compressor.Budget(0.3), optimizer=optimizer, total_steps=400, granularity="channel"
+        model,
+        x[:1],
+        "rigl",
+        compressor.Budget(0.3),
+        optimizer=optimizer,
+        total_steps=400,
+        config=SparseConfig(granularity="channel"),
     )
     off = {"a": [1, 2], "b": [0, 4], "c": [3], "fc": [5]}
     training._units.switch({name: _without(mask, off[name]) for name, mask in training.masks.items()})
@@ -278,9 +287,16 @@ def test_a_group_whose_cut_is_refused_is_never_masked() -> None:
     model = Baked()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
     training = SparseTraining(
-        model, X, "rigl", compressor.Budget(0.2), optimizer=optimizer, total_steps=40, collect=5,
-        granularity="channel", round_to=1,
-    )  # fmt: skip
+        model,
+        X,
+        "rigl",
+        compressor.Budget(0.2),
+        optimizer=optimizer,
+        total_steps=40,
+        prune_every=5,
+        round_to=1,
+        config=SparseConfig(granularity="channel"),
+    )
     next(steps(training, optimizer, range(1)))
     assert list(training.masks) == ["b"]
     list(steps(training, optimizer, range(1, 40)))
@@ -531,7 +547,11 @@ def test_an_optimizer_that_does_not_hold_the_weights_is_refused(granularity: str
     message = r"no optimizer holds '\d.weight', so .*make the optimizer from model.parameters\(\) of this very model"
     with pytest.raises(InputError, match=message):
         SparseTraining(
-            model, X, optimizer=torch.optim.SGD(other.parameters()), total_steps=400, granularity=granularity
+            model,
+            X,
+            optimizer=torch.optim.SGD(other.parameters()),
+            total_steps=400,
+            config=SparseConfig(granularity=granularity),
         )
 
 
@@ -550,7 +570,7 @@ def test_update_needs_the_gradients_of_the_step() -> None:
     with pytest.raises(
         InputError, match=r"update\(\) found no gradients: call it after backward\(\) and before zero_grad"
     ):
-        training.update()
+        training.step()
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

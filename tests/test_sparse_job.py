@@ -10,14 +10,14 @@ from test_job import outcome
 
 from compressor import job
 from compressor.errors import BudgetError, InputError, UnknownNameError
-from compressor.job.settings import Settings
+from compressor.job import Settings
 
-SHORT = {"model": "user_models:tiny", "epochs": 3, "collect": 9, "sparsity": 0.8}
+SHORT = {"model": "user_models:tiny", "epochs": 3, "prune-every": 9, "sparsity": 0.8}
 
 
 def settings_of(criterion: str, granularity: str, folder: Path, **more: object) -> Settings:
     rounded = {"round-to": 4} if granularity == "channel" else {}
-    return Settings.of(
+    return Settings.from_options(
         {**SHORT, **rounded, "criterion": criterion, "granularity": granularity, "out": str(folder), **more}
     )
 
@@ -36,7 +36,7 @@ def test_a_killed_run_goes_on_bit_for_bit(criterion: str, granularity: str, tmp_
 
 
 def test_single_weights_are_zeros_and_the_report_says_so(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(job, "finish", lambda settings, data, trained, *rest: trained)
+    monkeypatch.setattr("compressor.job.main_job.finish", lambda settings, data, trained, *rest: trained)
     trained = job.run(settings_of("rigl", "weight", tmp_path / "run"))
     weights = [p for name, p in trained.pruned.named_parameters() if p.dim() > 1]
     zeros = sum(int((p == 0).sum()) for p in weights)
@@ -59,7 +59,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path) 
     with pytest.raises(BudgetError, match=r"cannot remove 99\.0% of the params"):
         job.run(settings_of("set", "channel", tmp_path / "run", sparsity=0.99))
     with pytest.raises(InputError, match=r"rigl changes its masks every 50 steps until 75% of 54"):
-        job.run(settings_of("rigl", "weight", tmp_path / "run", collect=50))
+        job.run(settings_of("rigl", "weight", tmp_path / "run", **{"prune-every": 50}))
     assert not (tmp_path / "run").exists()
 
 
@@ -67,7 +67,7 @@ def test_options_that_are_left_open_are_as_published() -> None:
     for criterion, allocation in (("magnitude", "uniform"), ("set", "erk"), ("rigl", "erk")):
         settings = Settings(criterion=criterion)
         assert (settings.when, settings.granularity, settings.allocation) == ("during", "weight", allocation)
-        assert Settings.of(settings.given()) == settings
+        assert Settings.from_options(settings.given()) == settings
     assert Settings(criterion="l1").granularity is None
 
 
@@ -88,5 +88,5 @@ def test_options_that_are_left_open_are_as_published() -> None:
 )
 def test_options_that_cannot_be_used_are_refused(given: dict, error: type, message: str) -> None:
     with pytest.raises(error) as caught:
-        Settings.of(given)
+        Settings.from_options(given)
     assert str(caught.value).startswith(message)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from compressor.budget.schedules import Cubic, Linear
 from compressor.errors import InputError, RangeError
-from compressor.sparse.regrowth import cosine, lowest, rewired, without_lowest, without_nearest_zero
-from compressor.sparse.schedules import timetable
+from compressor.sparse.regrowth import cosine, drop_and_grow, lowest, without_lowest, without_nearest_zero
+from compressor.sparse.schedules import mask_schedule
 
 
 def bits(text: str) -> Tensor:
@@ -24,7 +24,7 @@ def bits(text: str) -> Tensor:
 def test_rigl_drops_and_grows_as_the_published_code_does(share: float, expected: str) -> None:
     scores = torch.tensor([-9.0, 1, 4, -1, 5, 8, -2, 3])
     mask = bits("01010110")
-    assert torch.equal(rewired(mask, without_lowest(scores, mask, share), scores.abs()), bits(expected))
+    assert torch.equal(drop_and_grow(mask, without_lowest(scores, mask, share), scores.abs()), bits(expected))
 
 
 def test_set_drops_by_sign_the_nearest_to_zero() -> None:
@@ -47,9 +47,9 @@ masks = st.lists(st.booleans(), min_size=1, max_size=30)
 def test_rewiring_keeps_the_count_and_takes_the_extremes(on: list, share: float, seed: int, ties: bool) -> None:
     mask, generator = torch.tensor(on), torch.Generator().manual_seed(seed)
     values = torch.randn(len(on), generator=generator).round(decimals=0 if ties else 6)
-    slopes = torch.rand(len(on), generator=generator)
+    grad_magnitudes = torch.rand(len(on), generator=generator)
     kept = without_lowest(values.abs(), mask, share)
-    new = rewired(mask, kept, slopes)
+    new = drop_and_grow(mask, kept, grad_magnitudes)
     dropped, grown = mask & ~kept, new & ~kept
     assert int(dropped.sum()) == int(share * int(mask.sum()))
     assert int(new.sum()) == int(mask.sum())
@@ -57,7 +57,7 @@ def test_rewiring_keeps_the_count_and_takes_the_extremes(on: list, share: float,
     if dropped.any() and kept.any():
         assert values.abs()[dropped].max() <= values.abs()[kept].min()
     if grown.any() and not new.all():
-        assert slopes[grown].min() >= slopes[~new].max()
+        assert grad_magnitudes[grown].min() >= grad_magnitudes[~new].max()
 
 
 def test_the_share_falls_along_half_a_cosine() -> None:
@@ -69,7 +69,7 @@ def test_the_share_falls_along_half_a_cosine() -> None:
 
 
 def steps(criterion: str, total: int, every: int | None = None, schedule=None) -> list[int]:
-    when = timetable(criterion, total, every, schedule)
+    when = mask_schedule(criterion, total, every, schedule)
     due = [step for step in range(1, total + 1) if when.is_due(step)]
     assert due[-1] == when.last
     return due
@@ -78,18 +78,18 @@ def steps(criterion: str, total: int, every: int | None = None, schedule=None) -
 def test_rigl_changes_every_100_steps_until_three_quarters() -> None:
     assert steps("rigl", 1000) == [100, 200, 300, 400, 500, 600, 700]
     assert steps("rigl", 400) == [100, 200]  # step 300 is the end itself: nothing would be dropped
-    assert timetable("rigl", 1000, None, None).share(300) == pytest.approx(0.15 * (1 + math.cos(0.4 * math.pi)))
+    assert mask_schedule("rigl", 1000, None, None).share(300) == pytest.approx(0.15 * (1 + math.cos(0.4 * math.pi)))
 
 
 def test_set_changes_after_every_epoch_but_the_last() -> None:
     assert steps("set", 50, 10) == [10, 20, 30, 40]
-    assert {timetable("set", 50, 10, None).share(step) for step in (10, 40)} == {0.3}
+    assert {mask_schedule("set", 50, 10, None).share(step) for step in (10, 40)} == {0.3}
 
 
 def test_magnitude_follows_the_schedule_to_its_end() -> None:
     assert steps("magnitude", 100) == [15, 20, 25, 30, 35, 40, 45, 50, 55, 60, 65]
     assert steps("magnitude", 100, 30, Linear(0.0, 0.5)) == [30, 50]
-    assert timetable("magnitude", 100, None, None).share(40) == Cubic(0.1, 0.65)(0.4)
+    assert mask_schedule("magnitude", 100, None, None).share(40) == Cubic(0.1, 0.65)(0.4)
 
 
 @pytest.mark.parametrize(
@@ -106,4 +106,4 @@ def test_magnitude_follows_the_schedule_to_its_end() -> None:
 )  # fmt: skip
 def test_a_timetable_without_a_change_is_refused(arguments: tuple, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        timetable(*arguments)
+        mask_schedule(*arguments)

@@ -20,9 +20,9 @@ from compressor.relevance.statistics import (
     contrast,
     corrected_effect,
     finite_effect,
-    needed_samples,
     p_values,
     rank_correlation,
+    required_samples,
     squared_slope,
 )
 
@@ -331,8 +331,8 @@ def test_rank_correlation_is_spearmans(values: list[int], seed: int) -> None:
 
 
 def test_needed_samples_gives_the_power_that_it_promises() -> None:
-    assert needed_samples(0.1, 1.0, 0.5, 2.0, 1.0) == 3600
-    n = needed_samples(0.5, 1.25, 1 / 7, stats.norm.ppf(0.99), stats.norm.ppf(0.8))
+    assert required_samples(0.1, 1.0, 0.5, 2.0, 1.0) == 3600
+    n = required_samples(0.5, 1.25, 1 / 7, stats.norm.ppf(0.99), stats.norm.ppf(0.8))
     shift = math.sqrt(1 / 7 * 6 / 7) * 0.5 * math.sqrt(n / 1.25)
     assert stats.norm.sf(stats.norm.ppf(0.99) - shift) == pytest.approx(0.8, abs=0.002)
 
@@ -346,4 +346,4 @@ def test_needed_samples_gives_the_power_that_it_promises() -> None:
 )
 def test_needed_samples_refuses(effect: float, p: float, message: str) -> None:
     with pytest.raises(RangeError, match=message):
-        needed_samples(effect, 1.0, p, 2.0, 1.0)
+        required_samples(effect, 1.0, p, 2.0, 1.0)

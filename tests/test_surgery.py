@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import compressor
 from compressor.errors import CutError, InputError, UnknownNameError
-from compressor.graph.sizes import restore_shapes
+from compressor.graph import restore_shapes
 
 
 def small() -> nn.Sequential:

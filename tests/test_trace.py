@@ -86,7 +86,7 @@ def test_an_unknown_operation_freezes_what_reaches_it_and_names_itself() -> None
 
 
 def test_a_rule_can_be_taught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(compressor.RULES, "aten.renorm", lambda flow, out, x, *rest: flow.axes(x))
+    monkeypatch.setitem(compressor.RULES, "aten.renorm", lambda context, out, x, *rest: context.axes(x))
 
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -100,7 +100,7 @@ def test_a_rule_can_be_taught(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_rule_that_fails_freezes_instead_of_lying(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(flow, out, x, *rest):
+    def wrong(context, out, x, *rest):
         raise IndexError("no such axis")
 
     monkeypatch.setitem(compressor.RULES, "aten.relu", wrong)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -21,32 +23,33 @@ from torch.optim import Optimizer
 from compressor.errors import ArtifactError, InputError, RangeError, TrainingError, UnknownNameError
 from compressor.graph.tracing import trace
 from compressor.surgery.cutting import cut
-from compressor.training.config import TrainingConfig, learning_rate
+from compressor.training.config import TrainingConfig
 from compressor.training.data.images import Resident
 from compressor.training.data.sources import Data
-from compressor.training.data.splits import Part
+from compressor.training.data.splits import Split
 from compressor.training.evaluation import evaluate, recalibrate
 from compressor.training.hooks import PlainStep
 from compressor.training.loop import History, train
+from compressor.training.optimizers import learning_rate
 
 CONFIG = TrainingConfig(epochs=4, batch_size=8, lr=0.1, label_smoothing=0.1)
 
 
-def make_part(count: int, seed: int) -> Part:
+def make_split(count: int, seed: int) -> Split:
     """Noise whose brighter half (left or right) is the class."""
     generator = torch.Generator().manual_seed(seed)
     targets = torch.arange(count) % 2
     pixels = torch.randint(0, 156, (count, 3, 8, 8), generator=generator)
     pixels[targets == 0, :, :, :4] += 100
     pixels[targets == 1, :, :, 4:] += 100
-    part = Part.of(Resident(pixels.to(torch.uint8)), targets)
-    return replace(part, mean=(128.0,) * 3, std=(64.0,) * 3, shift=1)
+    split = Split.from_arrays(Resident(pixels.to(torch.uint8)), targets)
+    return replace(split, mean=(128.0,) * 3, std=(64.0,) * 3, shift=1)
 
 
 @pytest.fixture
 def data() -> Data:
-    parts = [make_part(count, seed) for seed, count in enumerate((44, 10, 10))]
-    return Data("halves", ("left", "right"), (3, 8, 8), *parts)
+    splits = [make_split(count, seed) for seed, count in enumerate((44, 10, 10))]
+    return Data("halves", ("left", "right"), (3, 8, 8), *splits)
 
 
 def net(seed: int = 0) -> nn.Sequential:
@@ -153,10 +156,10 @@ class Watcher(PlainStep):
         self.seen.append(("loss", self.model.training, clear, self.each.shape == targets.shape))
         return self.each.mean()
 
-    def update(self) -> dict[str, Any] | None:
+    def step(self) -> dict[str, Any] | None:
         moved = not torch.equal(self.before, self.model[0].weight)
         graded = all(parameter.grad is not None for parameter in self.model.parameters())
-        self.seen.append(("update", moved, graded, self.optimizer.param_groups[0]["lr"]))
+        self.seen.append(("step", moved, graded, self.optimizer.param_groups[0]["lr"]))
         return {"event": "seen", "pair": (1, 2)} if len(self.seen) == 4 else None
 
 
@@ -170,7 +173,7 @@ def test_order_within_a_step(data: Data) -> None:
     history = train(net().eval(), data, CONFIG, hook)
     assert made[0].total_steps == 20
     assert made[0].seen[0::2] == [("loss", True, True, True)] * 20
-    assert made[0].seen[1::2] == [("update", True, True, learning_rate(CONFIG, step, 20)) for step in range(20)]
+    assert made[0].seen[1::2] == [("step", True, True, learning_rate(CONFIG, step, 20)) for step in range(20)]
     assert history.events == ({"event": "seen", "epoch": 1, "step": 2, "pair": [1, 2]},)
     assert history.records[0] == history.events[0]
 
@@ -222,30 +225,30 @@ def killed_at(step: int) -> Callable[[int, int], None]:
 
 
 class Narrowing(PlainStep):
-    """Cuts half of the first layer's channels at step 7; the state says how often `update` was called."""
+    """Cuts half of the first layer's channels at step 7; the state says how often `step` was called."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
         super().__init__(model, optimizer, total_steps)
-        self.graph, self.optimizer, self.step = trace(model, torch.zeros(2, 3, 8, 8)), optimizer, 0
+        self.graph, self.optimizer, self.calls = trace(model, torch.zeros(2, 3, 8, 8)), optimizer, 0
 
-    def update(self) -> dict[str, Any] | None:
-        self.step += 1
-        if self.step != 7:
+    def step(self) -> dict[str, Any] | None:
+        self.calls += 1
+        if self.calls != 7:
             return None
         cut(self.graph, {self.graph.groups[0].name: [0, 2, 5, 7]}, self.optimizer)
         return {"event": "cut", "kept": 4}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": torch.tensor(self.step)}
+        return {"calls": torch.tensor(self.calls)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step = int(state["step"])
+        self.calls = int(state["calls"])
 
 
 class Drawing(PlainStep):
     """Draws from Python's and numpy's global generators in every step."""
 
-    def update(self) -> dict[str, Any]:
+    def step(self) -> dict[str, Any]:
         return {"event": "drawn", "python": random.random(), "numpy": np.random.rand()}
 
 
@@ -297,8 +300,23 @@ def test_narrowed_model_is_whole_after_resume(data: Data, tmp_path: Path) -> Non
 
 
 def test_device_may_change_between_kill_and_resume(data: Data, tmp_path: Path) -> None:
-    train(net(), data, CONFIG, checkpoint=tmp_path)
-    train(net(), data, replace(CONFIG, device="cpu:0"), checkpoint=tmp_path, resume=True)
+    whole = train(reference := net(), data, CONFIG)
+    with pytest.raises(Killed):
+        train(net(), data, CONFIG, checkpoint=tmp_path, on_progress=killed_at(12))
+    again = train(model := net(seed=9), data, replace(CONFIG, device="cpu:0"), checkpoint=tmp_path, resume=True)
+    assert timeless(again) == timeless(whole)
+    assert same(values(model), values(reference))
+
+
+def test_a_resume_says_whether_there_was_a_checkpoint(
+    data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "compressor")
+    train(net(), data, CONFIG, checkpoint=tmp_path / "new", resume=True)
+    assert "no checkpoint in" in caplog.text
+    assert "4 of 44 training images are left out of each epoch" in caplog.text
+    train(net(), data, CONFIG, checkpoint=tmp_path / "new", resume=True)
+    assert "going on after epoch 4" in caplog.text
 
 
 def test_log_gets_only_what_is_new(data: Data, tmp_path: Path) -> None:
@@ -409,7 +427,7 @@ def test_checkpoint_that_does_not_fit(
 def test_checkpoint_of_other_data(data: Data, tmp_path: Path) -> None:
     train(net(), data, CONFIG, checkpoint=tmp_path)
     with pytest.raises(InputError, match="training images = 44, not 40"):
-        train(net(), replace(data, train=make_part(40, 0)), CONFIG, checkpoint=tmp_path, resume=True)
+        train(net(), replace(data, train=make_split(40, 0)), CONFIG, checkpoint=tmp_path, resume=True)
 
 
 def test_divergence_is_said_and_the_checkpoint_stays(data: Data, tmp_path: Path) -> None:
@@ -439,7 +457,7 @@ def test_model_must_fit_the_data(data: Data, head: nn.Module, got: str) -> None:
 
 def test_an_event_that_is_no_json_is_refused_at_once(data: Data) -> None:
     class Odd(PlainStep):
-        def update(self) -> dict[str, Any]:
+        def step(self) -> dict[str, Any]:
             return {"event": "cut", "kept": torch.arange(3)}
 
     with pytest.raises(TypeError, match="Tensor is not JSON serializable"):
@@ -449,20 +467,29 @@ def test_an_event_that_is_no_json_is_refused_at_once(data: Data) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("epochs", -1, "epochs = -1 is out of range: give epochs in 0, 1, 2, ..."),
-        ("batch_size", 0, "batch_size = 0"),
+        ("epochs", 0, "epochs = 0 is out of range: give epochs in 1, 2, 3, ..."),
+        ("batch_size", 1, "batch_size = 1 is out of range: give batch_size in 2, 3, 4, ..."),
         ("lr", 0.0, "lr = 0.0 is out of range: give lr in (0, inf)"),
         ("lr", float("nan"), "lr = nan"),
         ("momentum", 1.0, "momentum = 1.0"),
         ("weight_decay", -1e-4, "weight_decay = -0.0001"),
         ("warmup", 1.0, "warmup = 1.0"),
         ("label_smoothing", 1.0, "label_smoothing = 1.0"),
+        ("seed", -1, "seed = -1"),
+        ("seed", 2**63, "seed = 9223372036854775808 is out of range: give seed in 0 to 2**63 - 1"),
     ],
 )
 def test_out_of_range(field: str, value: float, message: str) -> None:
     with pytest.raises(RangeError) as caught:
         replace(CONFIG, **{field: value})
     assert message in str(caught.value)
+
+
+def test_settings_can_be_read_without_torch() -> None:
+    code = (
+        "import sys; from compressor.training import TrainingConfig; TrainingConfig(); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_unknown_optimizer() -> None:
@@ -526,6 +553,17 @@ def test_recalibration_takes_what_there_is(data: Data) -> None:
         recalibrate(model, data.test, images=1)
 
 
-def test_recalibration_without_batchnorm_does_nothing(data: Data) -> None:
-    model = nn.Sequential(nn.Flatten(), nn.Linear(7, 7), nn.BatchNorm1d(7, track_running_stats=False))
-    recalibrate(model, data.test)  # would fail if the model ran: 192 inputs
+def test_recalibration_without_statistics_does_not_run_the_model(data: Data, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "compressor")
+    runs: list[object] = []
+    norm = nn.BatchNorm2d(3, track_running_stats=False)
+    norm.register_forward_hook(lambda *call: runs.append(call))
+    recalibrate(nn.Sequential(norm), data.test)
+    assert runs == []
+    assert "has no BatchNorm that keeps statistics" in caplog.text
+    norm.track_running_stats = True  # the same model, and now it is run
+    norm.register_buffer("running_mean", torch.zeros(3))
+    norm.register_buffer("running_var", torch.ones(3))
+    norm.register_buffer("num_batches_tracked", torch.tensor(0))
+    recalibrate(nn.Sequential(norm), data.test)
+    assert len(runs) == 1

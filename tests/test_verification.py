@@ -15,9 +15,8 @@ from torch import Tensor, nn
 import compressor
 import compressor.surgery.verification
 from compressor.errors import CutError, TraceError
-from compressor.graph.group import ChannelGraph
-from compressor.surgery.compensation import input_means
-from compressor.surgery.verification import verified_cut
+from compressor.graph import ChannelGraph
+from compressor.surgery import input_means, verified_cut
 
 X = torch.randn(4, 3, 8, 8, dtype=torch.float64)
 
@@ -140,15 +139,15 @@ def test_verification_leaves_modes_hooks_and_randomness_as_they_were() -> None:
     assert torch.backends.cudnn.allow_tf32
 
 
-def test_prune_goes_on_without_a_group_whose_cut_is_not_its_silence(monkeypatch) -> None:
+def test_prune_goes_on_without_a_group_whose_cut_differs_from_its_mask(monkeypatch) -> None:
     tamper(monkeypatch, "0", "1.bias")
     model = shake(small())
-    result = compressor.prune(model, X, sparsity=0.3, measure="channels", verify=True)
+    result = compressor.prune(model, X, budget=compressor.Budget(0.3, "channels"), verify=True)
     assert (result.reached, result.widths["0"]) == (True, (8, 8))
     assert result.widths["3"][1] < 6
-    missed = compressor.prune(shake(small()), X, sparsity=0.5, measure="channels", verify=True)
+    missed = compressor.prune(shake(small()), X, budget=compressor.Budget(0.5, "channels"), verify=True)
     assert "0: its cut was refused" in missed.blocked
-    assert any("differs from that of the silenced one" in line for line in missed.blocked)
+    assert any("differs from that of the masked one" in line for line in missed.blocked)
 
 
 def test_inputs_that_do_not_fit_the_model_are_its_own_error() -> None:

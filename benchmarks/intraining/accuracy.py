@@ -20,11 +20,12 @@ from torchvision.models.resnet import BasicBlock
 import compressor
 from compressor.budget.costs import CostModel
 from compressor.relevance.estimators import ESTIMATORS
+from compressor.sparse import SparseConfig
 from compressor.sparse.regrowth import METHODS
 from compressor.sparse.training import SparseTraining
 from compressor.training import models
 from compressor.training.config import TrainingConfig
-from compressor.training.data.sources import Data, load
+from compressor.training.data.sources import Data
 from compressor.training.data.splits import split
 from compressor.training.evaluation import evaluate
 from compressor.training.hooks import PlainStep
@@ -67,17 +68,17 @@ Row = dict[str, Any]
 
 @cache
 def data(name: str) -> Data:
-    """Give a data set, of CIFAR-10 a tenth where there is no GPU."""
+    """Return a data set, of CIFAR-10 a tenth where there is no GPU."""
     if name == "digits":
-        return load("digits", image_size=32 if DEVICE == "cuda" else 16)
-    whole = load(f"imagefolder:{CIFAR}" if CIFAR.is_dir() else "cifar10", image_size=32)
+        return load_data("digits", image_size=32 if DEVICE == "cuda" else 16)
+    whole = load_data(f"imagefolder:{CIFAR}" if CIFAR.is_dir() else "cifar10", image_size=32)
     if DEVICE == "cuda":
         return whole
     return replace(whole, train=split(whole.train, 0.9, 0, whole.classes)[0])
 
 
 def network(classes: int, seed: int) -> nn.Module:
-    """Give the network that the machine can train many times."""
+    """Return the network that the machine can train many times."""
     if DEVICE == "cuda":
         return models.build("resnet18", classes=classes, stem="cifar", seed=seed)
     torch.manual_seed(seed)
@@ -87,7 +88,7 @@ def network(classes: int, seed: int) -> nn.Module:
 
 
 def narrower(inside: int, outside: int) -> nn.Module:
-    """Give a residual block that halves the image."""
+    """Return a residual block that halves the image."""
     shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, 2, bias=False), nn.BatchNorm2d(outside))
     return BasicBlock(inside, outside, 2, shortcut)
 
@@ -95,7 +96,7 @@ def narrower(inside: int, outside: int) -> nn.Module:
 def hook(
     criterion: str, budget: compressor.Budget, seed: int, example: torch.Tensor, epoch_steps: int
 ) -> Callable[..., Any]:
-    """Give what takes part in the training steps."""
+    """Return what takes part in the training steps."""
 
     def make(model: nn.Module, optimizer: Optimizer, total_steps: int) -> Any:
         if criterion == "dense":
@@ -103,9 +104,17 @@ def hook(
         if criterion in METHODS:
             extra = {"set": {"collect": epoch_steps}, "rigl": {"collect": max(1, total_steps // 20)}}.get(criterion, {})
             return SparseTraining(
-                model, example, criterion, budget, optimizer=optimizer, total_steps=total_steps,
-                granularity="channel", round_to=ROUND_TO, seed=seed, **extra,
-            )  # fmt: skip
+                model,
+                example,
+                criterion,
+                budget,
+                optimizer=optimizer,
+                total_steps=total_steps,
+                round_to=ROUND_TO,
+                seed=seed,
+                **extra,
+                config=SparseConfig(granularity="channel"),
+            )
         how = {"criterion": criterion, **(CRITERIA | VARIANTS)[criterion]}
         return compressor.Pruner(
             model, example, budget=budget, optimizer=optimizer, total_steps=total_steps, round_to=ROUND_TO, seed=seed,
@@ -116,7 +125,7 @@ def hook(
 
 
 def counts(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
-    """Give the numbers of parameters and multiply-adds."""
+    """Return the numbers of parameters and multiply-adds."""
     dense = CostModel(compressor.trace(model, example)).dense
     return {"params": dense["params"], "macs": dense["macs"]}
 
@@ -140,7 +149,7 @@ def measure(name: str, criterion: str, sparsity: float, seed: int, what: str = "
 
 
 def cells() -> dict[str, Callable[[], Row]]:
-    """Give what measures every row, by its name."""
+    """Return what measures every row, by its name."""
     found: dict[str, Callable[[], Row]] = {}
     for sparsity in SPARSITIES:
         for name in EPOCHS:

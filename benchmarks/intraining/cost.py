@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 import compressor
+from compressor.relevance import RelevanceConfig
 from compressor.relevance.estimators import ESTIMATORS
 from compressor.relevance.relevance import Relevance
 from compressor.training import models
@@ -74,7 +75,7 @@ def synchronize() -> None:
 
 
 def step(estimator: str) -> Row:
-    """Give the row of one estimator."""
+    """Return the row of one estimator."""
     memory = [in_own_process(peak, name) for name in (None, estimator)]
     return {
         **ratio(f"{estimator} step", Side(estimator), STEPS),
@@ -83,12 +84,12 @@ def step(estimator: str) -> Row:
 
 
 def paced(estimator: str) -> Row:
-    """Give the row of one estimator at the pace of a training."""
+    """Return the row of one estimator at the pace of a training."""
     return ratio(f"{estimator} step at the default pace", Side(estimator, None), ESTIMATORS[estimator].observe_every)
 
 
 def ratio(what: str, watched: Side, steps: int) -> Row:
-    """Give what so many steps take over plain ones, in turns."""
+    """Return what so many steps take over plain ones, in turns."""
     plain = Side(None)
     plain.steps(steps), watched.steps(steps)
     pairs = [(plain.steps(steps), watched.steps(steps)) for _ in range(ROUNDS)]
@@ -107,7 +108,7 @@ def in_own_process(function: Callable[[str | None], float], argument: str | None
 
 
 def peak(estimator: str | None) -> float:
-    """Give the peak memory of a few steps, in bytes."""
+    """Return the peak memory of a few steps, in bytes."""
     side = Side(estimator)
     before = resident("VmRSS")
     if DEVICE == "cuda":
@@ -125,15 +126,21 @@ def resident(which: str) -> float:
 
 
 def training(estimator: str) -> Row:
-    """Give the row of a whole training that gets smaller, beside a dense one."""
+    """Return the row of a whole training that gets smaller, beside a dense one."""
     dense = Side(None)
     dense.steps(STEPS)
     seconds = dense.steps(TRAINING_STEPS)
     side = Side(None)
     pruner = compressor.Pruner(
-        side.model, torch.zeros(1, 3, 32, 32, device=DEVICE), "relevance", compressor.Budget(0.6, "macs"),
-        compressor.Cubic(0.1, 0.5), optimizer=side.optimizer, total_steps=TRAINING_STEPS, estimator=estimator,
-    )  # fmt: skip
+        side.model,
+        torch.zeros(1, 3, 32, 32, device=DEVICE),
+        "relevance",
+        compressor.Budget(0.6, "macs"),
+        compressor.Cubic(0.1, 0.5),
+        optimizer=side.optimizer,
+        total_steps=TRAINING_STEPS,
+        relevance=RelevanceConfig(estimator=estimator),
+    )
     synchronize()
     began = time.perf_counter()
     for _ in range(TRAINING_STEPS):
@@ -151,12 +158,12 @@ def _pruning_step(pruner: compressor.Pruner, model: nn.Module, side: Side) -> No
     model.train()
     pruner.loss(side.x, side.y, F.cross_entropy).backward()
     side.optimizer.step()
-    pruner.update()
+    pruner.step()
     side.optimizer.zero_grad()
 
 
 def cells() -> dict[str, Callable[[], Row]]:
-    """Give what measures every row, by its name."""
+    """Return what measures every row, by its name."""
     steps = {f"step {name} {DEVICE}": partial(step, name) for name in ESTIMATORS}
     pace = {f"pace gate {DEVICE}": partial(paced, "gate")}
     return steps | pace | {f"training gate {DEVICE}": partial(training, "gate")}

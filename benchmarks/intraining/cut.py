@@ -35,7 +35,7 @@ X, Y = torch.randn(8, 3, 32, 32), torch.arange(8)
 
 
 def ours(optimizer_name: str) -> float:
-    """Give the seconds of one cut of ours."""
+    """Return the seconds of one cut of ours."""
     model = models.build("resnet18", classes=10, stem="cifar", seed=0)
     graph = compressor.trace(model, X[:1])
     relevance, optimizer = Relevance(graph), OPTIMIZERS[optimizer_name](model.train().parameters())
@@ -51,7 +51,7 @@ def ours(optimizer_name: str) -> float:
 
 
 def theirs(optimizer_name: str) -> float:
-    """Give the seconds of one cut of Torch-Pruning's."""
+    """Return the seconds of one cut of Torch-Pruning's."""
     model = copy.deepcopy(models.build("resnet18", classes=10, stem="cifar", seed=0)).train()
     began = time.perf_counter()
     pruner = tp.pruner.MetaPruner(
@@ -63,7 +63,7 @@ def theirs(optimizer_name: str) -> float:
 
 
 def measure(optimizer_name: str) -> dict[str, Any]:
-    """Give one row."""
+    """Return one row."""
     pairs = [(ours(optimizer_name), theirs(optimizer_name)) for _ in range(ROUNDS)]
     mine, other = ([1e3 * pair[side] for pair in pairs] for side in (0, 1))
     return {
@@ -74,5 +74,5 @@ def measure(optimizer_name: str) -> dict[str, Any]:
 
 
 def cells() -> dict[str, Callable[[], dict[str, Any]]]:
-    """Give what measures every row, by its name."""
+    """Return what measures every row, by its name."""
     return {name: partial(measure, name) for name in OPTIMIZERS}

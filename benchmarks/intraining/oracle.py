@@ -33,7 +33,7 @@ Pattern = tuple[float, Tensor]  # probability, gates (4,)
 
 
 def task() -> tuple[nn.Module, Tensor, Tensor]:
-    """Give the network, its inputs and the noisy targets."""
+    """Return the network, its inputs and the noisy targets."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1)).double().train()
     with torch.no_grad():
@@ -47,7 +47,7 @@ def task() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def soft_patterns(fixed: bool) -> list[Pattern]:
-    """Give every pattern of gates at once: two of four channels drawn, or each with chance 1/2; gates uniform."""
+    """Return every pattern of gates at once: two of four channels drawn, or each with chance 1/2; gates uniform."""
     found = []
     for draw in itertools.product((False, True), repeat=4):
         if fixed and sum(draw) != 2:
@@ -60,13 +60,13 @@ def soft_patterns(fixed: bool) -> list[Pattern]:
 
 
 def hard_patterns() -> list[Pattern]:
-    """Give every subset of channels, in or out with chance 1/2."""
+    """Return every subset of channels, in or out with chance 1/2."""
     return [(1 / 16, torch.tensor(each, dtype=torch.float64)) for each in itertools.product((0.0, 1.0), repeat=4)]
 
 
 @torch.no_grad()
 def losses(gates: Tensor, towards_mean: bool) -> Tensor:
-    """Give the losses of all samples at these gates, `(B,)`."""
+    """Return the losses of all samples at these gates, `(B,)`."""
     model, x, y = task()
     h = model[1](model[0](x))
     centre = h.mean(0) if towards_mean else 0.0
@@ -99,7 +99,7 @@ def half_square(channel: int) -> float:
 
 
 def truth(estimator: str) -> Tensor:
-    """Give what the estimator should measure, `(4,)`."""
+    """Return what the estimator should measure, `(4,)`."""
     values = {
         "source": lambda c: 0.5 * effect(c, hard_patterns(), towards_mean=False),
         "loss": lambda c: effect(c, hard_patterns(), towards_mean=True),
@@ -114,7 +114,7 @@ def truth(estimator: str) -> Tensor:
 
 
 def run(estimator: str, controlled: bool, steps: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Give the mean over all steps, `(4,)`, and the variance of single steps, `(4,)`, in units of the loss."""
+    """Return the mean over all steps, `(4,)`, and the variance of single steps, `(4,)`, in units of the loss."""
     model, x, y = task()
     how = ESTIMATORS[estimator]
     relevance = Relevance(compressor.trace(model, x[:2]), estimator=estimator, drop=DROP, seed=seed)
@@ -145,7 +145,7 @@ def run(estimator: str, controlled: bool, steps: int, seed: int) -> tuple[Tensor
 
 
 def measure(estimator: str, controlled: bool, steps: int) -> dict[str, Any]:
-    """Give one row."""
+    """Return one row."""
     runs = [run(estimator, controlled, steps, seed) for seed in range(SEEDS)]
     means, expected = torch.stack([mean for mean, _ in runs]).double(), truth(estimator).double()
     error, bias = means.std(0) / math.sqrt(SEEDS), means.mean(0) - expected
@@ -160,7 +160,7 @@ def measure(estimator: str, controlled: bool, steps: int) -> dict[str, Any]:
 
 
 def cells() -> dict[str, Callable[[], dict[str, Any]]]:
-    """Give what measures every row, by its name."""
+    """Return what measures every row, by its name."""
     plans = [("source", False, 3000), ("loss", False, 300), ("loss", True, 300), ("soft", False, 300)]
     plans += [("gate", False, 300), ("mixed", False, 300), ("mixed", True, 300)]
     return {f"{name} {controlled}": partial(measure, name, controlled, steps) for name, controlled, steps in plans}

@@ -19,7 +19,7 @@ from compressor.criteria.snapshot import Snapshot
 from compressor.relevance.estimators import ESTIMATORS
 from compressor.relevance.relevance import Relevance
 from compressor.surgery.compensation import input_means
-from compressor.training.data.sources import load
+from compressor.training.data.sources import load_data
 
 NOTE = (
     "Two convolutions and a Linear, trained on digits, then every hidden layer is made twice as wide: a third of the "
@@ -36,7 +36,7 @@ Row = dict[str, Any]
 
 
 def network(width: int) -> nn.Sequential:
-    """Give two convolutions and a Linear, for images of 3 x 16 x 16."""
+    """Return two convolutions and a Linear, for images of 3 x 16 x 16."""
     layers = [nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(2)]
     layers += [nn.Conv2d(width, 2 * width, 3, padding=1), nn.BatchNorm2d(2 * width), nn.ReLU(), nn.AvgPool2d(4)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * width, 10))
@@ -44,7 +44,7 @@ def network(width: int) -> nn.Sequential:
 
 def batches(seed: int, steps: int) -> Any:
     """Give so many batches of digits, epoch after epoch."""
-    data, generator, left = load("digits", image_size=16), torch.Generator().manual_seed(seed), steps
+    data, generator, left = load_data("digits", image_size=16), torch.Generator().manual_seed(seed), steps
     while left:
         for batch in data.train.batches(BATCH, shuffle=generator):
             if len(batch[0]) == BATCH and left:
@@ -54,7 +54,7 @@ def batches(seed: int, steps: int) -> Any:
 
 @cache
 def trained(seed: int) -> nn.Sequential:
-    """Give the network that is to be found again."""
+    """Return the network that is to be found again."""
     torch.manual_seed(seed)
     model = network(12).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -66,7 +66,7 @@ def trained(seed: int) -> nn.Sequential:
 
 
 def planted(seed: int) -> nn.Sequential:
-    """Give the trained network with as many planted channels behind its own in every hidden layer."""
+    """Return the trained network with as many planted channels behind its own in every hidden layer."""
     small, wide = trained(seed), network(24).train()
     with torch.no_grad():
         for producer, consumer, spread in ((0, 4, 1), (4, 9, 4)):
@@ -101,7 +101,7 @@ def _widen(small: nn.Sequential, wide: nn.Sequential, producer: int, consumer: i
 
 
 def ranking(name: str, model: nn.Module, seed: int) -> tuple[dict[str, Tensor], compressor.ChannelGraph, Row]:
-    """Give the scores after so many steps of training, the graph, and the least reliability of a group, if known."""
+    """Return the scores after so many steps of training, the graph, and the least reliability of a group, if known."""
     graph = compressor.trace(model, torch.zeros(1, 3, 16, 16))
     model.train()
     relevance = Relevance(graph, estimator=name, half_life=STEPS, seed=seed) if name in ESTIMATORS else None
@@ -122,8 +122,8 @@ def ranking(name: str, model: nn.Module, seed: int) -> tuple[dict[str, Tensor], 
 
 @torch.no_grad()
 def left_out(model: nn.Module, graph: compressor.ChannelGraph) -> dict[str, Tensor]:
-    """Give what the mean loss rises by when one channel is cut, `(C,)` by group."""
-    x, y = next(iter(load("digits", image_size=16).train.batches(10**6)))
+    """Return what the mean loss rises by when one channel is cut, `(C,)` by group."""
+    x, y = next(iter(load_data("digits", image_size=16).train.batches(10**6)))
     means, model = input_means(graph, [x]), model.eval()
     whole = float(F.cross_entropy(model(x), y))
     scores = {name: torch.zeros(size) for name, size in graph.sizes().items()}
@@ -137,7 +137,7 @@ def left_out(model: nn.Module, graph: compressor.ChannelGraph) -> dict[str, Tens
 
 
 def measure(name: str, seed: int) -> Row:
-    """Give one row."""
+    """Return one row."""
     scores, graph, reliability = ranking(name, copy.deepcopy(planted(seed)), seed)
     watched = name in ESTIMATORS or name == EXACT
     row: Row = {"criterion": name, "seed": seed, "steps": STEPS, **reliability}
@@ -152,6 +152,6 @@ def measure(name: str, seed: int) -> Row:
 
 
 def cells() -> dict[str, Callable[[], Row]]:
-    """Give what measures every row, by its name."""
+    """Return what measures every row, by its name."""
     names = [*ESTIMATORS, EXACT, "l1", "random"]
     return {f"{name} {seed}": partial(measure, name, seed) for name in names for seed in range(SEEDS)}

@@ -1,6 +1,6 @@
-"""Is the cut right? Half the channels of every group go, and the outputs are held against the silenced model's.
+"""Is the cut right? Half the channels of every group go, and the outputs are held against the masked model's.
 
-First the exact groups, for which silence = cut must hold; then the others, after which the model must still run.
+First the exact groups, for which masked = cut must hold; then the others, after which the model must still run.
 Everything is in double precision, on weights and statistics that are not trivial.
 """
 
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import compressor
-from compressor._utils.running import as_arguments, evaluating
+from compressor._utils import as_arguments, eval_mode
 from compressor.errors import CutError, StaleGraphError
-from compressor.graph.group import ChannelGraph
-from compressor.surgery.cutting import removed_channels
-from compressor.surgery.masks import silence
+from compressor.graph import ChannelGraph
+from compressor.surgery import mask_channels, removed_channels
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
 
@@ -131,11 +130,11 @@ def half(graph: ChannelGraph, exact: bool | None = None, seed: int = 0) -> dict[
 
 
 def _cut_and_compare(graph: ChannelGraph, heads: Sequence[str], step: str, whole: Sequence[Tensor], row: Row) -> None:
-    """Cut half of every group of a kind, and hold the outputs against those of the silenced model."""
+    """Cut half of every group of a kind, and hold the outputs against those of the masked model."""
     keep = _accepted(graph, step == "exact", row)
     if not keep:
         return
-    expected = _silenced_outputs(graph, keep, heads) if step == "exact" else []
+    expected = _masked_outputs(graph, keep, heads) if step == "exact" else []
     start = time.perf_counter()
     compressor.cut(graph, keep)
     row["cut ms"] = row.get("cut ms", 0.0) + 1e3 * (time.perf_counter() - start)
@@ -184,12 +183,12 @@ def _compare(graph: ChannelGraph, heads: Sequence[str], expected: Sequence[Tenso
 
 
 @contextmanager
-def silenced(graph: ChannelGraph, keep: Mapping[str, Tensor]) -> Iterator[None]:
+def masked(graph: ChannelGraph, keep: Mapping[str, Tensor]) -> Iterator[None]:
     """Silence what is not kept; afterwards the weights are as before. A copy of the largest models would not fit."""
     tensors = dict(graph.model.named_parameters())
     names = {member.tensor for name in keep for member in graph[name].of_role("consumer")}
     saved = {name: tensors[name].detach().clone() for name in names}
-    silence(graph, {name: removed_channels(graph[name], kept) for name, kept in keep.items()})
+    mask_channels(graph, {name: removed_channels(graph[name], kept) for name, kept in keep.items()})
     try:
         yield
     finally:
@@ -198,9 +197,9 @@ def silenced(graph: ChannelGraph, keep: Mapping[str, Tensor]) -> Iterator[None]:
                 tensors[name].copy_(values)
 
 
-def _silenced_outputs(graph: ChannelGraph, keep: Mapping[str, Tensor], heads: Sequence[str]) -> list[Tensor]:
-    """Give the outputs of the model in which the channels that are not kept are silenced."""
-    with silenced(graph, keep):
+def _masked_outputs(graph: ChannelGraph, keep: Mapping[str, Tensor], heads: Sequence[str]) -> list[Tensor]:
+    """Return the outputs of the model in which the channels that are not kept are masked."""
+    with masked(graph, keep):
         return outputs(graph.model, graph.example_inputs, heads)
 
 
@@ -208,10 +207,10 @@ def _silenced_outputs(graph: ChannelGraph, keep: Mapping[str, Tensor], heads: Se
 
 
 def outputs(model: nn.Module, inputs: Any, heads: Sequence[str] = ()) -> list[Tensor]:
-    """Give every floating-point tensor in the model's outputs, or in those of its heads, in order."""
+    """Return every floating-point tensor in the model's outputs, or in those of its heads, in order."""
     args, kwargs = as_arguments(inputs)
     seen: list[Any] = []
-    with evaluating(model), ExitStack() as hooks:
+    with eval_mode(model), ExitStack() as hooks:
         for name in heads:
             hook = model.get_submodule(name).register_forward_hook(lambda *call: seen.append(call[-1]))
             hooks.callback(hook.remove)
@@ -221,7 +220,7 @@ def outputs(model: nn.Module, inputs: Any, heads: Sequence[str] = ()) -> list[Te
 
 
 def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Give the largest difference over the largest value, the worst of all tensors; infinite for other shapes."""
+    """Return the largest difference over the largest value, the worst of all tensors; infinite for other shapes."""
     if [tensor.shape for tensor in found] != [tensor.shape for tensor in expected]:
         return math.inf
     errors = [float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(found, expected, strict=True)]
@@ -248,5 +247,5 @@ def _reason(graph: ChannelGraph, row: Row) -> str:
 
 
 def _cause(reason: str) -> str:
-    """Give a reason without modules and numbers: what modules of the same kind have in common."""
+    """Return a reason without modules and numbers: what modules of the same kind have in common."""
     return re.sub(r" in (the model|\S+)(?=:| does)| \(weight shape.*|\d+", "", reason)

@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def _params(name: str) -> int | None:
-    """Give the number of parameters, None for a model that is left out."""
+    """Return the number of parameters, None for a model that is left out."""
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False)
     params = sum(parameter.numel() for parameter in model.parameters())

@@ -34,7 +34,7 @@ class Chain(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the logits, `(B, 10)`."""
+        """Return the logits, `(B, 10)`."""
         return self.head(self.layers(x).mean((2, 3)))
 
 
@@ -48,7 +48,7 @@ class Dense(nn.Module):
         self.head = nn.Linear(growth * (layers + 1), 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give the logits, `(B, 10)`."""
+        """Return the logits, `(B, 10)`."""
         made = [self.stem(x)]
         for layer in self.layers:
             made.append(layer(torch.cat(made, 1)))

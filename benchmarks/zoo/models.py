@@ -25,7 +25,7 @@ def seeded(make: Callable[..., nn.Module], *args: Any, **settings: Any) -> nn.Mo
 
 
 def image(*shape: int) -> Tensor:
-    """Give a random batch of that shape, the same every time."""
+    """Return a random batch of that shape, the same every time."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -97,7 +97,7 @@ def timm_cases() -> list[Case]:
 
 
 def timm_case(name: str) -> Case:
-    """Give one of timm's models, on the image that it was made for; on a smaller one if it is large and free to vary.
+    """Return one of timm's models, on the image that it was made for; on a smaller one if it is large and free to vary.
 
     Those images are 224 pixels wide, 256 for the models that divide them by windows of that size.
     """

@@ -84,7 +84,7 @@ def _short(what: str, failure: Exception) -> str:
 
 
 def timed(run: Callable[..., object], *args: Any) -> float:
-    """Give how long a call takes, in milliseconds; rubbish of earlier ones is collected first."""
+    """Return how long a call takes, in milliseconds; rubbish of earlier ones is collected first."""
     gc.collect()
     start = time.perf_counter()
     run(*args)

@@ -1,10 +1,10 @@
-from .files import written_beside as written_beside
+from .files import atomic_write as atomic_write
 from .running import as_arguments as as_arguments
 from .running import batch_size as batch_size
 from .running import device_of as device_of
-from .running import evaluating as evaluating
-from .running import full_precision as full_precision
-from .running import moved as moved
+from .running import eval_mode as eval_mode
+from .running import gc_disabled as gc_disabled
 from .running import named_tensors as named_tensors
-from .running import uncollected as uncollected
-from .running import uncompiled as uncompiled
+from .running import tf32_disabled as tf32_disabled
+from .running import to_device as to_device
+from .running import unwrap_compiled as unwrap_compiled

@@ -11,8 +11,8 @@ from compressor.errors import InputError
 
 
 @contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """Give a path to write to; it becomes `path` when the block ends well, and is removed when it does not.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Return a path to write to; it becomes `path` when the block ends well, and is removed when it does not.
 
     Raises:
         InputError: there is no such folder, `path` is a folder, or the system refuses to write there.

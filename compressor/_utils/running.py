@@ -21,7 +21,7 @@ from compressor.errors import InputError
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def gc_disabled() -> Iterator[None]:
     """Put Python's search for cyclic garbage off: with many new objects it takes longer than what they are for."""
     enabled = gc.isenabled()
     gc.disable()
@@ -33,7 +33,7 @@ def uncollected() -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module's flag and the random state are as before."""
     training = [(module, module.training) for module in model.modules()]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
@@ -46,15 +46,15 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             vars(module)["training"] = flag  # what `module.training = flag` does, less torch's search for parameters
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """Give the model itself where `torch.compile` wrapped it; both share all parameters."""
+def unwrap_compiled(model: nn.Module) -> nn.Module:
+    """Return the model itself where `torch.compile` wrapped it; both share all parameters."""
     inner = getattr(model, "_orig_mod", model)
     assert isinstance(inner, nn.Module)
     return inner
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
+def tf32_disabled() -> Iterator[None]:
     """Let a GPU multiply float32 in full; with ten bits of each factor no outputs agree to a few digits."""
     cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
     before = cudnn.allow_tf32, cublas.allow_tf32
@@ -66,7 +66,7 @@ def full_precision() -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Give the device of a model's first tensor; the CPU for a model without any."""
+    """Return the device of a model's first tensor; the CPU for a model without any."""
     tensor = next(chain(model.parameters(), model.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
@@ -75,14 +75,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Give the positional and the keyword arguments of `model(...)`."""
+    """Return the positional and the keyword arguments of `model(...)`."""
     if isinstance(example_inputs, dict):
         return (), example_inputs
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
 
 
 def named_tensors(value: Any) -> list[tuple[str, Tensor]]:
-    """Give the tensors in nested inputs or outputs, each with its place (`logits`, `0`; nothing for a lone tensor).
+    """Return the tensors in nested inputs or outputs, each with its place (`logits`, `0`; nothing for a lone tensor).
 
     The order is torch's own, which is also that of an exported file.
     """
@@ -94,13 +94,13 @@ def _place(path: Any) -> str:
     return re.sub(r"\W+", "_", "".join(map(str, path))).strip("_")
 
 
-def moved(inputs: Any, device: torch.device) -> Any:
-    """Give the inputs on a device."""
+def to_device(inputs: Any, device: torch.device) -> Any:
+    """Return the inputs on a device."""
     return tree_map(lambda tensor: tensor.to(device), inputs)
 
 
 def batch_size(inputs: Any, what: str = "example_inputs") -> int:
-    """Give the batch size that all tensors share.
+    """Return the batch size that all tensors share.
 
     Raises:
         InputError: something that is no tensor or has no batch dimension, or different batch sizes.

@@ -15,12 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
+from compressor.budget.budget import MEASURES
 from compressor.errors import RangeError, UnknownNameError
 from compressor.graph import ChannelGraph, Extent, Term
 
 IntArray: TypeAlias = NDArray[np.int64]
-
-MEASURES = ("params", "macs", "channels")
 
 
 class CostModel:
@@ -44,19 +43,19 @@ class CostModel:
         self.dense: Mapping[str, int] = {measure: self.measure(measure, {}) for measure in MEASURES}
 
     def params(self, kept: Mapping[str, int]) -> int:
-        """Give the number of parameters."""
+        """Return the number of parameters."""
         return self.measure("params", kept)
 
     def macs(self, kept: Mapping[str, int]) -> int:
-        """Give the number of multiply-adds for the graph's example inputs, the whole batch."""
+        """Return the number of multiply-adds for the graph's example inputs, the whole batch."""
         return self.measure("macs", kept)
 
     def channels(self, kept: Mapping[str, int]) -> int:
-        """Give the number of channels in the graph's groups."""
+        """Return the number of channels in the graph's groups."""
         return self.measure("channels", kept)
 
     def measure(self, measure: str, kept: Mapping[str, int]) -> int:
-        """Give the count of one of `MEASURES`.
+        """Return the count of one of `MEASURES`.
 
         Raises:
             UnknownNameError: no such measure or group.
@@ -65,7 +64,7 @@ class CostModel:
         return int(self._sum(measure)(self._counts(kept))[0])
 
     def per_channel(self, measure: str, kept: Mapping[str, int]) -> dict[str, float]:
-        """Give what one channel of each group costs now: the difference that keeping one channel less makes.
+        """Return what one channel of each group costs now: the difference that keeping one channel less makes.
 
         Raises:
             UnknownNameError, RangeError: as for `measure`.
@@ -81,7 +80,7 @@ class CostModel:
         return self._sums[measure]
 
     def _counts(self, kept: Mapping[str, int]) -> IntArray:
-        """Give the kept channels of all groups as one row, `(1, G)`."""
+        """Return the kept channels of all groups as one row, `(1, G)`."""
         for name, count in kept.items():
             if name not in self._sizes:
                 raise UnknownNameError("group", name, self._sizes)
@@ -105,19 +104,19 @@ class _Sum:
         self._per_channel = _matrix([channels for _, channels in rows], names)
 
     def __call__(self, counts: IntArray) -> IntArray:
-        """Give the sum for each row of kept channels: `(B, G)` in, `(B,)` out."""
+        """Return the sum for each row of kept channels: `(B, G)` in, `(B,)` out."""
         sizes = self._fixed + self._per_channel @ counts.T  # (E, B)
         total: IntArray = self._constants @ sizes[self._axes].prod(axis=1)  # (T, W, B) -> (T, B) -> (B,)
         return total
 
 
 def _key(extent: Extent) -> tuple[int, tuple[tuple[str, int], ...]]:
-    """Give what makes two extents the same axis size, whatever is cut."""
+    """Return what makes two extents the same axis size, whatever is cut."""
     return extent.fixed, tuple(sorted(extent.per_channel.items()))
 
 
 def _matrix(rows: Sequence[Sequence[tuple[str, int]]], names: Sequence[str]) -> csr_array:
-    """Give positions per channel as a sparse matrix, `(E, G)`."""
+    """Return positions per channel as a sparse matrix, `(E, G)`."""
     column = {name: index for index, name in enumerate(names)}
     entries = [(times, row, column[name]) for row, channels in enumerate(rows) for name, times in channels]
     times, row, col = np.array(entries, dtype=np.int64).reshape(-1, 3).T

@@ -12,9 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from compressor.errors import InputError, RangeError, UnknownNameError
-from compressor.graph import ChannelGraph, Group
+
+if TYPE_CHECKING:
+    from compressor.graph import ChannelGraph, Group  # which import torch; the command line only reads patterns
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Limits:
                 raise RangeError(f"sparsity of {pattern!r}", share, "[0, 1)")
 
     def shares(self, graph: ChannelGraph) -> dict[str, float]:
-        """Give what is settled before any score: by group name, the share that goes; 0 for a group that stays whole.
+        """Return what is settled before any score: by group name, the share that goes; 0 for a group that stays whole.
 
         Raises:
             UnknownNameError: a pattern that matches no group.
@@ -54,40 +57,40 @@ class Limits:
         kept, only = _matched(graph, "keep", self.keep), _matched(graph, "only", self.only)
         allowed = set().union(*only.values()) if only else set(names)
         for pattern, matched in kept.items():
-            _require(matched & allowed, f"--keep {pattern!r} has no effect: --only leaves its groups whole anyway")
+            _require(matched & allowed, f"keep {pattern!r} has no effect: only leaves its groups whole anyway")
         whole = (names - allowed).union(*kept.values())
-        _require(names - whole, "--keep and --only leave no group that may lose channels")
+        _require(names - whole, "keep and only leave no group that may lose channels")
         return self._wanted(graph, whole, kept) | dict.fromkeys(whole, 0.0)
 
     def _wanted(self, graph: ChannelGraph, whole: set[str], kept: Mapping[str, set[str]]) -> dict[str, float]:
-        """Give the share of every group that a pattern gives one, if the patterns agree."""
+        """Return the share of every group that a pattern gives one, if the patterns agree."""
         wanted, shares = _matched(graph, "sparsity", self.sparsity), dict[str, float]()
         for name in graph.sizes():
             patterns = {self.sparsity[pattern]: pattern for pattern in _matching(name, wanted)}
-            rivals = [f"--sparsity {pattern}={share:g}" for share, pattern in patterns.items()]
+            rivals = [f"sparsity {pattern}={share:g}" for share, pattern in patterns.items()]
             if patterns and name in whole:
-                rivals += [f"--keep {pattern}" for pattern in _matching(name, kept)] or ["--only"]
+                rivals += [f"keep {pattern}" for pattern in _matching(name, kept)] or ["only"]
             if len(rivals) > 1:
                 raise InputError(f"{' and '.join(rivals)} contradict each other at group {name!r}: leave one out")
             shares |= dict.fromkeys([name] if patterns else [], next(iter(patterns), 0.0))
         return shares
 
     def __bool__(self) -> bool:
-        """Tell whether there is any pattern."""
+        """Return whether there is any pattern."""
         return bool(self.keep or self.only or self.sparsity)
 
 
 def _matched(graph: ChannelGraph, option: str, patterns: Iterable[str]) -> dict[str, set[str]]:
-    """Give by pattern the names of the groups that it matches."""
+    """Return by pattern the names of the groups that it matches."""
     found = {pattern: {each.name for each in graph.groups if _matches(pattern, each)} for pattern in patterns}
     for pattern, names in found.items():
         if not names:
-            raise UnknownNameError(f"group for --{option}", pattern, _known(graph), hint=_hint(graph, pattern))
+            raise UnknownNameError(f"group for {option}", pattern, _known(graph), hint=_hint(graph, pattern))
     return found
 
 
 def _matching(name: str, matched: Mapping[str, set[str]]) -> list[str]:
-    """Give the patterns that match a group."""
+    """Return the patterns that match a group."""
     return [pattern for pattern, names in matched.items() if name in names]
 
 
@@ -101,7 +104,7 @@ def _matches(pattern: str, group: Group) -> bool:
 
 
 def _names(group: Group) -> list[str]:
-    """Give what a pattern may call a group: its name, and the tensors and modules whose own channels these are."""
+    """Return what a pattern may call a group: its name, and the tensors and modules whose own channels these are."""
     tensors = [member.tensor for member in group.members if member.role != "consumer"]
     return list(dict.fromkeys([group.name, *(name for each in tensors for name in (each, each.rpartition(".")[0]))]))
 

@@ -1,4 +1,4 @@
-"""The books of a pruning: what there was before it, what is left, and whether the budget is met."""
+"""The progress of a pruning: params, MACs and channels before and after, and whether the budget is met."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from compressor.budget.budget import Budget
 from compressor.budget.costs import CostModel
-from compressor.budget.selection import Budget
 from compressor.graph import ChannelGraph
 
 
@@ -36,8 +36,28 @@ class PruneResult:
     notes: tuple[str, ...] = ()
 
 
-class Ledger:
-    """The books of a pruning: what there was before, and what there is now.
+def cut_event(result: PruneResult, before: Mapping[str, int], *, step: int, target: float) -> dict[str, Any] | None:
+    """Return a cut as a record for the log, of JSON values, or None where nothing was cut.
+
+    Args:
+        result: where the pruning stands after the cut.
+        before: by group, the number of channels before this cut.
+        step: training steps done.
+        target: the share of the measure that should be gone by now.
+
+    Returns:
+        `{"event": "cut", "step", "target", "widths": {group: [before, after]}, "removed", "params", "macs"}`.
+    """
+    after = {name: result.widths[name][1] for name in before if name in result.widths}
+    narrower = {name: [before[name], size] for name, size in after.items() if size != before[name]}
+    if not narrower:
+        return None
+    event = {"event": "cut", "step": step, "target": target, "widths": narrower}
+    return event | {"removed": result.removed, "params": result.params[1], "macs": result.macs[1]}
+
+
+class PruningProgress:
+    """Params, MACs and channels before a pruning, and now.
 
     Attributes:
         graph: read anew for every answer.
@@ -52,12 +72,12 @@ class Ledger:
         self.before = self._counts()
 
     def _sizes(self) -> dict[str, int]:
-        """Give the number of channels of every group now; of one that has left the graph, its number until then."""
+        """Return the number of channels of every group now; of one that has left the graph, its number until then."""
         self._known |= {name: size for name, size in self.graph.sizes().items() if name in self.widths}
         return self._known
 
     def _outside(self) -> int:
-        """Give the number of channels in groups that have left the graph: refused, or narrowed to a single channel."""
+        """Return the number of channels in groups that left the graph: refused, or narrowed to a single channel."""
         return sum(size for name, size in self._sizes().items() if name not in self.graph.sizes())
 
     def refused(self) -> list[str]:
@@ -73,7 +93,7 @@ class Ledger:
         }
 
     def remaining(self, budget: Budget) -> Budget | None:
-        """Give the budget, a share of the whole model, as a share of what is left.
+        """Return the budget, a share of the whole model, as a share of what is left.
 
         None where it is met, or nothing is left to cut.
 
@@ -88,7 +108,7 @@ class Ledger:
         return Budget(min(share, 1 - 1e-9), budget.measure)
 
     def result(self, budget: Budget, blocked: Sequence[str] = ()) -> PruneResult:
-        """Balance the books."""
+        """Return where the pruning stands against a budget; `blocked` adds to what stands in its way."""
         now, sizes = self._counts(), self._sizes()
         whole = self.before[budget.measure]
         removed = 1 - now[budget.measure] / whole if whole else 0.0
@@ -103,12 +123,13 @@ class Ledger:
             channels=(self.before["channels"], now["channels"]),
             widths={name: (width, sizes[name]) for name, width in self.widths.items()},
             blocked=() if reached else (*blocked, *(f"{name}: its cut was refused" for name in self.refused())),
+            notes=self.graph.notes,
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the books as plain numbers."""
+        """Return widths and counts as plain numbers."""
         return {"widths": dict(self.widths), "before": dict(self.before), "sizes": dict(self._sizes())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the books of `state_dict()`."""
+        """Go on from `state_dict()`."""
         self.widths, self.before, self._known = dict(state["widths"]), dict(state["before"]), dict(state["sizes"])

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from compressor.errors import RangeError
+from compressor.errors import InputError, RangeError
 
 Schedule: TypeAlias = Callable[[float], float]
 
@@ -32,7 +32,7 @@ class OneShot:
         _check("at", self.at)
 
     def __call__(self, progress: float) -> float:
-        """Give 0 before `at`, 1 from then on."""
+        """Return 0 before `at`, 1 from then on."""
         return float(_check("progress", progress) >= self.at)
 
 
@@ -55,7 +55,7 @@ class Linear:
         _check_window(self.begin, self.end)
 
     def __call__(self, progress: float) -> float:
-        """Give the share that is due, in [0, 1]."""
+        """Return the share that is due, in [0, 1]."""
         return _elapsed(progress, self.begin, self.end)
 
 
@@ -80,12 +80,33 @@ class Cubic:
         _check_window(self.begin, self.end)
 
     def __call__(self, progress: float) -> float:
-        """Give the share that is due, in [0, 1]."""
+        """Return the share that is due, in [0, 1]."""
         return 1 - (1 - _elapsed(progress, self.begin, self.end)) ** 3
 
 
+def step_of_whole_budget(schedule: Schedule, total_steps: int) -> int:
+    """Return the first step at which the whole budget is due.
+
+    Raises:
+        InputError: a schedule that never gets there.
+    """
+    due = (step for step in range(1, total_steps + 1) if schedule(step / total_steps) >= 1)
+    last = next(due, None)
+    if last is None:
+        raise InputError(
+            f"after all {total_steps} steps the schedule asks for {schedule(1.0):.0%} of the budget, which is never "
+            f"reached: give a schedule that gets to 1, {USUAL_SCHEDULE} say"
+        )
+    return last
+
+
+def usual_period(total_steps: int, least: int = 1) -> int:
+    """Return a twentieth of the training in steps: the time between two cuts where nothing else is asked."""
+    return max(least, total_steps // 20)
+
+
 def _elapsed(progress: float, begin: float, end: float) -> float:
-    """Give which share of the window is behind us."""
+    """Return which share of the window is behind us."""
     return min(max((_check("progress", progress) - begin) / (end - begin), 0.0), 1.0)
 
 
@@ -99,3 +120,8 @@ def _check(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise RangeError(name, value, "[0, 1]")
     return value
+
+
+# Not before a tenth of the training: a ranking taken earlier is that of an untrained network. The last third is left
+# to recover from the last cuts.
+USUAL_SCHEDULE = Cubic(0.1, 0.65)

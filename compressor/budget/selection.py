@@ -19,38 +19,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compressor.budget.costs import MEASURES, CostModel
-from compressor.budget.widths import IntArray, Widths, settled_counts, share_of
-from compressor.errors import RangeError, ScoreError, UnknownNameError
+from compressor.budget.budget import Budget
+from compressor.budget.costs import CostModel
+from compressor.budget.options import SelectionOptions
+from compressor.budget.widths import IntArray, Widths, fixed_counts
+from compressor.errors import ScoreError, UnknownNameError
 from compressor.graph import ChannelGraph, Group
 
 FloatArray: TypeAlias = NDArray[np.float64]
-
-SCOPES = ("global", "local")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What is to be removed: the share `sparsity`, in [0, 1), of a measure ("params", "macs" or "channels").
-
-    Raises:
-        RangeError: a sparsity outside [0, 1).
-        UnknownNameError: a measure that does not exist.
-    """
-
-    sparsity: float
-    measure: str = "params"
-
-    def __post_init__(self) -> None:
-        """Check the range and the name."""
-        if not 0 <= self.sparsity < 1:
-            raise RangeError("sparsity", self.sparsity, "[0, 1)")
-        if self.measure not in MEASURES:
-            raise UnknownNameError("measure", self.measure, MEASURES)
-
-    def goal(self, dense: int) -> int:
-        """Give the most that may stay of a count, exactly: 0.55 of 100 channels are 55, whatever floats make of it."""
-        return dense - share_of(self.sparsity, dense)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,9 +56,7 @@ def select(
     budget: Budget,
     *,
     costs: CostModel,
-    scope: str = "global",
-    round_to: int = 1,
-    floor: float = 0.1,
+    options: SelectionOptions,
     whole: Mapping[str, int] | None = None,
     shares: Mapping[str, float] | None = None,
     normalise: bool = True,
@@ -96,11 +70,10 @@ def select(
         scores: by group, `(C,)`, larger means keep, ties broken by position; a group without scores stays whole.
         budget: how much is to go.
         costs: the cost model of `graph`.
-        scope: "global" queues all channels by their scores; "local" takes the same share of every group.
-        round_to: a group that loses channels keeps a multiple of this, the one nearest to its place in the queue. A
-            group that is not larger stays whole. The budget is judged after rounding.
-        floor: the share of every group that stays in any case, in [0, 1); at least one channel always does.
-        whole: by group, the width that `floor` and `shares` are shares of, for a model that has been cut before; the
+        options: with scope "global" all channels are queued by their scores, with "local" by their share of the group.
+            A group that loses channels keeps the multiple of `round_to` that is nearest to its place in the queue; one
+            that is not larger stays whole. The budget is judged after rounding.
+        whole: by group, the width that floor, steps and `shares` go by, for a model that has been cut before; the
             present one by default.
         shares: by group, the share of its own channels that goes, rounded to the nearest that `round_to` allows,
             whatever budget and floor are; 0 keeps a group whole. The other groups serve the budget.
@@ -112,31 +85,31 @@ def select(
         The selection. If the budget cannot be met, all that may go goes, and the selection says why it is not enough.
 
     Raises:
-        UnknownNameError: no such scope, or scores for a group that is not in the graph.
-        RangeError: `round_to` or `floor` out of range.
+        UnknownNameError: scores for a group that is not in the graph.
         ScoreError: scores of the wrong shape, or not finite.
     """
-    _check(graph, scores, scope, round_to, floor)
-    shares, whole = shares or {}, whole or {}
+    _require_known(graph, scores)
+    shares = shares or {}
+    whole = whole or {}
     groups = [group for group in graph.groups if group.name in scores]
     values = {group.name: _values(group, scores[group.name]) for group in groups}
     orders = {name: np.argsort(each, kind="stable") for name, each in values.items()}
-    settled = settled_counts(groups, shares, round_to, whole)
-    free = [group for group in groups if group.name not in settled]
-    widths = Widths.of(free, round_to, floor, whole)
-    keys = [_key(values[group.name][orders[group.name]], scope, normalise) for group in free]
+    fixed = fixed_counts(groups, shares, options, whole)
+    free = [group for group in groups if group.name not in fixed]
+    widths = Widths.for_groups(free, options, options.floor, whole)
+    keys = [_key(values[group.name][orders[group.name]], options.scope, normalise) for group in free]
     before = costs.dense[budget.measure]
     goal = budget.goal(before)
 
     def kept(gone: IntArray) -> dict[str, int]:
         counts = widths.nearest(widths.sizes - gone).tolist()
-        return settled | {group.name: count for group, count in zip(free, counts, strict=True)}
+        return fixed | {group.name: count for group, count in zip(free, counts, strict=True)}
 
     def fits(gone: IntArray) -> bool:
         return costs.measure(budget.measure, kept(gone)) <= goal
 
     queue = _queue(keys, widths.sizes - widths.lowest)
-    counts = kept(_gone(queue, len(free), fits, refill=scope == "global"))
+    counts = kept(_gone(queue, len(free), fits, refill=options.scope == "global"))
     after = costs.measure(budget.measure, counts)
     return Selection(
         keep=_keep(groups, orders, counts),
@@ -145,7 +118,7 @@ def select(
         removed=1 - after / before if before else 0.0,
         before=before,
         after=after,
-        blocked=() if after <= goal else _blocked(graph, budget.measure, costs, counts, widths, shares),
+        blocked=() if after <= goal else _blocked(graph, budget.measure, costs, counts, options, shares),
     )
 
 
@@ -153,7 +126,7 @@ def select(
 
 
 def _key(ascending: FloatArray, scope: str, normalise: bool) -> FloatArray:
-    """Give the places of a group's channels in the queue, from their scores in ascending order: `(C,)`."""
+    """Return the places of a group's channels in the queue, from their scores in ascending order: `(C,)`."""
     if scope == "local":
         return (np.arange(len(ascending)) + 0.5) / len(ascending)
     scale = np.abs(ascending).mean() if normalise else 1.0
@@ -161,14 +134,14 @@ def _key(ascending: FloatArray, scope: str, normalise: bool) -> FloatArray:
 
 
 def _queue(keys: Sequence[FloatArray], removable: IntArray) -> IntArray:
-    """Give the group of each channel that may go, first to go first: `(Q,)`. Ties: the group that comes first."""
+    """Return the group of each channel that may go, first to go first: `(Q,)`. Ties: the group that comes first."""
     places = np.concatenate([np.empty(0), *(key[:count] for key, count in zip(keys, removable, strict=True))])
     group = np.repeat(np.arange(len(keys)), removable)
     return group[np.argsort(places, kind="stable")]
 
 
 def _gone(queue: IntArray, groups: int, fits: Callable[[IntArray], bool], *, refill: bool) -> IntArray:
-    """Give how many channels of each group go, `(G,)`: the shortest front of the queue that makes the budget fit.
+    """Return how many channels of each group go, `(G,)`: the shortest front of the queue that makes the budget fit.
 
     With `refill`, channels of that front come back as long as the budget still fits, the last in the queue first.
     """
@@ -188,7 +161,7 @@ def _gone(queue: IntArray, groups: int, fits: Callable[[IntArray], bool], *, ref
 
 
 def _keep(groups: Sequence[Group], orders: Mapping[str, IntArray], counts: Mapping[str, int]) -> dict[str, Tensor]:
-    """Give the best channels of every group that loses some."""
+    """Return the best channels of every group that loses some."""
     return {
         group.name: torch.from_numpy(np.sort(orders[group.name][group.size - counts[group.name] :]))
         for group in groups
@@ -199,13 +172,7 @@ def _keep(groups: Sequence[Group], orders: Mapping[str, IntArray], counts: Mappi
 # -- what is refused, and what stands in the way
 
 
-def _check(graph: ChannelGraph, scores: Mapping[str, Tensor], scope: str, round_to: int, floor: float) -> None:
-    if scope not in SCOPES:
-        raise UnknownNameError("scope", scope, SCOPES)
-    if round_to < 1:
-        raise RangeError("round_to", round_to, "1, 2, 3, ...")
-    if not 0 <= floor < 1:
-        raise RangeError("floor", floor, "[0, 1)")
+def _require_known(graph: ChannelGraph, scores: Mapping[str, Tensor]) -> None:
     known = graph.sizes()
     for name in scores:
         if name not in known:
@@ -213,7 +180,7 @@ def _check(graph: ChannelGraph, scores: Mapping[str, Tensor], scope: str, round_
 
 
 def _values(group: Group, scores: Tensor) -> FloatArray:
-    """Give a group's scores as an array, or say what is wrong with them."""
+    """Return a group's scores as an array, or say what is wrong with them."""
     instead = f"a criterion gives ({group.size},) finite numbers for it, larger means keep"
     if scores.shape != (group.size,):
         raise ScoreError(group.name, f"their shape is {tuple(scores.shape)}", instead)
@@ -228,25 +195,25 @@ def _blocked(
     measure: str,
     costs: CostModel,
     counts: Mapping[str, int],
-    widths: Widths,
+    options: SelectionOptions,
     shares: Mapping[str, float],
 ) -> tuple[str, ...]:
     """Say what is left when all that may go is gone, what weighs most first."""
     price = costs.per_channel(measure, counts)
     heaviest = sorted(graph.groups, key=lambda group: -price[group.name] * counts.get(group.name, group.size))
-    steps = f", in multiples of {widths.round_to}" if widths.round_to > 1 else ""
+    steps = f", in multiples of {options.round_to}" if (options.round_to or 1) > 1 else ""
     kept = {
         each.name: f"{each.name!r} keeps {counts[each.name]} of {each.size}" for each in heaviest if each.name in counts
     }
     rest = costs.measure(measure, dict.fromkeys(graph.sizes(), 0))
     lines = {
-        f"groups at their floor ({widths.floor:.0%} of the channels{steps})": [
+        f"groups at their floor ({options.floor:.0%} of the channels{steps})": [
             line for name, line in kept.items() if name not in shares
         ],
-        "groups that --keep or --only leaves whole": [
+        "groups that keep or only leaves whole": [
             repr(each.name) for each in heaviest if shares.get(each.name) == 0
         ],
-        "groups with a --sparsity of their own": [line for name, line in kept.items() if shares.get(name)],
+        "groups with a sparsity of their own": [line for name, line in kept.items() if shares.get(name)],
         "groups without scores, which stay whole": [
             f"{each.name!r} ({each.size} channels)"
             for each in heaviest

@@ -11,7 +11,7 @@ from compressor.graph import Group, Member
 
 
 def taylor(group: Group, snapshot: Snapshot) -> Tensor:
-    """Give the squared first-order change of the loss when a channel goes: `(sum of w * dloss/dw) ** 2`.
+    """Return the squared first-order change of the loss when a channel goes: `(sum of w * dloss/dw) ** 2`.
 
     The sum runs over the channel's weights in all its consumers. They are linear in their input, so it equals
     `sum of h * dloss/dh` over samples and positions: the first-order effect of setting the activation `h` to zero.
@@ -41,6 +41,6 @@ def taylor(group: Group, snapshot: Snapshot) -> Tensor:
 
 
 def _first_order(member: Member, snapshot: Snapshot) -> Tensor:
-    """Give `sum of w * dloss/dw` over what each channel holds of one tensor: `(C,)` float32."""
+    """Return `sum of w * dloss/dw` over what each channel holds of one tensor: `(C,)` float32."""
     value, gradient = snapshot.values[member.tensor], snapshot.gradients[member.tensor]
     return member.rows(value.float() * gradient.float()).sum(dim=1)

@@ -11,7 +11,7 @@ from compressor.graph import Group
 
 
 def random(group: Group, snapshot: Snapshot) -> Tensor:
-    """Give scores drawn uniformly from (0, 1): the baseline that every table needs.
+    """Return scores drawn uniformly from (0, 1): the baseline that every table needs.
 
     Returns:
         `(C,)` float32.

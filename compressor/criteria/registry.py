@@ -36,7 +36,7 @@ CRITERIA: dict[str, Criterion] = {
 
 
 def lookup(criterion: str | Criterion) -> Criterion:
-    """Give the criterion of that name; a function is given back as it is.
+    """Return the criterion of that name; a function is given back as it is.
 
     Raises:
         UnknownNameError: no criterion has that name.
@@ -54,7 +54,7 @@ def lookup(criterion: str | Criterion) -> Criterion:
 
 
 def needs_gradients(criterion: str | Criterion) -> bool:
-    """Tell whether a criterion by this name scores by gradients, which the caller has to gather beforehand."""
+    """Return whether a criterion by this name scores by gradients, which the caller has to gather beforehand."""
     return isinstance(criterion, str) and "taylor" in criterion.lower()
 
 

@@ -16,14 +16,14 @@ class Snapshot:
     Attributes:
         values: parameters and buffers by name.
         gradients: gradients of parameters by name; empty where none were gathered.
-        modules: modules by qualified name, for importances that walk them; empty where nobody needs them.
         generator: source of randomness for criteria that draw; seeded by the caller.
+        modules: by qualified name, for importances that walk them.
     """
 
     values: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
-    modules: Mapping[str, nn.Module] = field(default_factory=dict)
     generator: torch.Generator | None = None
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
     @staticmethod
     def from_model(model: nn.Module, generator: torch.Generator | None = None) -> Snapshot:
@@ -31,4 +31,4 @@ class Snapshot:
         named = dict(model.named_parameters())
         values = {name: tensor.detach() for name, tensor in [*named.items(), *model.named_buffers()]}
         gradients = {name: p.grad.detach() for name, p in named.items() if p.grad is not None}
-        return Snapshot(values, gradients, dict(model.named_modules()), generator)
+        return Snapshot(values, gradients, generator, dict(model.named_modules()))

@@ -28,7 +28,7 @@ _OWN_PASS = "Hessian", "OBDC", "Activation"  # what they gather in passes of the
 
 
 def from_torch_pruning(importance: Callable[[Any], Tensor | None]) -> Callable[[Group, Snapshot], Tensor]:
-    """Give a criterion that scores our groups with an importance of Torch-Pruning.
+    """Return a criterion that scores our groups with an importance of Torch-Pruning.
 
     Args:
         importance: an object from `torch_pruning.importance`. What it needs beforehand (gradients for
@@ -62,7 +62,7 @@ def from_torch_pruning(importance: Callable[[Any], Tensor | None]) -> Callable[[
 
 
 def named_importance(name: str) -> Callable[[Group, Snapshot], Tensor]:
-    """Give the criterion for a class of `torch_pruning.importance` with default arguments: `tp:GroupTaylorImportance`.
+    """Return the criterion for a class of `torch_pruning.importance` with default arguments: `tp:GroupTaylorImportance`.
 
     Raises:
         UnknownNameError: there is no such class.
@@ -97,7 +97,7 @@ def _advice(name: str) -> str:
 
 
 def _their_group(group: Group, modules: Mapping[str, nn.Module]) -> tuple[Any, int]:
-    """Give a group as Torch-Pruning has them, and U."""
+    """Return a group as Torch-Pruning has them, and U."""
     from torch_pruning import ops
     from torch_pruning.dependency import Dependency, Node
     from torch_pruning.dependency import Group as TheirGroup
@@ -120,7 +120,7 @@ def _their_group(group: Group, modules: Mapping[str, nn.Module]) -> tuple[Any, i
 
 
 def _layers(group: Group, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Member, Tensor]]:
-    """Give the module, member and positions of every weight; their layers come with bias and statistics."""
+    """Return the module, member and positions of every weight; their layers come with bias and statistics."""
     seen = {each.weight: each.positions for each in group.inputs}
     for member in group.members:
         name, _, leaf = member.tensor.rpartition(".")
@@ -132,7 +132,7 @@ def _layers(group: Group, modules: Mapping[str, nn.Module]) -> Iterator[tuple[st
 
 
 def _in_order(positions: Tensor, unit: int) -> tuple[list[int], list[int]]:
-    """Give a layer's indices in ascending order, and for each which of the `C * U` scores it adds to."""
+    """Return a layer's indices in ascending order, and for each which of the `C * U` scores it adds to."""
     channels, width = positions.shape
     roots = torch.arange(channels).unsqueeze(1) * unit + torch.arange(width) * unit // width
     order = positions.flatten().argsort()

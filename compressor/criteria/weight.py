@@ -19,7 +19,7 @@ from compressor.graph import Group, Member
 
 
 def l1(group: Group, snapshot: Snapshot) -> Tensor:
-    """Give the sum of magnitudes of each channel's row.
+    """Return the sum of magnitudes of each channel's row.
 
     Returns:
         `(C,)` float32, larger means keep.
@@ -30,7 +30,7 @@ def l1(group: Group, snapshot: Snapshot) -> Tensor:
 
 
 def l2(group: Group, snapshot: Snapshot) -> Tensor:
-    """Give the Euclidean norm of each channel's row.
+    """Return the Euclidean norm of each channel's row.
 
     Returns:
         `(C,)` float32, larger means keep.
@@ -41,7 +41,7 @@ def l2(group: Group, snapshot: Snapshot) -> Tensor:
 
 
 def geometric_median(group: Group, snapshot: Snapshot) -> Tensor:
-    """Give the sum of distances from each channel's row to all others of the group.
+    """Return the sum of distances from each channel's row to all others of the group.
 
     The rows nearest to the group's geometric median have the smallest sums, and the others can stand in for them.
 
@@ -54,7 +54,7 @@ def geometric_median(group: Group, snapshot: Snapshot) -> Tensor:
 
 
 def euclidean(group: Group, snapshot: Snapshot) -> Tensor:
-    """Give the distance from each channel's row to the nearest one that stays; one of each close pair goes.
+    """Return the distance from each channel's row to the nearest one that stays; one of each close pair goes.
 
     At first all rows stay. Again and again, of the two rows that are closest among those that stay, the one with the
     smaller norm goes (of two equal norms, the later one), and the distance between the two is its score. Scores
@@ -76,7 +76,7 @@ def euclidean(group: Group, snapshot: Snapshot) -> Tensor:
 
 
 def bn_scale(group: Group, snapshot: Snapshot) -> Tensor:
-    """Give the mean magnitude of the BatchNorm scales that each channel passes through.
+    """Return the mean magnitude of the BatchNorm scales that each channel passes through.
 
     Returns:
         `(C,)` float32, larger means keep.
@@ -106,7 +106,7 @@ def _norms(rows: Tensor) -> Tensor:
 
 
 def _distances(rows: Tensor) -> Tensor:
-    """Give the distances of all pairs of rows, `(C, C)`, with zeros on the diagonal."""
+    """Return the distances of all pairs of rows, `(C, C)`, with zeros on the diagonal."""
     # Distances do not change when the mean goes, and what is left loses fewer digits in the product.
     centred = rows - rows.mean(dim=0)
     return torch.cdist(centred, centred).fill_diagonal_(0)
@@ -115,7 +115,7 @@ def _distances(rows: Tensor) -> Tensor:
 def _pair_off(
     distances: NDArray[np.float32], norms: NDArray[np.float32]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Give who goes, in order, and who of the pair stays: two arrays of C - 1 indices. Overwrites `distances`."""
+    """Return who goes, in order, and who of the pair stays: two arrays of C - 1 indices. Overwrites `distances`."""
     np.fill_diagonal(distances, np.inf)
     nearest, gap = distances.argmin(axis=1), distances.min(axis=1)
     goes, stays = [], []

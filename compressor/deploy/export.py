@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from compressor._utils import as_arguments, batch_size, device_of, evaluating, moved, named_tensors, written_beside
+from compressor._utils import as_arguments, atomic_write, batch_size, device_of, eval_mode, named_tensors, to_device
 from compressor.deploy.parity import UnequalError, compare, first_line, output_names, random_like
 from compressor.errors import ExportError, InputError, ParityError, RangeError
 
@@ -80,13 +80,14 @@ def export_onnx(
     if opset not in OPSETS:
         raise RangeError("opset", opset, f"{OPSETS[0]} to {OPSETS[-1]}")
     examples = _examples(example_inputs, check_inputs)
-    with evaluating(model), written_beside(path) as part:
-        _write(model, part, example_inputs, opset)
+    # Compared before it takes its place: whoever finds `path` finds a file that passed.
+    with eval_mode(model), atomic_write(path) as unproven:
+        _write(model, unproven, example_inputs, opset)
         try:
-            parity = compare(model, part, examples)
+            parity = compare(model, unproven, examples)
         except UnequalError as unequal:
             kept = path.with_name(f"{path.stem}.failed.onnx")
-            part.replace(kept)
+            unproven.replace(kept)
             raise ParityError(str(unequal), str(kept)) from unequal
     return ExportReport(
         path=path,
@@ -101,7 +102,7 @@ def export_onnx(
 
 
 def _examples(example_inputs: Any, check_inputs: Any) -> list[Any]:
-    """Give the inputs to compare on: random ones, and those of the caller."""
+    """Return the inputs to compare on: random ones, and those of the caller."""
     batch_size(example_inputs)
     if check_inputs is None:
         return [random_like(example_inputs)]
@@ -126,7 +127,7 @@ def _write(model: nn.Module, path: Path, example_inputs: Any, opset: int) -> Non
     if size > LARGEST_BYTES:
         raise ExportError(name, f"its weights take {size / 1e9:.1f} GB, and an ONNX file holds 2", "make it smaller")
     # The exporter takes a batch of one for a fixed one: two examples, whatever came.
-    inputs = tree_map(lambda tensor: tensor[torch.arange(2) % len(tensor)], moved(example_inputs, device_of(model)))
+    inputs = tree_map(lambda tensor: tensor[torch.arange(2) % len(tensor)], to_device(example_inputs, device_of(model)))
     try:
         names = output_names(model, inputs)
     except Exception as failure:
@@ -139,10 +140,11 @@ def _write(model: nn.Module, path: Path, example_inputs: Any, opset: int) -> Non
 
 
 def _exported(model: nn.Module, inputs: Any, names: list[str], opset: int) -> Any:
-    """Give the model as torch's exporter translates it, an `onnx_ir.Model`."""
+    """Return the model as torch's exporter translates it, an `onnx_ir.Model`."""
     args, kwargs = as_arguments(inputs)
     batch = torch.export.Dim("batch")
     try:
+        # dynamo=True: torch's older exporter traces one run, and sizes that Python computed become constants.
         with _quiet():
             program = torch.onnx.export(
                 model,
@@ -170,7 +172,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _refuse_surprises(name: str, exported: Any, opset: int) -> None:
-    """The exporter goes on where it finds a fixed batch size, and where it cannot give the opset."""
+    """Refuse what the exporter goes on with: a fixed batch size, and an opset that it cannot write."""
     if any(isinstance(tensor.shape[0], int) for tensor in exported.graph.inputs):
         instead = "write x.flatten(1) or x.view(x.shape[0], ...) for x.view(2, ...)"
         raise ExportError(name, "its code fixes the batch size", instead)
@@ -180,6 +182,7 @@ def _refuse_surprises(name: str, exported: Any, opset: int) -> None:
 
 def _forget_sources(exported: Any) -> None:
     """Take away the stack traces: of no use at run time, and they name the folders of this machine."""
+    # A file that depends on where it was made could not be compared by its checksum either.
     for node in exported.graph.all_nodes():
         node.metadata_props.clear()
 

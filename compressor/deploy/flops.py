@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
@@ -10,7 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compressor._utils import as_arguments, evaluating
+from compressor._utils import as_arguments, eval_mode
+
+logger = logging.getLogger(__name__)
 
 # The operations whose count is multiply-adds. fvcore also counts normalisation (two per value of a BatchNorm in
 # evaluation mode), adaptive pooling (one per input value) and resizing, which are not: a few percent of a ResNet.
@@ -19,16 +22,16 @@ MULTIPLY_ADDS = ("conv", "linear", "addmm", "mm", "bmm", "matmul", "einsum")
 
 
 def fvcore_macs(model: nn.Module, example_inputs: Any) -> int:
-    """Give the multiply-adds of convolutions, Linear layers and matrix products; the model is left as it was.
+    """Return the multiply-adds of convolutions, Linear layers and matrix products; the model is left as it was.
 
     Args:
         model: any module that `torch.jit.trace` can follow.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; the count is for this batch.
     """
     args, kwargs = as_arguments(example_inputs)
-    traced, inputs = (_ByKeyword(model, list(kwargs)), tuple(kwargs.values())) if kwargs else (model, args)
-    with evaluating(model), _no_hooks_left(model):
-        counts = _counts(traced, inputs)
+    traced = _ByKeyword(model, list(kwargs)) if kwargs else model
+    with eval_mode(model), _no_hooks_left(model):
+        counts = _counts(traced, tuple(kwargs.values()) if kwargs else args)
     return int(sum(counts[name] for name in MULTIPLY_ADDS))
 
 
@@ -38,8 +41,11 @@ def _counts(model: nn.Module, inputs: tuple[Any, ...]) -> Counter[str]:
         warnings.simplefilter("ignore", DeprecationWarning)
         from fvcore.nn import FlopCountAnalysis
     analysis = FlopCountAnalysis(model, inputs).tracer_warnings("none")
+    # fvcore's own warnings come once for each op and to its own logger; ours is one line.
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     counts: Counter[str] = analysis.by_operator()
+    if unknown := sorted(analysis.unsupported_ops()):
+        logger.info("fvcore has no count for %s: they add nothing to its figure", ", ".join(unknown))
     return counts
 
 

@@ -2,10 +2,14 @@
 
 Both run the same examples in batches of 1 and of 7. Every output must agree within `TOLERANCE` of its scale, and the
 top-1 class must be the same wherever the model's own choice is clearer than that.
+
+A worked example: the scores `[8.0, 7.9995, -2.0]` have the scale 8, so that 0.0008 is allowed. `[7.9995, 8.0, -2.0]`
+passes, though its top-1 class is another: the model's own margin, 0.0005, is within what is allowed.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from compressor._utils import as_arguments, batch_size, device_of, full_precision, moved, named_tensors
+from compressor._utils import as_arguments, batch_size, device_of, named_tensors, tf32_disabled, to_device
 from compressor.deploy.session import open_session
 from compressor.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 TOLERANCE = 1e-4  # of the largest absolute value of an output
-BATCH_SIZES = (1, 7)
+BATCH_SIZES = (1, 7)  # one that exporters like to fix, and one that no kernel is made for
 RANDOM_EXAMPLES = 7
 
 Run = Callable[[Any], list[Tensor]]
@@ -33,18 +39,26 @@ class UnequalError(Exception):
 
 @dataclass
 class Parity:
-    """What a comparison saw: largest differences, absolute and relative to the scale; how many examples, and where."""
+    """What a comparison saw.
+
+    Attributes:
+        max_abs_difference: largest difference, over all outputs and examples.
+        relative: largest difference as a share of its output's scale.
+        images: how many examples were compared.
+        providers: where onnxruntime ran them.
+        same_class: `(B,)` for each comparison of class scores, whether the top-1 class was the same.
+    """
 
     max_abs_difference: float = 0.0
     relative: float = 0.0
     images: int = 0
     providers: tuple[str, ...] = ()
-    _same_class: list[Tensor] = field(default_factory=list)
+    same_class: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
     def top1_agreement(self) -> float:
         """Share of the examples with the same top-1 class; NaN where there are no class scores."""
-        return float(torch.cat(self._same_class).double().mean()) if self._same_class else math.nan
+        return float(torch.cat(self.same_class).double().mean()) if self.same_class else math.nan
 
 
 def compare(model: nn.Module, path: Path, examples: list[Any]) -> Parity:
@@ -62,7 +76,8 @@ def compare(model: nn.Module, path: Path, examples: list[Any]) -> Parity:
     runs = {session.get_providers()[0]: _onnx_run(session) for session in _sessions(path)}
     names = output_names(model, examples[0])
     for size in BATCH_SIZES:
-        with full_precision():
+        # PyTorch once for each size, and every provider against it.
+        with tf32_disabled():
             expected = _answers(_torch_run(model), examples, size)
         for provider, run in runs.items():
             where = f"at batch size {size} on {provider}"
@@ -70,13 +85,13 @@ def compare(model: nn.Module, path: Path, examples: list[Any]) -> Parity:
                 got = _answers(run, examples, size)
             except Exception as refusal:
                 raise UnequalError(f"onnxruntime does not run it {where}: {first_line(refusal)}") from refusal
-            _judge(parity, names, expected, got, where)
+            judge(parity, names, expected, got, where)
     parity.providers = tuple(runs)
     return parity
 
 
 def first_line(failure: BaseException) -> str:
-    """Give the type and the first line of the error that began a chain of errors."""
+    """Return the type and the first line of the error that began a chain of errors."""
     while failure.__cause__ is not None:
         failure = failure.__cause__
     return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
@@ -84,14 +99,15 @@ def first_line(failure: BaseException) -> str:
 
 def output_names(model: nn.Module, inputs: Any) -> list[str]:
     """Name the outputs after their place in what the model returns: `output`, or `output_logits`, `output_0`, ..."""
-    args, kwargs = as_arguments(moved(inputs, device_of(model)))
+    args, kwargs = as_arguments(to_device(inputs, device_of(model)))
     return [f"output_{place}".strip("_") for place, _ in named_tensors(model(*args, **kwargs))]
 
 
 def random_like(example_inputs: Any) -> Any:
-    """Give seven random examples: normal numbers; whole numbers are drawn from those that the example holds."""
+    """Return seven random examples: normal numbers; whole numbers are drawn from those that the example holds."""
     generator = torch.Generator().manual_seed(0)
 
+    # Whole numbers are indices as a rule, of words say: one that was never seen could be out of range.
     def draw(tensor: Tensor) -> Tensor:
         shape = (RANDOM_EXAMPLES, *tensor.shape[1:])
         if tensor.is_floating_point():
@@ -111,8 +127,10 @@ def _sessions(path: Path) -> Iterator[Any]:
         yield open_session(path, "cpu", threads=torch.get_num_threads())
         if torch.cuda.is_available():
             yield open_session(path, "cuda", tf32=False)
-    except InputError:
-        return
+        else:
+            logger.info("no GPU here: %s is compared on the CPU only", path.name)
+    except InputError as unusable:  # a GPU that PyTorch uses and onnxruntime does not: the CPU has been opened
+        logger.warning("%s is compared on the CPU only: %s", path.name, unusable)
     except Exception as refusal:
         raise UnequalError(f"onnxruntime does not load it: {first_line(refusal)}") from refusal
 
@@ -121,7 +139,7 @@ def _torch_run(model: nn.Module) -> Run:
     device = device_of(model)
 
     def run(inputs: Any) -> list[Tensor]:
-        args, kwargs = as_arguments(moved(inputs, device))
+        args, kwargs = as_arguments(to_device(inputs, device))
         return [tensor.detach().cpu() for _, tensor in named_tensors(model(*args, **kwargs))]
 
     return run
@@ -141,7 +159,8 @@ def _answers(run: Run, examples: list[Any], size: int) -> list[Tensor]:
     """Run all examples in batches of `size`; every output joined along its first dimension."""
     batches = [run(batch) for inputs in examples for batch in _batches(inputs, size)]
     joined = zip(*batches, strict=True)
-    return [torch.cat([part.reshape(part.shape or (1,)) for part in parts]) for parts in joined]
+    # A lone number, a loss say, has no dimension to be joined along.
+    return [torch.cat([piece.reshape(piece.shape or (1,)) for piece in pieces]) for pieces in joined]
 
 
 def _batches(inputs: Any, size: int) -> Iterator[Any]:
@@ -152,22 +171,29 @@ def _batches(inputs: Any, size: int) -> Iterator[Any]:
 # -- judging
 
 
-def _judge(parity: Parity, names: list[str], expected: list[Tensor], got: list[Tensor], where: str) -> None:
-    """Compare all outputs of one run, and keep the largest difference."""
+def judge(parity: Parity, names: list[str], expected: list[Tensor], got: list[Tensor], where: str) -> None:
+    """Compare all outputs of one run; writes the largest difference into `parity`.
+
+    Raises:
+        UnequalError: the outputs are others, or differ by more than is allowed.
+    """
     if len(got) != len(expected):
         raise UnequalError(f"it gives {len(got)} outputs {where}, and the model {len(expected)}")
     for name, ours, theirs in zip(names, expected, got, strict=True):
         if ours.shape != theirs.shape:
             raise UnequalError(f"{name!r} has shape {tuple(theirs.shape)} {where}, and the model's {tuple(ours.shape)}")
         allowed = _judge_values(parity, name, ours, theirs, where)
+        # Classifiers return their scores first; what else they return is no choice between classes.
         if name == names[0] and ours.dim() == 2 and ours.shape[1] > 1:
             _judge_classes(parity, name, ours, theirs, allowed, where)
 
 
 def _judge_values(parity: Parity, name: str, ours: Tensor, theirs: Tensor, where: str) -> float:
-    """Compare the values of one output; gives the difference that is allowed: none between whole numbers."""
+    """Compare the values of one output; return the difference that is allowed: none between whole numbers."""
     tolerance = TOLERANCE if ours.is_floating_point() else 0.0
-    ours, theirs = ours.double(), theirs.double()
+    ours = ours.double()
+    theirs = theirs.double()
+    # Equal infinities and NaNs are equal answers, and have no difference.
     same = (ours == theirs) | (ours.isnan() & theirs.isnan())
     difference = float(torch.where(same, 0.0, (ours - theirs).abs()).max()) if ours.numel() else 0.0
     scale = float(ours[ours.isfinite()].abs().max()) if ours.isfinite().any() else 0.0
@@ -187,4 +213,4 @@ def _judge_classes(parity: Parity, name: str, ours: Tensor, theirs: Tensor, allo
     first, second = ours.double().topk(2).values.unbind(1)
     if wrong := int((~same & (first - second > allowed)).sum()):
         raise UnequalError(f"{name!r} has another top-1 class for {wrong} of {len(ours)} examples {where}")
-    parity._same_class.append(same)
+    parity.same_class.append(same)

@@ -29,10 +29,11 @@ def open_session(path: Path, device: str = "cpu", *, threads: int = 1, tf32: boo
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3  # errors only
+    options.log_severity_level = 3  # errors only; it writes to stderr, past Python's logging
     # Idle threads must not spin between two calls: they would slow down whatever is measured in turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     provider = _provider(torch.device(device), tf32)
+    # enable_fallback=0: else a GPU that fails is exchanged for the CPU, and a latency is reported of the wrong device.
     session = onnxruntime.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
     if provider[0] not in session.get_providers():
         raise InputError(_no_device(device, session.get_providers()))

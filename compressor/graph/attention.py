@@ -31,7 +31,7 @@ class HeadwiseAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Give the attended values and, if asked, the weights; arguments and shapes as in `nn.MultiheadAttention`."""
+        """Return the attended values and, if asked, the weights; arguments and shapes as in `nn.MultiheadAttention`."""
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask: pass attn_mask with it")
         batched, time_first = query.dim() == 3, not self.batch_first
@@ -42,6 +42,7 @@ class HeadwiseAttention(nn.MultiheadAttention):
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
+            # By `head_dim` as it was built: torch divides by the root of embed_dim / num_heads, which a cut changes.
             scores = q @ k.transpose(-2, -1) / self.head_dim**0.5
             weights = torch.softmax(scores if mask is None else scores + mask, dim=-1)
             mixed = F.dropout(weights, dropout) @ v
@@ -54,9 +55,10 @@ class HeadwiseAttention(nn.MultiheadAttention):
         return result.transpose(0, 1) if time_first else result, weights
 
     def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Give queries, keys and values, each `(..., H * D)`."""
+        """Return queries, keys and values, each `(..., H * D)`."""
         if self.in_proj_weight is None:
             weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+        # One product instead of three, as torch does it, so that rounding is the same too.
         elif query is key and key is value:
             return list(F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
         else:
@@ -78,7 +80,7 @@ def _batch_first(x: Tensor, batched: bool, time_first: bool) -> Tensor:
 
 
 def _mask(q: Tensor, k: Tensor, mask: Tensor | None, padding: Tensor | None) -> Tensor | None:
-    """Give what is added to the scores `(B, H, L, S)`: 0, or minus infinity where attention is forbidden."""
+    """Return what is added to the scores `(B, H, L, S)`: 0, or minus infinity where attention is forbidden."""
     total: Tensor | None = None
     if mask is not None:
         mask = _additive(mask, q.dtype)
@@ -99,7 +101,9 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def headwise(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Let every plain `nn.MultiheadAttention` among the modules run as `HeadwiseAttention` inside the `with`."""
+    """Run every plain `nn.MultiheadAttention` among the modules as `HeadwiseAttention` inside the `with`."""
+    # A subclass has a forward of its own, which may be anything. The class is changed, and not the module replaced, so
+    # that parameters, hooks and references to it stay.
     plain = [module for module in modules if type(module) is nn.MultiheadAttention]
     try:
         for module in plain:
@@ -111,9 +115,9 @@ def headwise(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def refit_attention(module: nn.MultiheadAttention) -> dict[str, object]:
-    """Give the widths of an attention's weights, by attribute, and change its class if they ask for it."""
+    """Return the widths of an attention's weights, by attribute, and change its class if they ask for it."""
     first = module.in_proj_weight if module.in_proj_weight is not None else module.q_proj_weight
-    inner = module.out_proj.weight.shape[1]
+    inner = module.out_proj.weight.shape[1]  # H * D; `head_dim` stays, since heads are cut whole
     widths = {"embed_dim": first.shape[1], "num_heads": inner // module.head_dim}
     if module.in_proj_weight is None:
         widths |= {"kdim": module.k_proj_weight.shape[1], "vdim": module.v_proj_weight.shape[1]}

@@ -3,16 +3,39 @@
 Every axis of every tensor is one of three things:
 
 * an array of *labels*, one per position: two positions with the same label are the same channel;
-* `Blank.FIXED`: positions that nobody cuts (batch, space, model inputs);
-* `Blank.FREE`: the same value at every position (size one, expanded, filled): it fits whatever it meets.
+* `Unlabeled.UNPRUNABLE`: positions that nobody cuts (batch, space, model inputs);
+* `Unlabeled.BROADCAST`: the same value at every position (size one, expanded, filled): it fits whatever it meets.
 
-Labels are only ever tied, frozen or marked while a model runs; `Labels.solve` then finds the classes at once. What was
-handed out is kept in a journal, in order, so that a run of the cut model can be held against it.
+Labels are only ever tied, frozen or marked while a model runs; `Labels.solve` then finds the classes at once. Every
+axis of labels that was returned is kept in a journal, in order, so that a run of the cut model can be compared with it.
 
-Merging two labelled axes, or splitting one into two, gives a *rectangle*: position `(i, j)` of the whole belongs to row
-`i` and column `j`. A cut must leave a rectangle, so either rows or columns can go, not both. Which one is decided
-last, when everything that forbids one of them is known.
+Merging two labelled axes, or splitting one into two, makes a *rectangle*: position `(i, j)` of the merged axis belongs
+to row `i` and column `j`. A cut must leave a rectangle, so either rows or columns can go, not both. Which one is
+decided last, when everything that forbids one of them is known.
 """
+
+# A worked example: a residual block of four channels on images of 2 x 2; "-" is UNPRUNABLE.
+#
+#   conv1.weight (4, 3, 1, 1)   dim 0: [0 1 2 3]    dim 1: [4 5 6]
+#   h = conv1(x)                (-, [0 1 2 3], -, -)        [4 5 6] meets the model's input, and is frozen
+#   conv2.weight (4, 4, 1, 1)   dim 0: [7 8 9 10]   dim 1: [11 12 13 14]
+#   y = conv2(h)                (-, [7 8 9 10], -, -)       ties 0-11 1-12 2-13 3-14: conv2 reads h
+#   h + y                       (-, [0 1 2 3], -, -)        ties 0-7 1-8 2-9 3-10
+#
+# `solve` finds four classes that can be cut, {0 7 11}, {1 8 12}, {2 9 13}, {3 10 14}: both convolutions lose an output
+# together, and conv2 the input at the same position.
+#
+#   (h + y).flatten(1)          (-, [0 0 0 0 1 1 1 1 2 2 2 2 3 3 3 3])
+#
+# A merge with space repeats labels: 16 positions, four for each channel (K = 4). A channel shuffle by hand splits:
+#
+#   h.view(b, 2, 2, h, w)       (-, [15 16], [17 18], -, -)            17 18
+#                                                                   15  0  1
+#                                                                   16  2  3
+#   .transpose(1, 2)            (-, [17 18], [15 16], -, -)
+#   .reshape(b, 4, h, w)        (-, [0 2 1 3], -, -)        the same rectangle, read down its columns: no new labels
+#
+# If rows go, {0 1 15} and {2 3 16} are the channels, and 17, 18 are frozen; if columns, {0 2 17} and {1 3 18}.
 
 from __future__ import annotations
 
@@ -31,35 +54,35 @@ IntArray: TypeAlias = NDArray[np.int64]
 BoolArray: TypeAlias = NDArray[np.bool_]
 
 
-class Blank(enum.Enum):
+class Unlabeled(enum.Enum):
     """An axis without channels."""
 
-    FIXED = "fixed"
-    FREE = "free"
+    UNPRUNABLE = "unprunable"
+    BROADCAST = "broadcast"
 
 
-FIXED, FREE = Blank.FIXED, Blank.FREE
-Axis: TypeAlias = IntArray | Blank
+UNPRUNABLE, BROADCAST = Unlabeled.UNPRUNABLE, Unlabeled.BROADCAST
+Axis: TypeAlias = IntArray | Unlabeled
 
 
-def blank(size: int) -> Blank:
-    """Give the axis of that size that carries no channels."""
-    return FREE if size == 1 else FIXED
+def unlabeled(size: int) -> Unlabeled:
+    """Return the axis of that size that carries no channels."""
+    return BROADCAST if size == 1 else UNPRUNABLE
 
 
 @dataclass(frozen=True, eq=False)
 class Rectangle:
-    """An axis and its factors: `whole`, reshaped to their lengths, is at `[i, j, ...]` what is on row i, column j."""
+    """An axis and its factors: `merged`, reshaped to their lengths, is at `[i, j, ...]` what is on row i, column j."""
 
-    whole: IntArray
+    merged: IntArray
     factors: tuple[IntArray, ...]
 
-    def rows(self, chosen: int) -> tuple[IntArray, IntArray]:
-        """Give two equally long arrays: the whole's labels, and the chosen factor's label at each of them."""
+    def ties(self, side: int) -> tuple[IntArray, IntArray]:
+        """Return two equally long arrays: the merged axis' labels, and the label of one factor at each of them."""
         shape = [len(factor) for factor in self.factors]
-        lines = [1] * len(shape)
-        lines[chosen] = shape[chosen]
-        return self.whole, np.broadcast_to(self.factors[chosen].reshape(lines), shape).ravel()
+        line = [1] * len(shape)
+        line[side] = shape[side]
+        return self.merged, np.broadcast_to(self.factors[side].reshape(line), shape).ravel()
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +90,12 @@ class Classes:
     """The solved labels.
 
     Attributes:
-        of: `(number of labels,)` the class of each label.
+        class_ids: `(number of labels,)` the class of each label.
         reasons: by class that is frozen, why.
-        inexact: classes for which silencing and cutting differ.
+        inexact: classes for which masking and cutting differ.
     """
 
-    of: IntArray
+    class_ids: IntArray
     reasons: dict[int, str]
     inexact: frozenset[int]
 
@@ -87,26 +110,28 @@ class Labels:
         self._ties: list[tuple[IntArray, IntArray]] = []
         self._frozen: list[tuple[IntArray, str]] = []
         self._inexact: list[IntArray] = []
-        self._mixed: list[IntArray] = []
-        self._whole: dict[int, Rectangle] = {}
-        self._corner: dict[int, tuple[Rectangle, int]] = {}
+        self._contracted: list[IntArray] = []
+        # The latest rectangle by the first label of its merged axis, and of each factor. Whoever looks one up compares
+        # all labels: an entry that was overwritten costs a second rectangle, never a wrong one.
+        self._by_merged: dict[int, Rectangle] = {}
+        self._by_factor: dict[int, tuple[Rectangle, int]] = {}
 
     # -- what is recorded while the model runs
 
-    def fresh(self, size: int) -> IntArray:
-        """Give labels that nothing else has, and write them into the journal."""
-        labels = self.new(size)
+    def new_axis(self, size: int) -> IntArray:
+        """Return labels that nothing else has, and write them into the journal."""
+        labels = self.allocate(size)
         self.journal.append([labels])
         return labels
 
-    def new(self, size: int) -> IntArray:
-        """Give labels that nothing else has."""
+    def allocate(self, size: int) -> IntArray:
+        """Return labels that nothing else has; the journal does not know them."""
         self.count += size
         return np.arange(self.count - size, self.count, dtype=np.int64)
 
     def tie(self, first: IntArray, second: IntArray) -> None:
         """Make two equally long arrays of labels the same channels, position by position."""
-        if first is not second:
+        if first is not second:  # an array tied to itself says nothing, and is most of what element-wise ops tie
             self._ties.append((first, second))
 
     def freeze(self, axis: Axis, reason: str) -> None:
@@ -115,85 +140,87 @@ class Labels:
             self._frozen.append((axis, reason))
 
     def mark_inexact(self, axis: Axis) -> None:
-        """Note that channels of this axis are mixed without a weight: silencing is not cutting."""
+        """Note that channels of this axis are mixed without a weight: masking is not cutting."""
         if isinstance(axis, np.ndarray):
             self._inexact.append(axis)
 
-    def mark_mixed(self, axis: Axis) -> None:
+    def mark_contracted(self, axis: Axis) -> None:
         """Note that two activations are contracted over this axis: of a rectangle, rather cut another side."""
         if isinstance(axis, np.ndarray):
-            self._mixed.append(axis)
+            self._contracted.append(axis)
             self._inexact.append(axis)
 
     # -- merging and splitting
 
     def merge(self, axes: Sequence[Axis], sizes: Sequence[int]) -> Axis:
-        """Give the axis that flattening `axes` (first one slowest) results in."""
+        """Return the axis that flattening `axes` (first one slowest) results in."""
         arrays = [axis for axis in axes if isinstance(axis, np.ndarray)]
         if not arrays:
-            return FREE if all(axis is FREE for axis in axes) else FIXED
-        core = arrays[0] if len(arrays) == 1 else self.join(arrays)
+            return BROADCAST if all(axis is BROADCAST for axis in axes) else UNPRUNABLE
+        labelled = arrays[0] if len(arrays) == 1 else self.merge_arrays(arrays)
         shape = [size if isinstance(axis, np.ndarray) else 1 for axis, size in zip(axes, sizes, strict=True)]
-        return np.broadcast_to(core.reshape(shape), sizes).ravel()
+        return np.broadcast_to(labelled.reshape(shape), sizes).ravel()
 
     def split(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
-        """Give the axes that unflattening `axis` into `sizes` results in; the inverse of `merge`."""
+        """Return the axes that unflattening `axis` into `sizes` results in; the inverse of `merge`."""
         if not isinstance(axis, np.ndarray):
-            return [FREE if size == 1 else axis for size in sizes]
+            return [BROADCAST if size == 1 else axis for size in sizes]
         if len(sizes) == 1:
             return [axis]
-        result: list[Axis] = [blank(size) for size in sizes]
+        result: list[Axis] = [unlabeled(size) for size in sizes]
         wide = [index for index, size in enumerate(sizes) if size > 1]
-        kept = self.part(axis, [sizes[index] for index in wide])
-        for index, factor in zip(wide, kept, strict=True):
+        factors = self.split_array(axis, [sizes[index] for index in wide])
+        for index, factor in zip(wide, factors, strict=True):
             result[index] = factor
         return result
 
-    def join(self, arrays: Sequence[IntArray]) -> IntArray:
-        """Give the labels of several labelled axes flattened into one."""
-        whole = self._known_whole(arrays)
-        if whole is None:
-            whole = self._rectangle(self.new(math.prod(map(len, arrays))), arrays).whole
-        self.journal.append([whole])
-        return whole
+    def merge_arrays(self, arrays: Sequence[IntArray]) -> IntArray:
+        """Return the labels of several labelled axes flattened into one."""
+        merged = self._undo_split(arrays)
+        if merged is None:
+            merged = self._rectangle(self.allocate(math.prod(map(len, arrays))), arrays).merged
+        self.journal.append([merged])
+        return merged
 
-    def part(self, axis: IntArray, sizes: Sequence[int]) -> list[Axis]:
-        """Give the axes of a labelled axis reshaped to `sizes`, all of them larger than one."""
-        factors = self._parted(axis, sizes)
+    def split_array(self, axis: IntArray, sizes: Sequence[int]) -> list[Axis]:
+        """Return the axes of a labelled axis reshaped to `sizes`, all of them larger than one."""
+        factors = self._factors(axis, sizes)
         self.journal.append(factors)
         return factors
 
-    def _parted(self, axis: IntArray, sizes: Sequence[int]) -> list[Axis]:
+    def _factors(self, axis: IntArray, sizes: Sequence[int]) -> list[Axis]:
         if len(sizes) == 1:
             return [axis]
         block = axis.reshape(tuple(sizes))
+        # Labels that vary along one dimension only are channels merged with space, taken apart again: no rectangle.
         for index in range(len(sizes)):
             line = block[tuple(slice(None) if i == index else 0 for i in range(len(sizes)))]
             if (np.moveaxis(block, index, -1) == line).all():
-                return [line if i == index else FIXED for i in range(len(sizes))]
-        known = self._whole.get(int(axis[0]))
-        if known and [len(f) for f in known.factors] == list(sizes) and np.array_equal(known.whole, axis):
+                return [line if i == index else UNPRUNABLE for i in range(len(sizes))]
+        # The same split twice (queries and keys of one tensor) must find the same factors, or heads would not meet.
+        known = self._by_merged.get(int(axis[0]))
+        if known and [len(f) for f in known.factors] == list(sizes) and np.array_equal(known.merged, axis):
             return list(known.factors)
-        return list(self._rectangle(axis, [self.new(size) for size in sizes]).factors)
+        return list(self._rectangle(axis, [self.allocate(size) for size in sizes]).factors)
 
-    def _known_whole(self, arrays: Sequence[IntArray]) -> IntArray | None:
-        """Undo an earlier split, in whatever order its sides come back (a channel shuffle swaps them)."""
-        corners = [self._corner.get(int(array[0])) for array in arrays]
-        rectangle = corners[0][0] if corners[0] else None
-        if rectangle is None or any(corner is None or corner[0] is not rectangle for corner in corners):
+    def _undo_split(self, arrays: Sequence[IntArray]) -> IntArray | None:
+        """Return the axis that was split into these, in whatever order they come (a channel shuffle swaps them)."""
+        found = [self._by_factor.get(int(array[0])) for array in arrays]
+        rectangle = found[0][0] if found[0] else None
+        if rectangle is None or any(each is None or each[0] is not rectangle for each in found):
             return None
-        order = [corner[1] for corner in corners if corner]
+        order = [each[1] for each in found if each]
         same = all(np.array_equal(rectangle.factors[i], a) for i, a in zip(order, arrays, strict=True))
         if sorted(order) != list(range(len(rectangle.factors))) or not same:
             return None
-        return rectangle.whole.reshape([len(f) for f in rectangle.factors]).transpose(order).ravel()
+        return rectangle.merged.reshape([len(f) for f in rectangle.factors]).transpose(order).ravel()
 
-    def _rectangle(self, whole: IntArray, factors: Sequence[IntArray]) -> Rectangle:
-        rectangle = Rectangle(whole, tuple(factors))
+    def _rectangle(self, merged: IntArray, factors: Sequence[IntArray]) -> Rectangle:
+        rectangle = Rectangle(merged, tuple(factors))
         self.rectangles.append(rectangle)
-        self._whole[int(whole[0])] = rectangle
+        self._by_merged[int(merged[0])] = rectangle
         for index, factor in enumerate(factors):
-            self._corner[int(factor[0])] = (rectangle, index)
+            self._by_factor[int(factor[0])] = (rectangle, index)
         return rectangle
 
     # -- solving
@@ -203,28 +230,36 @@ class Labels:
         solver = _Solver(self.count, self._ties)
         for axis, reason in self._frozen:
             solver.freeze(axis, reason)
-        mixed = np.concatenate([*self._mixed, np.empty(0, dtype=np.int64)])
+        contracted = np.concatenate([*self._contracted, np.empty(0, dtype=np.int64)])
         chosen: list[IntArray] = [np.empty(0, dtype=np.int64)]
+        # NOTE: In the order of the model. Each choice freezes the other side, and later choices see that.
         for rectangle in self.rectangles:
-            side = self._side(solver, rectangle, mixed, chosen)
-            solver.tie(*rectangle.rows(side))
+            side = self._choose_side(solver, rectangle, contracted, chosen)
+            solver.tie(*rectangle.ties(side))
             chosen.append(rectangle.factors[side])
             for index, factor in enumerate(rectangle.factors):
                 if index != side:
                     solver.freeze(factor, "the other side of a rectangle (a view into blocks) is the one that is cut")
         inexact = np.concatenate([*self._inexact, np.empty(0, dtype=np.int64)])
-        return Classes(solver.of(), solver.reasons, frozenset(np.unique(solver.classes(inexact)).tolist()))
+        return Classes(solver.class_ids(), solver.reasons, frozenset(np.unique(solver.classes(inexact)).tolist()))
 
     @staticmethod
-    def _side(solver: _Solver, rectangle: Rectangle, mixed: IntArray, chosen: list[IntArray]) -> int:
-        """Prefer a side that an earlier rectangle took; then one that can be cut, is not mixed, and is the longest."""
-        busy = set(solver.classes(mixed).tolist())
-        taken = set(solver.classes(np.concatenate(chosen)).tolist())
+    def _choose_side(solver: _Solver, rectangle: Rectangle, contracted: IntArray, chosen: list[IntArray]) -> int:
+        """Return the best side: it can be cut, an earlier rectangle took it, nothing contracts it, it is longest."""
+        contracted_classes = set(solver.classes(contracted).tolist())
+        chosen_classes = set(solver.classes(np.concatenate(chosen)).tolist())
 
         def merit(side: int) -> tuple[bool, bool, bool, int]:
             classes = set(solver.classes(rectangle.factors[side]).tolist())
-            free = any(found not in solver.reasons for found in classes)
-            return free, bool(classes & taken), not (classes & busy), len(rectangle.factors[side])
+            prunable = any(each not in solver.reasons for each in classes)
+            # Queries, keys and values are three rectangles with common heads: they must take the same side, or each
+            # would freeze the others'. Of heads and their width, the width is contracted (q @ k), so heads go.
+            return (
+                prunable,
+                bool(classes & chosen_classes),
+                not (classes & contracted_classes),
+                len(rectangle.factors[side]),
+            )
 
         return max(range(len(rectangle.factors)), key=merit)
 
@@ -240,34 +275,39 @@ class _Solver:
         self.reasons: dict[int, str] = {}
 
     def classes(self, labels: IntArray) -> IntArray:
-        """Give the class of each label as known now."""
+        """Return the class of each label as known now."""
         return self._merged[self._base[labels]]
 
-    def of(self) -> IntArray:
-        """Give the class of every label."""
+    def class_ids(self) -> IntArray:
+        """Return the class of every label."""
         return self._merged[self._base]
 
     def freeze(self, labels: IntArray, reason: str) -> None:
         """Freeze the classes of these labels; the first reason stays."""
-        for found in np.unique(self.classes(labels)).tolist():
-            self.reasons.setdefault(found, reason)
+        for each in np.unique(self.classes(labels)).tolist():
+            self.reasons.setdefault(each, reason)
 
     def tie(self, first: IntArray, second: IntArray) -> None:
         """Make more labels the same, and carry freezing along."""
         both = np.stack([self.classes(first), self.classes(second)])
+        # Only the classes that the tie touches are solved again; a rectangle has few of all that a network has.
         touched, index = np.unique(both, return_inverse=True)
         index = index.reshape(both.shape)
-        parts = _components(len(touched), index[0], index[1])
-        leader = np.full(int(parts.max(initial=-1)) + 1, np.iinfo(np.int64).max, dtype=np.int64)
-        np.minimum.at(leader, parts, touched)
-        step = np.arange(len(self._merged), dtype=np.int64)
-        step[touched] = leader[parts]
-        self._merged = step[self._merged]
-        self.reasons = {int(step[found]): reason for found, reason in reversed(self.reasons.items())}
+        components = _components(len(touched), index[0], index[1])
+        representative = np.full(int(components.max(initial=-1)) + 1, np.iinfo(np.int64).max, dtype=np.int64)
+        np.minimum.at(representative, components, touched)
+        merge = np.arange(len(self._merged), dtype=np.int64)
+        merge[touched] = representative[components]
+        self._merged = merge[self._merged]
+        reasons: dict[int, str] = {}
+        for each, reason in self.reasons.items():
+            reasons.setdefault(int(merge[each]), reason)
+        self.reasons = reasons
 
 
 def _components(count: int, first: IntArray, second: IntArray) -> IntArray:
-    """Give the connected component of each of `count` nodes under the edges `first[i] - second[i]`."""
+    """Return the connected component of each of `count` nodes under the edges `first[i] - second[i]`."""
+    # NOTE: ones as float64. Equal edges are summed, and 256 of them in bytes are no edge at all.
     edges = coo_array((np.ones(len(first)), (first, second)), shape=(count, count))
-    found: IntArray = connected_components(edges, directed=False)[1].astype(np.int64)
-    return found
+    components: IntArray = connected_components(edges, directed=False)[1].astype(np.int64)
+    return components

@@ -7,15 +7,22 @@ chooses among their channels, or cuts them.
 Shape letters: C channels of a group; K positions that one channel holds along a dimension; F values of one channel.
 """
 
+# A worked example: conv a (3 -> 4, no bias), then a flatten of 2 x 2, then Linear b (16 -> 5). One group, C = 4:
+#
+#   Group("a", size=4)
+#     Member("a.weight", dim=0, role="producer", positions=[[0], [1], [2], [3]])                       K = 1
+#     Member("b.weight", dim=1, role="consumer", positions=[[0 1 2 3], [4 5 6 7], [8 ...], [12 ...]])  K = 4
+#
+# Removing channel 1 takes row 1 of a.weight and columns 4 to 7 of b.weight.
+
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Role = Literal["producer", "consumer", "follower"]
 
@@ -39,7 +46,7 @@ class Member:
     role: Role
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """Give what each channel holds of `tensor`, one channel a row: `(C, K * numel / size(dim))`."""
+        """Return what each channel holds of `tensor`, one channel a row: `(C, K * numel / size(dim))`."""
         lines = tensor.movedim(self.dim, 0).flatten(1) if tensor.dim() > 1 else tensor.unsqueeze(1)
         if torch.equal(self.positions.flatten(), torch.arange(len(lines))):
             return lines.reshape(len(self.positions), -1)  # everything in order: nothing to pick, nothing to copy
@@ -76,7 +83,7 @@ class Group:
         size: `C`, the number of channels.
         members: every tensor dimension that a cut of this group narrows.
         inputs: where consumers see these channels.
-        exact: silencing a channel and cutting it give the same output. False behind LayerNorm, a softmax over
+        exact: masking a channel and cutting it give the same output. False behind LayerNorm, a softmax over
             channels, and other operations that mix the channels of the group without a weight.
     """
 
@@ -87,19 +94,20 @@ class Group:
     exact: bool = True
 
     def of_role(self, role: Role) -> tuple[Member, ...]:
-        """Give the members of one role, in the order in which the model uses them."""
+        """Return the members of one role, in the order in which the model uses them."""
         return tuple(member for member in self.members if member.role == role)
 
     def rows(self, tensors: Mapping[str, Tensor], role: Role = "producer") -> Tensor:
-        """Give each channel's values in all members of a role, one channel a row: `(C, F)`.
+        """Return each channel's values in all members of a role, one channel a row: `(C, F)`.
 
         This is the geometry that no criterion has to know. Members whose tensor is missing from `tensors` are left out.
 
         Args:
             tensors: values (or gradients) by name.
-            role: which members; a group without any of this role gives the rows of all its members instead.
+            role: which members; a group without any of this role returns the rows of all its members instead.
         """
         chosen = [member for member in self.of_role(role) if member.tensor in tensors]
+        # Behind an Embedding's rows, or where channels only pass, a group may have no producer at all.
         chosen = chosen or [member for member in self.members if member.tensor in tensors]
         rows = [member.rows(tensors[member.tensor]).float() for member in chosen]
         if len(rows) == 1:
@@ -146,63 +154,3 @@ class Offset:
 
     tensor: str
     sign: Literal[1, -1]
-
-
-@dataclass(eq=False)
-class ChannelGraph:
-    """Which channels of a model go together. Made by `compressor.trace`, narrowed by `compressor.cut`.
-
-    Attributes:
-        model: the traced model itself, not a copy.
-        example_inputs: what the model was run on; a cut is checked on them.
-        groups: the groups that can be cut, in the order in which the model uses them.
-        frozen: dimensions that cannot be cut, each with its reason.
-        params, macs: terms whose sum is the number of parameters, and of multiply-adds for the example inputs.
-        offsets: by weight name, where the mean of a removed input channel can be folded.
-        notes: what the user should know about the trace (a fall-back to real tensors, say).
-        table: all members of all groups as arrays, which a cut narrows (`compressor.graph.table.Table`).
-        trail: every operation of the trace, against which a cut is held (`compressor.graph.trail.Trail`).
-    """
-
-    model: nn.Module
-    example_inputs: Any
-    groups: tuple[Group, ...]
-    frozen: tuple[Frozen, ...]
-    params: tuple[Term, ...] = ()
-    macs: tuple[Term, ...] = ()
-    offsets: Mapping[str, Offset] = field(default_factory=lambda: MappingProxyType({}))
-    notes: tuple[str, ...] = ()
-    table: Any = None
-    trail: Any = None
-    _named: tuple[Sequence[Group], dict[str, Group]] = field(default=((), {}), init=False, repr=False)
-
-    def __getitem__(self, name: str) -> Group:
-        """Give the group called `name`; KeyError if there is none."""
-        if self._named[0] is not self.groups:
-            self._named = (self.groups, {group.name: group for group in self.groups})
-        return self._named[1][name]
-
-    def sizes(self) -> dict[str, int]:
-        """Give the number of channels of every group, by name."""
-        return {group.name: group.size for group in self.groups}
-
-    def freeze(self, names: Collection[str], reason: str) -> None:
-        """Take groups out of the graph: their channels stay, for that reason. Writes the graph, not the model."""
-        sizes = {name: size for name, size in self.sizes().items() if name in names}
-        gone = [member for group in self.groups if group.name in sizes for member in group.members]
-        self.frozen += tuple(Frozen(each.tensor, each.dim, reason, each.positions.numel()) for each in gone)
-        self.groups = tuple(group for group in self.groups if group.name not in sizes)
-        self.params = tuple(_settled(term, sizes) for term in self.params)
-        self.macs = tuple(_settled(term, sizes) for term in self.macs)
-
-
-def _settled(term: Term, sizes: Mapping[str, int]) -> Term:
-    """Give a term in which the channels of some groups are a fixed number."""
-    if not any(name in sizes for extent in term.extents for name in extent.per_channel):
-        return term
-    extents = []
-    for extent in term.extents:
-        fixed = sum(times * sizes[name] for name, times in extent.per_channel.items() if name in sizes)
-        free = {name: times for name, times in extent.per_channel.items() if name not in sizes}
-        extents.append(Extent(extent.fixed + fixed, free))
-    return Term(term.constant, tuple(extents))

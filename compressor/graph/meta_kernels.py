@@ -20,22 +20,25 @@ def _binary(x: object, y: object, *args: object, **kwargs: object) -> Any:
     """Two floating tensors of one type, or one and a number; of one shape and order in memory, or both contiguous."""
     if not isinstance(x, Tensor) or not x.is_floating_point() or kwargs:
         return NotImplemented
+    # A number never changes the type of a floating tensor; another tensor may, and is left to torch unless it matches.
     if isinstance(y, int | float):
         return x.clone()
     if not isinstance(y, Tensor) or y.dtype != x.dtype:
         return NotImplemented
     if (y.shape, y.stride()) == (x.shape, x.stride()):
         return x.clone()
-    plain = x.dim() == y.dim() and x.is_contiguous() and y.is_contiguous()
-    return x.clone() if plain and all(b in (1, a) for a, b in zip(x.shape, y.shape, strict=True)) else NotImplemented
+    same_order = x.dim() == y.dim() and x.is_contiguous() and y.is_contiguous()
+    return (
+        x.clone() if same_order and all(b in (1, a) for a, b in zip(x.shape, y.shape, strict=True)) else NotImplemented
+    )
 
 
 def _mean(x: Tensor, dims: Any = None, keepdim: bool = False, **kwargs: object) -> Any:
     """The mean over some dimensions of a floating tensor in plain order."""
     if not isinstance(dims, list) or not dims or kwargs or not x.is_floating_point() or not x.is_contiguous():
         return NotImplemented
-    gone = {dim % x.dim() for dim in dims}
-    shape = [1 if dim in gone else size for dim, size in enumerate(x.shape) if keepdim or dim not in gone]
+    reduced = {dim % x.dim() for dim in dims}
+    shape = [1 if dim in reduced else size for dim, size in enumerate(x.shape) if keepdim or dim not in reduced]
     return x.new_empty(shape)
 
 
@@ -50,9 +53,11 @@ def _layer_norm(x: Tensor, shape: list[int], *rest: object) -> Any:
     return x.clone(memory_format=torch.contiguous_format), x.new_empty(statistics), x.new_empty(statistics)
 
 
+# Only what shows up hundreds of times in common networks. Every entry is compared with torch's own kernel in
+# tests/test_meta_kernels.py, over memory orders and types: a wrong stride here would make a later `view` fail or copy.
 _UNARY = "relu gelu silu hardswish hardsigmoid hardtanh sigmoid tanh leaky_relu elu mish exp sqrt"
 
-SHORTCUTS: dict[str, Callable[..., Any]] = {
+META_KERNELS: dict[str, Callable[..., Any]] = {
     **{f"aten.{name}": _unary for name in _UNARY.split()},
     **{f"aten.{name}": _binary for name in ("add", "mul", "sub", "div")},
     "aten.mean": _mean,

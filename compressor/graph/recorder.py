@@ -1,7 +1,18 @@
-"""Sees every operation of a model that runs, runs it without data, applies its rule and writes the trail."""
+"""Sees every operation of a model that runs, runs it without data, applies its rule and writes the recording."""
+
+# A worked example: what is written for h = relu(a(x)).view(1, 16) with a convolution a (3 -> 4, 1 x 1, no bias) on one
+# image of 2 x 2. Slots are those of the example in `recording.py`; "-" is UNPRUNABLE and "*" is BROADCAST.
+#
+#   no.  op                module  origins                             input_slots            results      equivariant
+#   0    aten.convolution  "a"     ("input", 0) ("tensor", a.weight)   (* - - -) (0 1 * *)    (* 0 - -)    True
+#   1    aten.relu         ""      ("op", 0, 0)                        (* 0 - -)              (* 0 - -)    True
+#   2    aten.view         ""      ("op", 1, 0)                        (* 0 - -)              (* 2)        False
+#
+# The view is not equivariant: its arguments (1, 16) contain a size that a cut may have to change.
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,158 +25,176 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from compressor._utils import as_arguments
-from compressor.graph.axes import FREE, blank
-from compressor.graph.context import Axes, Flow, Known, Origin, Rule
-from compressor.graph.environment import module_names, plain_attention, undisturbed
-from compressor.graph.meta_kernels import SHORTCUTS
-from compressor.graph.recording import Form, Mismatch, Script, Step
-from compressor.graph.rules import DATA_DEPENDENT, IGNORED, RULES, is_steady
+from compressor.errors import failed_axis_rule, no_axis_rule
+from compressor.graph.axes import BROADCAST, unlabeled
+from compressor.graph.context import Axes, Origin, Rule, TensorInfo, TraceContext
+from compressor.graph.environment import decomposed_attention, module_names, preserve_module_state
+from compressor.graph.meta_kernels import META_KERNELS
+from compressor.graph.recording import OpLog, OpRecord, TensorRecord
+from compressor.graph.replay import Mismatch
+from compressor.graph.rules import DATA_DEPENDENT, IGNORED, RULES, is_equivariant
 from compressor.graph.rules.pointwise import filled
-from compressor.graph.sizes import named_tensors_of, whole_numbers
+from compressor.graph.sizes import integer_attributes, named_model_tensors
 
-_CONSTANT_NUMEL = 1 << 20
-_COMPARED_NUMEL = 64
+logger = logging.getLogger(__name__)
+
+_CONSTANT_NUMEL = 1 << 20  # constants up to here keep their data: tables of positions, masks
+_COMPARED_NUMEL = 64  # constants up to here are compared by value after a cut: a factor such as width ** -0.5
 
 
 class Call(NamedTuple):
-    """One call of an operation: its plain arguments, its tensors, where they came from, and their axes."""
+    """One call of an operation: its arguments that are no tensors, its tensors, where they came from, their axes."""
 
     func: Any
-    name: str
-    plain: tuple[Any, ...]
+    op: str
+    non_tensor_args: tuple[Any, ...]
     inputs: list[Tensor]
     origins: tuple[Origin, ...]
-    taken: tuple[Axes, ...]
+    input_axes: tuple[Axes, ...]
 
 
 @dataclass(eq=False)
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Runs a model once, on tensors without data where `script.meta` says so, and notes everything in flow and script.
+    """Runs a model once, on tensors without data where `log.meta` says so, and notes everything in context and log.
 
     Attributes:
         model: the model, whose parameters and buffers are known by name.
-        flow: the notebook that the rules write.
-        script: the trail that grows.
+        context: what the rules write.
+        log: the recording that grows.
         tensors: the model's parameters and buffers by name, each once.
     """
 
     model: nn.Module
-    flow: Flow
-    script: Script
+    context: TraceContext
+    log: OpLog
     tensors: dict[str, Tensor] = field(init=False)
     _modules: dict[str, nn.Module] = field(init=False)
     _owned: Mapping[int, str] = field(init=False)
-    _twins: dict[int, Tensor] = field(default_factory=dict)
+    _stand_ins: dict[int, Tensor] = field(default_factory=dict)
     _originals: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Let the dispatch mode set itself up."""
+        """Set up the dispatch mode, and find the model's tensors by their names."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._modules = dict(self.model.named_modules())
-        self.tensors = named_tensors_of(self._modules)
+        self.tensors = named_model_tensors(self._modules)
         self._owned = {id(tensor): name for name, tensor in self.tensors.items()}
-        self.flow.says = _Sayings(self._modules, self.flow)
+        self.context.has_size_attribute = _SizeAttributes(self._modules, self.context)
 
     def run(self, example_inputs: Any) -> None:
         """Run the model; what it returns is frozen as its output."""
         args, kwargs = as_arguments(tree_map(self._input, example_inputs))
         modules = self._modules
-        with undisturbed(self.model, modules), plain_attention(modules), module_names(modules, self.flow), self:
+        with (
+            preserve_module_state(self.model, modules),
+            decomposed_attention(modules),
+            module_names(modules, self.context),
+            self,
+        ):
             result = self.model(*args, **kwargs)
-        self.flow.op = self.flow.module = ""
+        self.context.op = self.context.module = ""
         for tensor in _tensors_in(result):
-            self.flow.freeze(self.flow.axes(tensor), "model output")
+            self.context.freeze(self.context.axes(tensor), "model output")
+        for note in self.context.notes.values():
+            logger.warning(note)
 
     def _input(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
-        origin = ("input", len(self.flow.origins))
-        return self._symbol(value, Known(tuple(blank(size) for size in value.shape)), origin)
+        origin = ("input", len(self.context.origins))
+        return self._traced(value, TensorInfo(tuple(unlabeled(size) for size in value.shape)), origin)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation."""
         kwargs = kwargs or {}
-        name, rule = _rule_of(func)
-        tensors, plain = leaves((args, kwargs))
+        op, rule = _rule_of(func)
+        tensors, others = partition_tensors((args, kwargs))
         if rule is filled and args and isinstance(args[0], list) and 0 in args[0]:
             return func(*args, **kwargs)  # nothing is in it; every BatchNorm makes one
-        if rule is not filled and not any(self._is_symbol(tensor, func) for tensor in tensors):
+        if rule is not filled and not any(self._takes_part(tensor, func) for tensor in tensors):
             return self._constant(func, args, kwargs, bool(tensors))
-        if rule is None and name not in IGNORED:
+        # What we have no rule for may consist of operations that we have one for (inference mode sees whole ones).
+        if rule is None and op not in IGNORED:
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        inputs = [tensor if self.flow.takes_part(tensor) else self._stand_in(tensor) for tensor in tensors]
-        if any(map(operator.is_not, inputs, tensors)) or any(isinstance(value, torch.device) for value in plain):
+        inputs = [tensor if self.context.is_traced(tensor) else self._stand_in(tensor) for tensor in tensors]
+        if any(map(operator.is_not, inputs, tensors)) or any(isinstance(value, torch.device) for value in others):
             args, kwargs = self._with_stand_ins(args), self._with_stand_ins(kwargs)
-        out = self._execute(name, func, args, kwargs)
-        self._apply(self._call(func, name, inputs, plain), rule, args, kwargs, out)
+        out = self._execute(op, func, args, kwargs)
+        if op not in IGNORED:
+            self._apply(self._call(func, op, inputs, others), rule, args, kwargs, out)
         return out
 
-    def _call(self, func: Any, name: str, inputs: list[Tensor], plain: list[Any]) -> Call:
-        origins = tuple(self.flow.origins.get(id(tensor)) or self._origin(tensor) for tensor in inputs)
-        taken = tuple(self.flow.axes(tensor) for tensor in inputs)
-        return Call(func, name, comparable(name, plain, inputs), inputs, origins, taken)
+    def _call(self, func: Any, op: str, inputs: list[Tensor], others: list[Any]) -> Call:
+        # Before the rule is applied: an operation in place writes new axes over those of its input.
+        origins = tuple(self.context.origins.get(id(tensor)) or self._origin(tensor) for tensor in inputs)
+        input_axes = tuple(self.context.axes(tensor) for tensor in inputs)
+        return Call(func, op, comparable_args(op, others, inputs), inputs, origins, input_axes)
 
-    def _execute(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        shortcut = SHORTCUTS.get(name) if self.script.meta else None
-        out = shortcut(*args, **kwargs) if shortcut else NotImplemented
+    def _execute(self, op: str, func: Any, args: Any, kwargs: Any) -> Any:
+        kernel = META_KERNELS.get(op) if self.log.meta else None
+        out = kernel(*args, **kwargs) if kernel else NotImplemented
         if out is NotImplemented:
             return func(*args, **kwargs)
         return args[0] if func._schema.is_mutable else out
 
     # -- which tensors have no data
 
-    def _is_symbol(self, tensor: Tensor, func: Any) -> bool:
-        mutable = id(tensor) in self._owned and func._schema.is_mutable
-        return self.flow.takes_part(tensor) or (id(tensor) in self._owned and tensor.is_floating_point()) or mutable
+    def _takes_part(self, tensor: Tensor, func: Any) -> bool:
+        """Return whether an operation on this tensor belongs to the run, and not to the making of a constant."""
+        # Integer buffers are constants (tables of positions) until something writes them: a counter must not count.
+        is_written = id(tensor) in self._owned and func._schema.is_mutable
+        is_weight = id(tensor) in self._owned and tensor.is_floating_point()
+        return self.context.is_traced(tensor) or is_weight or is_written
 
     def _with_stand_ins(self, value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value if self.flow.takes_part(value) else self._stand_in(value)
+            return value if self.context.is_traced(value) else self._stand_in(value)
         if isinstance(value, list | tuple):
             return type(value)(self._with_stand_ins(each) for each in value)
         if isinstance(value, dict):
             return {key: self._with_stand_ins(each) for key, each in value.items()}
-        return torch.device("meta") if isinstance(value, torch.device) and self.script.meta else value
+        return torch.device("meta") if isinstance(value, torch.device) and self.log.meta else value
 
     def _stand_in(self, value: Tensor) -> Tensor:
-        if id(value) in self._twins:
-            return self._twins[id(value)]
+        if id(value) in self._stand_ins:
+            return self._stand_ins[id(value)]
         name = self._owned.get(id(value))
-        twin = self._symbol(value, None if name else self.flow.known(value), self._origin(value))
+        stand_in = self._traced(value, None if name else self.context.info(value), self._origin(value))
         if name:
-            self.flow.enter(twin, name, value.shape)
-            self.flow.keep_numbers(twin, value)
-        self._twins[id(value)] = twin
-        self._originals.append(value)
-        return twin
+            self.context.label_parameter(stand_in, name, value.shape)
+            self.context.keep_values(stand_in, value)
+        self._stand_ins[id(value)] = stand_in
+        self._originals.append(value)  # stand-ins go by id, so no id may be given away twice
+        return stand_in
 
     def _origin(self, tensor: Tensor) -> Origin:
-        """Give where a tensor comes from that no operation of the trail made; of a small constant, also its values."""
+        """Return where a tensor comes from that no recorded operation made; of a small constant, also its values."""
         name = self._owned.get(id(tensor))
         if name:
             return ("tensor", name)
         small = tensor.numel() <= _COMPARED_NUMEL and not tensor.is_meta
         return ("constant", tuple(tensor.shape), str(tensor.tolist()) if small else None)
 
-    def _symbol(self, tensor: Tensor, known: Known | None, origin: Origin) -> Tensor:
-        """Give the tensor that takes part in the run for this one."""
-        twin = tensor.detach()
-        if self.script.meta:
-            twin = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        self.flow.origins[id(twin)] = origin
-        self.flow.know(twin, known or self.flow.known(twin))
-        return twin
+    def _traced(self, tensor: Tensor, info: TensorInfo | None, origin: Origin) -> Tensor:
+        """Return the tensor that takes part in the run for this one."""
+        stand_in = tensor.detach()
+        if self.log.meta:
+            stand_in = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        self.context.origins[id(stand_in)] = origin
+        self.context.set_labels(stand_in, info or self.context.info(stand_in))
+        return stand_in
 
     def _constant(self, func: Any, args: Any, kwargs: dict[str, Any], from_tensors: bool) -> Any:
         """Run an operation on constants alone; large or random results lose their data."""
-        if not self.script.meta or from_tensors:
+        if not self.log.meta or from_tensors:
             return func(*args, **kwargs)
-        shape = func(*args, **{**kwargs, "device": torch.device("meta")}) if "device" in kwargs else None
-        if isinstance(shape, Tensor) and shape.numel() > _CONSTANT_NUMEL:
-            return self._symbol(shape, None, self._origin(shape))
+        result = func(*args, **{**kwargs, "device": torch.device("meta")}) if "device" in kwargs else None
+        if isinstance(result, Tensor) and result.numel() > _CONSTANT_NUMEL:
+            return self._traced(result, None, self._origin(result))
+        # A model that asks for `x.device` gets meta, where its small tables would lose the values that indexing needs.
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
             kwargs = {**kwargs, "device": torch.device("cpu")}
         return func(*args, **kwargs)
@@ -173,63 +202,79 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # -- rules
 
     def _apply(self, call: Call, rule: Rule | None, args: Any, kwargs: Any, out: Any) -> None:
-        flow, name, inputs = self.flow, call.name, call.inputs
-        flow.op = name
-        flow.use(inputs)
-        results = leaves(out)[0]
-        handed_out = len(flow.labels.journal)
+        context, inputs = self.context, call.inputs
+        context.op = call.op
+        context.count_use(inputs)
+        results = partition_tensors(out)[0]
+        returned_axes = len(context.labels.journal)
         axes, understood = self._axes(rule, args, kwargs, out, results, inputs)
-        weights = [flow.weight(tensor) for tensor in inputs]
+        weights = [context.weight(tensor) for tensor in inputs]
         weight = weights[0] if weights and all(weights) else None
-        made_by = flow.weight(inputs[1]) if name == "aten.convolution" else None
+        produced_by = context.weight(inputs[1]) if call.op == "aten.convolution" else None
         for tensor, each in zip(results, axes, strict=True):
-            flow.know(tensor, Known(each, weight, made_by))
-        if name not in IGNORED:
-            number = self._record(call, axes, results, understood and len(flow.labels.journal) == handed_out)
-            flow.origins.update({id(tensor): ("step", number, index) for index, tensor in enumerate(results)})
+            context.set_labels(tensor, TensorInfo(each, weight, produced_by))
+        keeps_axes = understood and len(context.labels.journal) == returned_axes
+        index = self._record(call, axes, results, keeps_axes)
+        context.origins.update({id(tensor): ("op", index, number) for number, tensor in enumerate(results)})
 
-    def _record(self, call: Call, axes: list[Axes], results: list[Tensor], plain: bool) -> int:
-        """Write a step into the script and give its number; `plain` where its rule only handed on what it got."""
-        script = self.script
-        forms = tuple(_form(script, each, tensor) for each, tensor in zip(axes, results, strict=True))
-        sure = all(map(_is_sure, forms)) and all(map(_is_sized, call.taken, call.inputs))
-        step = Step(
+    def _record(self, call: Call, axes: list[Axes], results: list[Tensor], keeps_axes: bool) -> int:
+        """Write a record into the log and return its number; `keeps_axes` where the rule made no axes of its own."""
+        log = self.log
+        tensor_records = tuple(_tensor_record(log, each, tensor) for each, tensor in zip(axes, results, strict=True))
+        # A verification may only skip an operation if sizes and memory of its results follow from the axes alone.
+        predictable = all(map(_has_known_memory, tensor_records))
+        predictable = predictable and all(map(_has_known_sizes, call.input_axes, call.inputs))
+        record = OpRecord(
             func=call.func,
-            op=call.name,
-            module=self.flow.module,
-            plain=call.plain,
-            inputs=call.origins,
-            taken=tuple(script.slots(each) for each in call.taken),
-            results=forms,
-            written=bool(results) and bool(call.inputs) and results[0] is call.inputs[0],
-            steady=script.meta and plain and sure and is_steady(call.name, call.plain),
+            op=call.op,
+            module=self.context.module,
+            non_tensor_args=call.non_tensor_args,
+            origins=call.origins,
+            input_slots=tuple(log.slots(each) for each in call.input_axes),
+            results=tensor_records,
+            in_place=bool(results) and bool(call.inputs) and results[0] is call.inputs[0],
+            equivariant=log.meta and keeps_axes and predictable and is_equivariant(call.op, call.non_tensor_args),
         )
-        if script.loose_from is None and _depends_on_data(call):
-            script.loose_from = len(script.steps)
-        script.steps.append(step)
-        return len(script.steps) - 1
+        if log.data_dependent_from is None and _depends_on_data(call):
+            log.data_dependent_from = len(log.records)
+        log.records.append(record)
+        return len(log.records) - 1
 
     def _axes(
         self, rule: Rule | None, args: Any, kwargs: Any, out: Any, results: list[Tensor], inputs: list[Tensor]
     ) -> tuple[list[Axes], bool]:
         """Apply the rule; where there is none, or it does not fit, nothing that reaches the operation can be cut."""
-        why = "no axis rule for this operation"
+        problem = ""
         try:
-            found = rule(self.flow, out, *args, **kwargs) if rule else None
+            found = rule(self.context, out, *args, **kwargs) if rule else None
             axes = [found] if isinstance(found, tuple) else found
             if axes is not None and _fits(axes, results):
                 return axes, True
+            if rule:
+                problem = f"it returned {_described(axes)} for {_described(results)}"
         except Mismatch:
             raise
         except Exception as failure:
-            why = f"its axis rule failed ({type(failure).__name__}: {failure})"
+            # A rule is a guest, perhaps taught by a user, and may fail halfway: what it tied stays tied, which is on
+            # the safe side, and everything that reaches the operation is frozen.
+            problem = f"{type(failure).__name__}: {failure}"
+        self._freeze_all(inputs, problem)
+        return [tuple(unlabeled(size) for size in tensor.shape) for tensor in results], False
+
+    def _freeze_all(self, inputs: list[Tensor], problem: str) -> None:
+        """Freeze the channels that reach an operation without a rule, or with one that failed; note it once."""
+        context = self.context
+        reason = f"its axis rule failed ({problem})" if problem else "no axis rule for this operation"
         for tensor in inputs:
-            self.flow.freeze(self.flow.axes(tensor), f"{why}, input shape {tuple(tensor.shape)}")
-        return [tuple(blank(size) for size in tensor.shape) for tensor in results], False
+            axes, shape = context.axes(tensor), tuple(tensor.shape)
+            context.freeze(axes, f"{reason}, input shape {shape}")
+            if any(isinstance(axis, np.ndarray) for axis in axes):  # else nothing is lost, and nothing to be said
+                where = (context.op, context.module, shape)
+                context.note(context.op, failed_axis_rule(*where, problem) if problem else no_axis_rule(*where))
 
 
 def _rule_of(func: Any) -> tuple[str, Rule | None]:
-    """Give the name of an operation without its overload, and its rule. In-place ones go by the plain name."""
+    """Return the name of an operation without its overload, and its rule. In-place ones go by the plain name."""
     name = f"{func.namespace}.{func._schema.name.partition('::')[2]}"
     if name not in RULES and func._schema.is_mutable:
         name = name.removesuffix("_")
@@ -237,7 +282,7 @@ def _rule_of(func: Any) -> tuple[str, Rule | None]:
 
 
 def _fits(axes: list[Axes], results: list[Tensor]) -> bool:
-    """Tell whether a rule gave one axis for every dimension of every result, of the right length."""
+    """Return whether a rule returned one axis for every dimension of every result, of the right length."""
     return len(axes) == len(results) and all(
         len(each) == tensor.dim()
         and all(
@@ -247,29 +292,36 @@ def _fits(axes: list[Axes], results: list[Tensor]) -> bool:
     )
 
 
+def _described(values: Any) -> str:
+    """Return what a rule returned, or a result's shape, in few words for a message."""
+    if not isinstance(values, list):
+        return repr(type(values).__name__)
+    return ", ".join(str(tuple(each.shape)) if isinstance(each, Tensor) else f"{len(each)} axes" for each in values)
+
+
 def _depends_on_data(call: Call) -> bool:
-    masked = call.name == "aten.index" and any(index.dtype in (torch.bool, torch.uint8) for index in call.inputs[1:])
-    return masked or call.name in DATA_DEPENDENT
+    masked = call.op == "aten.index" and any(index.dtype in (torch.bool, torch.uint8) for index in call.inputs[1:])
+    return masked or call.op in DATA_DEPENDENT
 
 
-def _form(script: Script, axes: Axes, tensor: Tensor) -> Form:
-    return Form(script.slots(axes), tuple(tensor.shape), tensor.dtype, _memory_order(tensor))
+def _tensor_record(log: OpLog, axes: Axes, tensor: Tensor) -> TensorRecord:
+    return TensorRecord(log.slots(axes), tuple(tensor.shape), tensor.dtype, _memory_order(tensor))
 
 
-def _is_sure(form: Form) -> bool:
-    """Tell whether the memory of a result follows from its axes."""
-    return form.order is not None and all(
-        size == 1 or slot is not FREE for slot, size in zip(form.slots, form.shape, strict=True)
+def _has_known_memory(record: TensorRecord) -> bool:
+    """Return whether the memory of a result follows from its axes."""
+    return record.memory_order is not None and all(
+        size == 1 or slot is not BROADCAST for slot, size in zip(record.slots, record.shape, strict=True)
     )
 
 
-def _is_sized(axes: Axes, tensor: Tensor) -> bool:
-    """Tell whether the size of every dimension follows from its axis; an expanded one can have any."""
-    return all(size == 1 or axis is not FREE for axis, size in zip(axes, tensor.shape, strict=True))
+def _has_known_sizes(axes: Axes, tensor: Tensor) -> bool:
+    """Return whether the size of every dimension follows from its axis; an expanded one can have any."""
+    return all(size == 1 or axis is not BROADCAST for axis, size in zip(axes, tensor.shape, strict=True))
 
 
 def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
-    """Give the dimensions from the slowest to the fastest in memory, or None where there are gaps or overlaps."""
+    """Return the dimensions from the slowest to the fastest in memory, or None where there are gaps or overlaps."""
     if tensor.is_contiguous():
         return tuple(range(tensor.dim()))
     strides = tensor.stride()
@@ -282,51 +334,53 @@ def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     return order
 
 
-def comparable(name: str, plain: list[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
-    """Give an operation's plain arguments as they stay when channels go: a block for every channel is not a number."""
-    if name == "aten.convolution" and plain[-1] == tensors[0].shape[1] > 1:
-        return (*plain[:-1], "channels")
-    return tuple(plain)
+def comparable_args(op: str, others: list[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
+    """Return an operation's arguments that are no tensors, as they stay when channels are removed."""
+    # A depthwise convolution has as many blocks as channels: after a cut the number is another, and means the same.
+    if op == "aten.convolution" and others[-1] == tensors[0].shape[1] > 1:
+        return (*others[:-1], "channels")
+    return tuple(others)
 
 
-def leaves(value: Any) -> tuple[list[Tensor], list[Any]]:
-    """Give the tensors among an operation's arguments or results, and everything else, each in order."""
+def partition_tensors(value: Any) -> tuple[list[Tensor], list[Any]]:
+    """Return the tensors among an operation's arguments or results, and everything else, each in order."""
     tensors: list[Tensor] = []
-    plain: list[Any] = []
-    _collect(value, tensors, plain)
-    return tensors, plain
+    others: list[Any] = []
+    _collect(value, tensors, others)
+    return tensors, others
 
 
-def _collect(value: Any, tensors: list[Tensor], plain: list[Any]) -> None:
+def _collect(value: Any, tensors: list[Tensor], others: list[Any]) -> None:
+    # By hand: torch's pytree takes several times as long, and this runs twice for every operation.
     if isinstance(value, Tensor):
         tensors.append(value)
     elif isinstance(value, list | tuple):
         for each in value:
-            _collect(each, tensors, plain)
+            _collect(each, tensors, others)
     elif isinstance(value, dict):
         for key, each in value.items():
-            plain.append(key)
-            _collect(each, tensors, plain)
+            others.append(key)
+            _collect(each, tensors, others)
     else:
-        plain.append(value)
+        others.append(value)
 
 
-class _Sayings:
+class _SizeAttributes:
     """Tells whether the running module has an attribute of this value: then a size in its code may follow a cut."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], flow: Flow) -> None:
-        self._modules, self._flow = modules, flow
+    def __init__(self, modules: Mapping[str, nn.Module], context: TraceContext) -> None:
+        self._modules, self._context = modules, context
         self._values: dict[str, set[int]] = {}
 
     def __call__(self, value: int) -> bool:
-        name = self._flow.module
+        name = self._context.module
         if name not in self._values:
-            self._values[name] = whole_numbers(self._modules[name])
+            self._values[name] = integer_attributes(self._modules[name])
         return value in self._values[name]
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Give every tensor in a model's result, whatever container or object holds it."""
+    """Return every tensor in a model's result, whatever container or object holds it."""
     for leaf in tree_flatten(value)[0]:
         if isinstance(leaf, Tensor):
             yield leaf

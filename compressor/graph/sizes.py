@@ -1,6 +1,6 @@
-"""Sizes that modules say beside their tensors: attributes such as `in_channels`, and the memory behind a parameter.
+"""Sizes that modules keep beside their tensors: attributes such as `in_channels`, and the memory behind a parameter.
 
-A cut narrows tensors; here is everything else that has to say the same afterwards.
+A cut narrows tensors; here is everything else that must have the same sizes afterwards.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from compressor.graph.attention import refit_attention
 
 
 def replace_data(tensor: Tensor, data: Tensor) -> None:
-    """Give a tensor other memory, of another shape."""
+    """Put other memory, of another shape, behind a tensor that stays the same object; writes the tensor."""
     if tensor.requires_grad:
         # NOTE: A loss that is still referred to keeps its graph alive, and with it the node that accumulates this
         # parameter's gradient in the old shape. torch drops that node only when the type changes, so it does once.
@@ -24,16 +24,18 @@ def replace_data(tensor: Tensor, data: Tensor) -> None:
     tensor.data = data
 
 
-def refit(model: nn.Module) -> None:
-    """Set the size attributes of known modules (`in_channels`, `num_features`, ...) to what their tensors say."""
+def sync_size_attributes(model: nn.Module) -> None:
+    """Set the size attributes of known modules (`in_channels`, `num_features`, ...) to those of their tensors."""
     for module in model.modules():
-        for name, value in _sizes_now(module).items():
+        for name, value in _sizes_of_tensors(module).items():
             if vars(module).get(name) != value:
                 setattr(module, name, value)
 
 
 def restore_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Give every named parameter and buffer memory of that shape, without values, and refit; writes the model.
+    """Put memory of that shape, without values, behind every named parameter and buffer; writes the model.
+
+    Size attributes follow, as `sync_size_attributes` does it.
 
     Raises:
         InputError: the model has other tensors than `shapes`, or one with another number of dimensions.
@@ -41,6 +43,7 @@ def restore_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Non
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if differing := sorted(tensors.keys() ^ shapes.keys()):
         raise InputError(f"these shapes belong to another model: {differing[0]!r} is only in one of the two")
+    # All checks before the first write: a model that is half another's would be of no use to anyone.
     for name, shape in shapes.items():
         if len(shape) != tensors[name].dim():
             dims = tensors[name].dim()
@@ -49,62 +52,64 @@ def restore_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Non
         if tuple(shape) != tuple(tensors[name].shape):
             tensors[name].grad = None
             replace_data(tensors[name], tensors[name].data.new_empty(tuple(shape)))
-    refit(model)
+    sync_size_attributes(model)
 
 
-def all_numbers(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Give the numbers of every module that has some, by its name."""
-    found = {name: numbers(module) for name, module in model.named_modules()}
+def all_numeric_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return the numbers of every module that has some, by its name."""
+    found = {name: numeric_attributes(module) for name, module in model.named_modules()}
     return {name: attributes for name, attributes in found.items() if attributes}
 
 
-def numbers(module: nn.Module) -> dict[str, Any]:
-    """Give the public attributes of a module that are numbers or tuples of numbers. Strings could name something."""
+def numeric_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return the public attributes of a module that are numbers or tuples of numbers. Strings could name something."""
     return {
         name: value
         for name, value in vars(module).items()
-        if is_number(value) and not name.startswith("_") and name != "training"
+        if is_numeric(value) and not name.startswith("_") and name != "training"
     }
 
 
-def is_number(value: object) -> bool:
-    """Tell whether a value is None, a number, or a tuple of numbers."""
+def is_numeric(value: object) -> bool:
+    """Return whether a value is None, a number, or a tuple of numbers."""
+    # `type(...) in`, not isinstance: an enum or a torch.Size is more than its number, and must not be rewritten.
     if type(value) is tuple:
         return all(type(item) in (int, float, bool) for item in value)
     return value is None or type(value) in (int, float, bool)
 
 
-def is_torchs_own(module: nn.Module) -> bool:
-    """Tell whether a module's class comes with torch: its code and its attributes are known."""
+def is_torch_module(module: nn.Module) -> bool:
+    """Return whether a module's class comes with torch: its code and its attributes are known."""
     return type(module).__module__.startswith("torch.nn.")
 
 
-def named_tensors_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Give the parameters and buffers of named modules by their own names, parameters first, each tensor once."""
+def named_model_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Return the parameters and buffers of named modules by their own names, parameters first, each tensor once."""
     found: dict[str, Tensor] = {}
     for kind in ("_parameters", "_buffers"):
         seen: set[int] = set()
         for prefix, module in modules.items():
             for name, tensor in getattr(module, kind).items():
+                # A tensor that two modules share has the name that comes first, as in `model.named_parameters()`.
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     found[f"{prefix}.{name}".removeprefix(".")] = tensor
     return found
 
 
-def whole_numbers(module: nn.Module) -> set[int]:
-    """Give the whole numbers among the attributes of a module that is not torch's own, also those inside tuples."""
-    if is_torchs_own(module):
+def integer_attributes(module: nn.Module) -> set[int]:
+    """Return the whole numbers among the attributes of a module that is not torch's own, also those inside tuples."""
+    if is_torch_module(module):
         return set()
-    found = [value if type(value) is tuple else (value,) for value in numbers(module).values()]
+    found = [value if type(value) is tuple else (value,) for value in numeric_attributes(module).values()]
     return {value for values in found for value in values if type(value) is int}
 
 
-def follow(module: nn.Module, changed: Mapping[int, int]) -> bool:
+def replace_size_attributes(module: nn.Module, changed: Mapping[int, int]) -> bool:
     """Change whole numbers among the attributes of a module along with sizes; writes the module.
 
     Code such as `x.view(b, n, self.num_heads, self.head_dim)` follows a cut only so. Whether a number really was that
-    size shows when the cut is held against the trace.
+    size shows when the cut is verified against the recording.
 
     Args:
         module: a module; torch's own are left alone.
@@ -113,21 +118,21 @@ def follow(module: nn.Module, changed: Mapping[int, int]) -> bool:
     Returns:
         Whether anything changed.
     """
-    if not whole_numbers(module) & changed.keys():
+    if not integer_attributes(module) & changed.keys():
         return False
-    for attribute, value in numbers(module).items():
-        setattr(module, attribute, _renamed(value, changed))
+    for attribute, value in numeric_attributes(module).items():
+        setattr(module, attribute, _replaced(value, changed))
     return True
 
 
-def _renamed(value: Any, sizes: Mapping[int, int]) -> Any:
+def _replaced(value: Any, sizes: Mapping[int, int]) -> Any:
     if type(value) is tuple:
-        return tuple(_renamed(item, sizes) for item in value)
+        return tuple(_replaced(item, sizes) for item in value)
     return sizes.get(value, value) if type(value) is int else value
 
 
-def _sizes_now(module: nn.Module) -> dict[str, Any]:
-    """Give the size attributes as the module's tensors have them."""
+def _sizes_of_tensors(module: nn.Module) -> dict[str, Any]:
+    """Return the size attributes of a module as its tensors have them."""
     if isinstance(module, nn.MultiheadAttention):
         return refit_attention(module)
     weight = getattr(module, "weight", None)
@@ -152,7 +157,7 @@ def _sizes_now(module: nn.Module) -> dict[str, Any]:
 
 
 def _conv_sizes(conv: nn.modules.conv._ConvNd, weight: Tensor) -> dict[str, int]:
-    """A depthwise convolution loses blocks; any other grouped one keeps their number and makes them narrower."""
+    """Return the sizes of a convolution: depthwise ones lose blocks, other grouped ones get narrower blocks."""
     groups = conv.groups
     if conv.transposed:
         groups = weight.shape[0] if groups == conv.in_channels else groups

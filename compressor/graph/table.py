@@ -7,6 +7,22 @@ for those that someone asks for.
 Shape letters: P places, G groups, N rows (one for each position that a channel holds), E entries (a group on a place).
 """
 
+# A worked example: conv a (3 -> 4), BatchNorm bn, conv c (4 -> 2). One group "a" of four channels (G = 1) on eight
+# places where it stands (P also counts those where it does not; they have no rows):
+#
+#   place   tensor            dim  role        position  channel
+#   0       a.weight          0    producer    0 1 2 3   0 1 2 3
+#   2       a.bias            0    follower    0 1 2 3   0 1 2 3
+#   3..6    bn.weight, ...    0    follower    0 1 2 3   0 1 2 3       weight, bias, running_mean, running_var
+#   8       c.weight          1    consumer    0 1 2 3   0 1 2 3
+#   10      c.weight          -3   None        0 1 2 3   0 1 2 3       where the module c sees them
+#
+# N = 32 rows in E = 8 entries, start = [0 4 8 ... 32]. Keeping channels 0, 2, 3 removes channel 1 and with it one row
+# of every entry: `kept_positions` says {"a.weight": {0: [0 2 3]}, ..., "c.weight": {1: [0 2 3]}}, and `without` counts
+# anew what is left, so that position and channel read 0 1 2 again and start = [0 3 6 ... 24].
+#
+# Behind a flatten of 2 x 2 the last weight would have sixteen rows: position 0 1 2 ... 15, channel 0 0 0 0 1 1 1 1 ...
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,15 +70,21 @@ class Table:
     group: IntArray
     start: IntArray
 
+    @staticmethod
+    def empty() -> Table:
+        """Return the table of a graph without groups."""
+        none, start = np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+        return Table((), none, (), none, none, none, none, none, start)
+
     def groups(self, exact: Sequence[bool]) -> tuple[Group, ...]:
-        """Give the groups, whose members are made when they are asked for."""
+        """Return the groups, whose members are made when they are asked for."""
         return tuple(
-            self._group(name, index, sure) for index, (name, sure) in enumerate(zip(self.names, exact, strict=True))
+            self._group(name, index, each) for index, (name, each) in enumerate(zip(self.names, exact, strict=True))
         )
 
     def _group(self, name: str, index: int, exact: bool) -> Group:
-        members = Lazy(lambda: tuple(self._members(index)))
-        inputs = Lazy(lambda: tuple(self._inputs(index)))
+        members = LazySequence(lambda: tuple(self._members(index)))
+        inputs = LazySequence(lambda: tuple(self._inputs(index)))
         return Group(name, int(self.sizes[index]), members, inputs, exact)
 
     def _members(self, index: int) -> Iterator[Member]:
@@ -77,75 +99,80 @@ class Table:
 
     def _entries(self, index: int) -> Iterator[tuple[Place, torch.Tensor]]:
         for entry in self._entries_of[index].tolist():
+            # Rows are sorted by channel, and every channel of a group holds equally many positions: one row each.
             rows = self.position[self.start[entry] : self.start[entry + 1]]
             positions = torch.from_numpy(rows.reshape(int(self.sizes[index]), -1).copy())
             yield self.places[int(self.place[entry])], positions
 
     @cached_property
     def _entries_of(self) -> list[IntArray]:
-        """Give the entries of each group."""
+        """Return the entries of each group."""
         order = np.argsort(self.group, kind="stable")
         return np.split(order, np.searchsorted(self.group[order], np.arange(1, len(self.sizes))))
 
     @cached_property
     def _offsets(self) -> IntArray:
-        """Give where each place begins when all are laid one behind the other, `(P + 1,)`."""
+        """Return where each place begins when all are laid one behind the other, `(P + 1,)`."""
         return np.concatenate([[0], np.cumsum(self.lengths)])
 
-    def gone(self, keep: Mapping[str, torch.Tensor]) -> BoolArray:
-        """Tell, for every channel counted through all groups, whether it goes.
+    def removed(self, keep: Mapping[str, torch.Tensor]) -> BoolArray:
+        """Return for every channel, counted through all groups, whether it is removed.
 
         Args:
             keep: by group name, the channels that stay, `(n,)`; groups that are not named stay whole.
         """
         first = dict(zip(self.names, (np.cumsum(self.sizes) - self.sizes).tolist(), strict=True))
         size = dict(zip(self.names, self.sizes.tolist(), strict=True))
-        gone = np.zeros(int(self.sizes.sum()), dtype=bool)
+        removed = np.zeros(int(self.sizes.sum()), dtype=bool)
         for name, kept in keep.items():
-            gone[first[name] : first[name] + size[name]] = True
-            gone[first[name] + kept.numpy()] = False
-        return gone
+            removed[first[name] : first[name] + size[name]] = True
+            removed[first[name] + kept.numpy()] = False
+        return removed
 
-    def stays(self, gone: BoolArray) -> dict[str, dict[int, torch.Tensor]]:
-        """Give, by tensor and dimension, the positions that stay wherever a tensor gets narrower."""
-        lost = self._lost(gone)
-        before = np.concatenate([[0], np.cumsum(lost)])
+    def kept_positions(self, removed: BoolArray) -> dict[str, dict[int, torch.Tensor]]:
+        """Return, by tensor and dimension, the positions that stay wherever a tensor gets narrower."""
+        positions = self._removed_positions(removed)
+        # How many are removed before each position: two places' worth of it tell whether a place loses any.
+        before = np.concatenate([[0], np.cumsum(positions)])
         found: dict[str, dict[int, torch.Tensor]] = {}
         for index in np.flatnonzero(np.diff(before[self._offsets])).tolist():
-            place, kept = self.places[index], ~lost[self._offsets[index] : self._offsets[index + 1]]
+            place, kept = self.places[index], ~positions[self._offsets[index] : self._offsets[index + 1]]
             if place.role:
                 found.setdefault(place.tensor, {})[place.dim] = torch.from_numpy(np.flatnonzero(kept))
         return found
 
-    def _lost(self, gone: BoolArray) -> BoolArray:
-        """Tell which positions of all places, laid one behind the other, go."""
-        lost = np.zeros(int(self._offsets[-1]), dtype=bool)
-        lost[self._row_offsets[gone[self.channel]] + self.position[gone[self.channel]]] = True
-        return lost
+    def _removed_positions(self, removed: BoolArray) -> BoolArray:
+        """Return for every position of all places, laid one behind the other, whether it is removed."""
+        positions = np.zeros(int(self._offsets[-1]), dtype=bool)
+        rows = removed[self.channel]
+        positions[self._row_offsets[rows] + self.position[rows]] = True
+        return positions
 
     @cached_property
     def _row_offsets(self) -> IntArray:
+        """Return where the place of each row begins, `(N,)`."""
         return np.repeat(self._offsets[self.place], np.diff(self.start))
 
-    def without(self, gone: BoolArray) -> Table:
-        """Give the table of the model from which channels are gone: fewer rows, positions and channels counted anew."""
-        before = np.concatenate([[0], np.cumsum(self._lost(gone))])
-        rows = ~gone[self.channel]
+    def without(self, removed: BoolArray) -> Table:
+        """Return the table of the model after a cut: fewer rows, positions and channels counted anew."""
+        before = np.concatenate([[0], np.cumsum(self._removed_positions(removed))])
+        rows = ~removed[self.channel]
+        # NOTE: The places of groups that lose nothing shift too: on a concatenation they stand behind those that do.
         shift = before[self._row_offsets + self.position] - before[self._row_offsets]
-        fewer = np.concatenate([[0], np.cumsum(rows)])
+        rows_before = np.concatenate([[0], np.cumsum(rows)])
         group = np.repeat(np.arange(len(self.sizes)), self.sizes)
         return replace(
             self,
             lengths=self.lengths - np.diff(before[self._offsets]),
-            sizes=np.bincount(group[~gone], minlength=len(self.sizes)),
-            channel=(np.cumsum(~gone) - 1)[self.channel[rows]],
+            sizes=np.bincount(group[~removed], minlength=len(self.sizes)),
+            channel=(np.cumsum(~removed) - 1)[self.channel[rows]],
             position=(self.position - shift)[rows],
-            start=fewer[self.start],
+            start=rows_before[self.start],
         )
 
 
-class Lazy(Sequence[T]):
-    """A sequence that is made when someone looks."""
+class LazySequence(Sequence[T]):
+    """A sequence that is made when it is first read, for members that most callers never look at."""
 
     def __init__(self, make: Callable[[], tuple[T, ...]]) -> None:
         self._make = make
@@ -159,9 +186,9 @@ class Lazy(Sequence[T]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[T]: ...
     def __getitem__(self, index: Any) -> Any:
-        """Give one item, or several."""
+        """Return one item, or several."""
         return self._items[index]
 
     def __len__(self) -> int:
-        """Give how many there are."""
+        """Return how many there are."""
         return len(self._items)

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from compressor._utils import written_beside
+from compressor._utils import atomic_write
 from compressor.errors import InputError, RunFolderError
-from compressor.job.settings import Settings, option_kinds, read_toml
+from compressor.job.options import read_toml
+from compressor.job.settings import Settings, option_kinds
 
 MODELS = ("model.safetensors", "model.onnx", "dense.safetensors", "dense.onnx")
 RECORDS = ("config.toml", "metrics.jsonl")
@@ -27,7 +28,7 @@ _FREE = {"out", "download", "device"}  # options that may differ when a run is t
 
 
 def resumed(asked: Mapping[str, Any], source: str = "") -> Settings:
-    """Give the settings of a run that is to go on.
+    """Return the settings of a run that is to go on.
 
     Args:
         asked: options that were typed, by name; those of the run itself are added.
@@ -36,7 +37,7 @@ def resumed(asked: Mapping[str, Any], source: str = "") -> Settings:
     Raises:
         RunFolderError: there is no run to go on with, or it has other settings.
     """
-    out = asked.get("out") or Settings.of(asked, source).out
+    out = asked.get("out") or Settings.from_options(asked, source).out
     kept = _config(Path(out))
     if kept is None:
         raise RunFolderError(f"{out} holds no run to go on with (no config.toml of compress): leave --resume out")
@@ -45,7 +46,7 @@ def resumed(asked: Mapping[str, Any], source: str = "") -> Settings:
             raise RunFolderError(
                 f"the run in {out} has --{name} {kept[name]}, not {value}: leave it out to go on, or give another --out"
             )
-    return Settings.of({**kept, **asked, "out": out}, source or f"{out}/config.toml")
+    return Settings.from_options({**kept, **asked, "out": out}, source or f"{out}/config.toml")
 
 
 def require_usable(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -79,12 +80,12 @@ def start(folder: Path, settings: Settings) -> None:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise RunFolderError(f"cannot write to {folder}: {error.strerror}; give another --out") from error
-    with written_beside(folder / "config.toml") as part:
+    with atomic_write(folder / "config.toml") as part:
         part.write_text(settings.toml(), encoding="utf-8")
 
 
 def checkpoint(folder: Path, stage: str) -> Path:
-    """Give the folder in which a stage of the run keeps its checkpoint."""
+    """Return the folder in which a stage of the run keeps its checkpoint."""
     return folder / _CHECKPOINTS / stage
 
 
@@ -100,10 +101,10 @@ class Metrics:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
 
-    def settle(self, records: Iterable[Mapping[str, Any]]) -> None:
+    def replace_stage(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Take the records of a stage that is over in place of what was appended while it ran."""
         self.records += [dict(record) for record in records]
-        with written_beside(self._path) as part:
+        with atomic_write(self._path) as part:
             part.write_text("".join(map(_line, self.records)), encoding="utf-8")
 
 
@@ -112,7 +113,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _config(folder: Path) -> dict[str, Any] | None:
-    """Give the options of the run in a folder; None if it is no run folder."""
+    """Return the options of the run in a folder; None if it is no run folder."""
     try:
         options = read_toml(folder / "config.toml")
     except InputError:

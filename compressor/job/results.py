@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from compressor import report
-from compressor.deploy import ExportReport, export_onnx, fvcore_macs, latency, save
+from compressor.deploy import ExportReport, Latency, describe_machine, export_onnx, fvcore_macs, latency, save
 from compressor.errors import InputError
 from compressor.graph import ChannelGraph
 from compressor.job.folder import MODELS, RECORDS
 from compressor.job.settings import Settings
 from compressor.job.stages import Progress, Trained
-from compressor.training import Data, Part, evaluate
+from compressor.training import Data, Split, evaluate
 
 CHECK_IMAGES = 128  # test images on which onnxruntime is held against PyTorch
 FILES = {"dense": "dense", "pruned": "model"}  # names of the files, without their endings
@@ -32,7 +32,7 @@ def finish(
     records: Sequence[Mapping[str, Any]],
     on_progress: Progress,
 ) -> report.Report:
-    """Give the report of a run; writes both models, their ONNX files and the report into the run folder.
+    """Return the report of a run; writes both models, their ONNX files and the report into the run folder.
 
     Raises:
         ExportError, ParityError: a model has no ONNX file that gives its outputs; the models are saved.
@@ -49,7 +49,7 @@ def finish(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=settings.command(),
         settings=settings.given(),
-        machine={**latency.machine(), "threads": torch.get_num_threads()},
+        machine={**describe_machine(), "threads": torch.get_num_threads()},
         goal=_goal(trained),
         layers=tuple(report.Layer(name, *widths) for name, widths in trained.result.widths.items()),
         frozen=tuple(report.FrozenLayer(each.tensor, each.dim, each.reason, each.count) for each in graph.frozen),
@@ -74,8 +74,8 @@ def _export(model: nn.Module, name: str, data: Data, folder: Path, on_progress: 
     return made
 
 
-def _images(part: Part) -> Tensor:
-    """Give the first images of a part, normalised, `(B, C, H, W)`."""
+def _images(part: Split) -> Tensor:
+    """Return the first images of a part, normalised, `(B, C, H, W)`."""
     return next(iter(part.batches(CHECK_IMAGES)))[0]
 
 
@@ -114,7 +114,7 @@ def _timings(
     return tuple(_timing(*pair) for pair in pairs), notes
 
 
-def _timing(place: latency.Comparison, model: str, times: latency.Latency) -> report.Timing:
+def _timing(place: latency.Comparison, model: str, times: Latency) -> report.Timing:
     quantiles = {"min": 0, "p10": 10, "p25": 25, "p50": 50, "p75": 75, "p90": 90, "p99": 99, "max": 100}
     return report.Timing(
         model=model,

@@ -21,14 +21,14 @@ from compressor.deploy import (
     torch_runner,
 )
 from compressor.errors import ArtifactError, InputError
-from compressor.job.settings import usable_device
+from compressor.job.device import usable_device
 from compressor.training import models
 
 Shape = tuple[int, ...]  # of one image, (C, H, W)
 
 
 def loaded(path: Path, factory: str = "", image_size: int | None = None) -> tuple[nn.Module, Shape]:
-    """Give the model in a .safetensors file, in evaluation mode, and the shape of its images.
+    """Return the model in a .safetensors file, in evaluation mode, and the shape of its images.
 
     Args:
         path: a file that compressor saved.
@@ -96,6 +96,6 @@ def _image_shape(file: Path) -> list[Any]:
 
 
 def _classes(description: Description) -> int:
-    """Give the number of outputs that a file's model was built with."""
+    """Return the number of outputs that a file's model was built with."""
     built = (description.spec or {}).get("classes")
     return int(built or len(description.extra.get("classes", ())) or 1000)

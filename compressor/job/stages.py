@@ -15,19 +15,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
-from compressor.budget import Budget, PruneResult
+from compressor.budget import PruneResult, cut_event
 from compressor.criteria import needs_gradients
 from compressor.errors import BudgetError
-from compressor.job.checks import OBSERVING, masking
+from compressor.job.checks import OBSERVING, is_sparse
 from compressor.job.folder import Metrics, checkpoint
 from compressor.job.settings import Settings
 from compressor.pruning import Pruner, prune
 from compressor.sparse import SparseTraining
-from compressor.training import Data, HookFactory, PlainStep, TrainingConfig, recalibrate, require_scores, train
+from compressor.training import (
+    Data,
+    HookFactory,
+    LossFunction,
+    PlainStep,
+    StepHook,
+    recalibrate,
+    require_scores,
+    train,
+)
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
-VERIFIED_IMAGES = 8  # on which a cut is compared with the silenced model
+VERIFIED_IMAGES = 8  # on which a cut is compared with the masked model
 CALIBRATION_IMAGES = 512  # over which the means of removed channels are taken
 
 
@@ -54,23 +63,24 @@ class Stages:
         """Open the records."""
         self.metrics = Metrics(self.folder / "metrics.jsonl")
 
-    def rehearse(self, model: nn.Module) -> None:
+    def preflight(self, model: nn.Module) -> None:
         """Find out on copies whether the pruning can work, before the training whose end would tell.
 
         Raises:
             InputError: the model does not fit the data, or the criterion cannot judge it.
             BudgetError: the sparsity cannot be reached, whatever the scores are.
         """
-        settings, double = self.settings, copy.deepcopy(model).to(self.settings.device)
+        settings = self.settings
+        double = copy.deepcopy(model).to(settings.device)
         require_scores(double, self.data, settings.device)
-        if settings.criterion == OBSERVING or masking(settings.criterion):
+        if settings.criterion == OBSERVING or is_sparse(settings.criterion):
             trained = copy.deepcopy(double)
             pruner = self._pruner(trained, SGD(trained.parameters()), settings.epochs * self._epoch_steps())
             inputs, targets = next(iter(self.data.validation.batches(2, device=settings.device)))
             pruner.loss(inputs, targets, F.cross_entropy)
             if isinstance(pruner, Pruner):
                 pruner.require_time(settings.batch_size)
-        if masking(settings.criterion):
+        if is_sparse(settings.criterion):
             return
         for parameter in double.parameters():
             parameter.grad = torch.ones_like(parameter)  # some gradient, so that a criterion that wants one can judge
@@ -80,11 +90,12 @@ class Stages:
 
     def during(self, model: nn.Module) -> Trained:
         """Train the dense model, and another from the same weights that gets smaller on its way."""
-        dense, pruned, pruners = copy.deepcopy(model), model, list[Pruner | SparseTraining]()
+        dense, pruned = copy.deepcopy(model), model
+        pruners: list[Pruner | SparseTraining] = []
 
-        def make_pruner(model: nn.Module, optimizer: Optimizer, total_steps: int) -> Pruner | SparseTraining:
+        def make_pruner(model: nn.Module, optimizer: Optimizer, total_steps: int) -> StepHook:
             pruners.append(self._pruner(model, optimizer, total_steps))
-            return pruners[-1]
+            return _Recalibrating(pruners[-1], self._recalibrate) if self.settings.recalibrate else pruners[-1]
 
         self._train(dense, "dense", self.settings.epochs)
         self._train(pruned, "pruned", self.settings.epochs, make_pruner)
@@ -97,7 +108,7 @@ class Stages:
         dense, pruned = model, copy.deepcopy(model)
         result = self._prune(pruned)
         self._train(dense, "dense", settings.finetune_epochs or 0)
-        self._train(pruned, "pruned", settings.finetune_epochs or 0, events=[_cut_event(result)])
+        self._train(pruned, "pruned", settings.finetune_epochs or 0, events=[_cut_record(result)])
         return Trained(dense, pruned, result)
 
     def _train(
@@ -110,18 +121,20 @@ class Stages:
     ) -> None:
         """Train for one stage; `events` came before its first epoch. Writes the model."""
         settings = self.settings
-        config = TrainingConfig(epochs, settings.batch_size, settings.lr, seed=settings.seed, device=settings.device)
+        if epochs == 0:  # --finetune-epochs 0: what was cut is recorded all the same
+            self.metrics.replace_stage({"stage": stage, **event} for event in events or ())
+            return
         history = train(
             model,
             self.data,
-            config,
+            settings.training(epochs),
             hook,
             checkpoint=checkpoint(self.folder, stage),
             resume=self.resume,
             on_progress=partial(self.on_progress, f"training: {stage}"),
             log=lambda record: self.metrics.append({"stage": stage, **record}),
         )
-        self.metrics.settle({"stage": stage, **record} for record in (*(events or ()), *history.records))
+        self.metrics.replace_stage({"stage": stage, **record} for record in (*(events or ()), *history.records))
 
     def _epoch_steps(self) -> int:
         return max(1, len(self.data.train) // self.settings.batch_size)
@@ -132,12 +145,11 @@ class Stages:
             model,
             self._example(),
             settings.criterion,
-            Budget(settings.sparsity, settings.measure),
+            settings.budget(),
             optimizer=optimizer,
             total_steps=total_steps,
-            granularity=settings.granularity or "",
-            allocation=settings.allocation,
-            collect=settings.collect or (self._epoch_steps() if settings.criterion == "set" else None),
+            config=settings.sparse(),
+            prune_every=settings.prune_every or (self._epoch_steps() if settings.criterion == "set" else None),
             round_to=settings.round_to if settings.granularity == "channel" else None,
             limits=settings.limits() if settings.granularity == "channel" else None,
             seed=settings.seed,
@@ -145,33 +157,24 @@ class Stages:
 
     def _pruner(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> Pruner | SparseTraining:
         settings = self.settings
-        if masking(settings.criterion):
+        if is_sparse(settings.criterion):
             return self._masked(model, optimizer, total_steps)
-        how: dict[str, Any] = {}
-        if settings.criterion == OBSERVING:
-            how = {"estimator": settings.relevance_estimator, "drop": settings.drop, "delta": settings.delta}
-            how |= {"dummies": settings.dummies, "observe_every": settings.observe_every}
-            how |= {} if settings.warmup is None else {"warmup": settings.warmup}
-        made = _RecalibratingPruner if settings.recalibrate else Pruner
-        pruner = made(
+        return Pruner(
             model,
             self._example(),
             settings.criterion,
-            Budget(settings.sparsity, settings.measure),
+            settings.budget(),
             optimizer=optimizer,
             total_steps=total_steps,
-            collect=settings.collect,
+            prune_every=settings.prune_every,
             scope=settings.scope,
             round_to=settings.round_to,
             limits=settings.limits(),
-            compensate=settings.compensate or "none",
+            compensate=settings.compensate,
             verify=settings.verify,
             seed=settings.seed,
-            **how,
+            relevance=settings.relevance() if settings.criterion == OBSERVING else None,
         )
-        if isinstance(pruner, _RecalibratingPruner):
-            pruner.recalibrate = self._recalibrate
-        return pruner
 
     def _prune(self, model: nn.Module) -> PruneResult:
         """Cut a trained model, and take its BatchNorm statistics anew; writes the model."""
@@ -190,24 +193,22 @@ class Stages:
     def _cut(self, model: nn.Module, criterion: str, images: int = 0) -> PruneResult:
         """Cut a model on so many calibration images, at least those that the cut is verified on."""
         settings = self.settings
-        compensate = settings.compensate or "none"
         return prune(
             model,
             self._example(),
             criterion,
-            settings.sparsity,
-            settings.measure,
+            settings.budget(),
             scope=settings.scope,
             round_to=settings.round_to,
             seed=settings.seed,
             limits=settings.limits(),
-            calibration=self._calibration(images) if settings.verify or compensate == "mean" else None,
-            compensate=compensate,
+            calibration=self._calibration(images) if settings.verify or settings.compensate == "mean" else None,
+            compensate=settings.compensate,
             verify=settings.verify,
         )
 
     def _calibration(self, images: int) -> list[Tensor]:
-        """Give the first images of the training part as batches: a small one to verify on, then the others."""
+        """Return the first images of the training part as batches: a small one to verify on, then the others."""
         few = [next(iter(self.data.train.batches(VERIFIED_IMAGES, device=self.settings.device)))[0]]
         batches = self.data.train.batches(self.settings.batch_size, device=self.settings.device)
         return few + [inputs for inputs, _ in islice(batches, images // self.settings.batch_size)]
@@ -222,20 +223,34 @@ class Stages:
         return torch.zeros(1, *self.data.image_shape, device=self.settings.device)
 
 
-class _RecalibratingPruner(Pruner):
-    """Takes BatchNorm statistics anew after every cut."""
+class _Recalibrating:
+    """A step hook around another that takes BatchNorm statistics anew after every change that the other reports."""
 
-    recalibrate: Callable[[nn.Module], None]
+    def __init__(self, hook: Pruner | SparseTraining, recalibrate: Callable[[nn.Module], None]) -> None:
+        self._hook, self._recalibrate = hook, recalibrate
 
-    def update(self) -> dict[str, Any] | None:
-        event = super().update()
+    def loss(self, inputs: Tensor, targets: Tensor, loss_fn: LossFunction) -> Tensor:
+        """Return the mean loss, as the other hook does."""
+        return self._hook.loss(inputs, targets, loss_fn)
+
+    def step(self) -> dict[str, Any] | None:
+        """Let the other hook look at the step."""
+        event = self._hook.step()
         if event:
-            self.recalibrate(self.model)
+            self._recalibrate(self._hook.model)
         return event
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the other hook's state."""
+        return self._hook.state_dict()
 
-def _cut_event(result: PruneResult) -> dict[str, Any]:
-    """Give the one cut of a trained model as a record like those of a `Pruner`."""
-    narrower = {name: list(pair) for name, pair in result.widths.items() if pair[0] != pair[1]}
-    counts = {"removed": result.removed, "params": result.params[1], "macs": result.macs[1]}
-    return {"event": "cut", "epoch": 0, "step": 0, "target": result.asked, "widths": narrower, **counts}
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Hand the state on."""
+        self._hook.load_state_dict(state)
+
+
+def _cut_record(result: PruneResult) -> dict[str, Any]:
+    """Return the one cut of a trained model as a record like those of a `Pruner`, also where nothing went."""
+    before = {name: pair[0] for name, pair in result.widths.items()}
+    event = cut_event(result, before, step=0, target=result.asked)
+    return {"epoch": 0, **(event or {"event": "cut", "step": 0, "target": result.asked, "widths": {}})}

@@ -3,57 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from compressor.budget import Budget, Ledger, Limits, PruneResult
+from compressor.budget import Budget, Limits, PruneResult, PruningProgress, Scope, SelectionOptions
 from compressor.criteria import Criterion, Snapshot, lookup, score
-from compressor.errors import InputError, UnknownNameError
-from compressor.pruning.to_budget import How, cut_to, traced
-from compressor.surgery import COMPENSATIONS, input_means
+from compressor.errors import IdleArgumentError, InputError, UnknownNameError
+from compressor.pruning.to_budget import CutOptions, prune_to_budget, traced
+from compressor.surgery import Compensation, as_list, input_means
 
 
 def prune(
     model: nn.Module,
     example_inputs: Any,
     criterion: str | Criterion = "l1",
-    sparsity: float = 0.5,
-    measure: str = "params",
-    scope: str = "local",
-    round_to: int = 1,
-    optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    seed: int = 0,
+    budget: Budget | float = Budget.sparsity,
     *,
+    scope: Scope = SelectionOptions.scope,
+    round_to: int | None = SelectionOptions.round_to,
     limits: Limits | None = None,
-    calibration: Iterable[Any] | None = None,
-    compensate: str = "none",
-    verify: bool = False,
+    optimizer: Optimizer | Iterable[Optimizer] | None = None,
     copies: Iterable[nn.Module] = (),
+    calibration: Iterable[Any] | None = None,
+    compensate: Compensation | None = None,
+    verify: bool = False,
+    seed: int = 0,
 ) -> PruneResult:
     """Make a model smaller at once, in place.
 
     Args:
         model: any module; gradients must be present for criteria that need them.
         example_inputs: a tensor, a tuple or a dict that `model` accepts.
-        criterion: a name from `compressor.CRITERIA`, or a function of a group and a snapshot that gives `(C,)` scores.
-        sparsity: the share to remove, in `[0, 1)`.
-        measure: of what: "params", "macs" or "channels".
-        scope: "local" takes the same share of every group, "global" ranks all channels together. Weights say little
-            about which layer can spare more (`benchmarks/scope.py`); relevance does, in the budget's measure alone.
-        round_to: channel counts become multiples of this.
-        optimizer: optimizers whose state is sliced along.
-        seed: for criteria that draw.
+        criterion: a name from `compressor.CRITERIA`, or a function of a group and a snapshot that returns `(C,)`
+            scores, larger means keep.
+        budget: what is to go: a number in `[0, 1)`, a share of the parameters, or `Budget(0.5, "macs")`.
+        scope, round_to: as in `compressor.budget.SelectionOptions`.
         limits: groups that stay whole, that alone lose channels, or that lose a share of their own.
+        optimizer: optimizers whose state is sliced along.
+        copies: models that lose the same channels, as for `compressor.cut`.
         calibration: batches of real inputs, for `compensate` and `verify`.
         compensate: "mean" folds what a removed channel carried on average, over `calibration`, into the next bias or
-            running mean; "none" does not.
-        verify: also compare every cut with the silenced model, on the first batch of `calibration`, or on
-            `example_inputs` where there is none; a group whose cut is not its silence stays whole, like every group
+            running mean; "none" does not. None: "mean" where there is `calibration`.
+        verify: also compare every cut with the masked model, on the first batch of `calibration`, or on
+            `example_inputs` where there is none; a group whose cut differs from its mask stays whole, like every group
             that refuses.
-        copies: models that lose the same channels, as for `compressor.cut`.
+        seed: for criteria that draw.
 
     Returns:
         What was removed. A target that cannot be reached is not an error here: `reached` is false, as much as possible
@@ -65,30 +62,39 @@ def prune(
             or has no effect.
         TraceError: the model does not run on the example inputs.
     """
-    budget, judge = Budget(sparsity, measure), lookup(criterion)
-    batches = _batches(calibration, compensate, verify)
+    budget = Budget.from_share(budget)
+    selection = SelectionOptions(scope, round_to)
+    judge = lookup(criterion)
+    batches = list(calibration or ())
+    folds = _folds(compensate, batches, verify)
     graph = traced(model, example_inputs)
-    ledger = Ledger(graph)
-    how = How.of(scope, round_to, (limits or Limits()).shares(graph), optimizer, copies, verify)
+    progress = PruningProgress(graph)
+    shares = (limits or Limits()).shares(graph)
     generator = torch.Generator().manual_seed(seed)
-    made = cut_to(
-        ledger,
+    made = prune_to_budget(
+        progress,
         lambda groups: score(judge, groups, Snapshot.from_model(graph.model, generator)),
         budget,
-        how,
-        means=input_means(graph, batches) if compensate == "mean" else None,
+        CutOptions(selection, shares, as_list(optimizer), list(copies), verify),
+        means=input_means(graph, batches) if folds else None,
         real_inputs=batches[0] if batches else example_inputs,
     )
-    return ledger.result(budget, made.blocked if made else ())
+    return progress.result(budget, made.blocked if made else ())
 
 
-def _batches(calibration: Iterable[Any] | None, compensate: str, verify: bool) -> list[Any]:
-    """Give the batches of real inputs, if they are there where they are needed, and only there."""
-    if compensate not in COMPENSATIONS:
-        raise UnknownNameError("compensation", compensate, COMPENSATIONS)
-    batches = list(calibration or ())
+def _folds(compensate: Compensation | None, batches: list[Any], verify: bool) -> bool:
+    """Return whether means are folded, if real inputs are there where they are needed, and only there."""
+    if compensate is None:
+        return bool(batches)
+    require_compensation(compensate)
     if compensate == "mean" and not batches:
         raise InputError("compensate='mean' needs real inputs: pass calibration=[inputs, ...], or compensate='none'")
     if batches and compensate == "none" and not verify:
-        raise InputError("calibration has no effect with compensate='none' and verify=False: leave it out")
-    return batches
+        raise IdleArgumentError("calibration", "compensate='none' and verify=False")
+    return compensate == "mean"
+
+
+def require_compensation(name: str) -> None:
+    """Raise UnknownNameError if there is no such compensation."""
+    if name not in get_args(Compensation):
+        raise UnknownNameError("compensation", name, get_args(Compensation))

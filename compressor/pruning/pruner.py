@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor.budget import Budget, CostModel, Cubic, Ledger, Limits, PruneResult, Schedule
+from compressor.budget import (
+    USUAL_SCHEDULE,
+    Budget,
+    Limits,
+    PruneResult,
+    PruningProgress,
+    Schedule,
+    Scope,
+    SelectionOptions,
+    cut_event,
+    step_of_whole_budget,
+    usual_period,
+)
 from compressor.criteria import Criterion, Snapshot, lookup, score
-from compressor.errors import InputError, PeriodError, RangeError, UnknownNameError
-from compressor.graph import ChannelGraph, Group
-from compressor.pruning.to_budget import How, cut_to, require_reachable, traced
-from compressor.surgery import COMPENSATIONS, input_means
+from compressor.errors import IdleArgumentError, PeriodError, RangeError
+from compressor.graph import Group
+from compressor.pruning.one_shot import require_compensation
+from compressor.pruning.relevance_scores import relevance_scores
+from compressor.pruning.to_budget import CutOptions, prune_to_budget, require_reachable, traced
+from compressor.relevance import Relevance, RelevanceConfig, per_sample
+from compressor.surgery import Compensation, as_list, input_means, require_held
 
-if TYPE_CHECKING:
-    from compressor.relevance import Relevance
+logger = logging.getLogger(__name__)
 
 
 class Pruner:
@@ -28,40 +44,46 @@ class Pruner:
         for x, y in loader:
             pruner.loss(x, y, F.cross_entropy).backward()
             optimizer.step()
-            pruner.update()
+            pruner.step()
             optimizer.zero_grad()
 
-    A loop that runs the model itself says `with pruner.step(x) as mean: loss = mean(F.cross_entropy(model(x), y,
-    reduction="none"))` instead of the call of `loss`. Several batches may come before one `update`.
+    A loop that runs the model itself says `with pruner.observe(x) as mean: loss = mean(F.cross_entropy(model(x), y,
+    reduction="none"))` instead of the call of `loss`. Several batches may come before one `step`.
 
-    Every `collect` steps the schedule says how much may be gone by now; the channels of lowest score are cut, weights,
-    gradients and optimizer state included, and training goes on with what is left.
+    Every `prune_every` steps the schedule says how much may be gone by now; the channels of lowest score are cut,
+    weights, gradients and optimizer state included, and training goes on with what is left.
 
     Args:
         model, example_inputs: as for `compressor.trace`.
-        criterion: "relevance", which watches the training; or a name from `compressor.CRITERIA` or a function of a
+        criterion: "relevance", which observes the training; or a name from `compressor.CRITERIA` or a function of a
             group and a snapshot, asked at every cut.
-        budget: what is to be gone at the end of the schedule, as a share of the whole model.
+        budget: what is to be gone at the end of the schedule: a number in `[0, 1)`, a share of the parameters, or
+            `Budget(0.5, "macs")`.
         schedule: the share of the budget that is due, over the progress of training; by default cubic, from 10 % of
             it to 65 %.
         optimizer: one or several; their state is sliced along.
-        total_steps: how many times `update` will be called in all.
-        collect: steps between two cuts; a twentieth of the training by default, with relevance as many as it takes to
-            tell any channel from chance.
+        total_steps: how many times `step` will be called in all.
+        prune_every: steps between two cuts; a twentieth of the training by default, with relevance as many as it takes
+            to tell any channel from chance.
         scope, round_to, limits, verify: as for `prune`; the groups' own shares follow the schedule too, and cuts are
             verified on the last batch. With scope "global" relevance counts per what a channel costs in the budget.
-        delta: with relevance, channels whose p-value (the chance to be more useful than a random one) is above `delta`
-            are cut only when the budget leaves no others.
         compensate: "mean" folds what a removed channel carries on average into the next bias or running mean, over the
-            steps that were watched, or over the last batch where the criterion does not watch; "none" does not.
+            steps that were observed, or over the last batch where the criterion does not observe; "none" does not.
+            None: "mean".
         copies: models that lose the same channels, as for `compressor.cut`.
         seed: for whatever draws.
-        observing: further arguments for `Relevance` (estimator, drop, dummies; observe_every, by default at least as
-            often as `collect` asks for; half_life, by default `collect`; warmup, by default a twentieth of the
-            training, none for the published method).
+        relevance: how relevance observes. Left open there: `observe_every` (at least as often as `prune_every` asks
+            for), `half_life` (`prune_every`), `warmup` (a twentieth of the training, none for the published method).
+
+    Attributes:
+        graph: the channel graph, as it is now.
+        steps: how many times `step` was called.
+        relevance: what is observed, None with another criterion.
 
     Raises:
         RangeError, UnknownNameError, InputError: as for `prune`.
+        IdleArgumentError: `relevance` with another criterion.
+        OptimizerError: the optimizer holds no parameter of the model.
         BudgetError: every channel is frozen; says why.
     """
 
@@ -70,51 +92,61 @@ class Pruner:
         model: nn.Module,
         example_inputs: Any,
         criterion: str | Criterion = "relevance",
-        budget: Budget | None = None,
-        schedule: Schedule | None = None,
+        budget: Budget | float = Budget.sparsity,
+        schedule: Schedule = USUAL_SCHEDULE,
         *,
         optimizer: Optimizer | Iterable[Optimizer],
         total_steps: int,
-        collect: int | None = None,
-        scope: str = "local",
-        round_to: int = 8,
+        prune_every: int | None = None,
+        scope: Scope = SelectionOptions.scope,
+        round_to: int | None = SelectionOptions.round_to,
         limits: Limits | None = None,
-        delta: float = 0.99,
-        compensate: str = "mean",
+        compensate: Compensation | None = None,
         verify: bool = False,
         copies: Iterable[nn.Module] = (),
         seed: int = 0,
-        **observing: Any,
+        relevance: RelevanceConfig | None = None,
     ) -> None:
         self.model = model
-        self.budget = budget or Budget(0.5)
-        self.graph = traced(model, example_inputs)
+        self.budget = Budget.from_share(budget)
         self.steps = 0
-        if compensate not in COMPENSATIONS:
-            raise UnknownNameError("compensation", compensate, COMPENSATIONS)
-        self._schedule = schedule or Cubic(0.1, 0.65)
+        selection = SelectionOptions(scope, round_to)
+        require_compensation(compensate or "mean")
         self._total = _positive("total_steps", total_steps)
-        self._last = _last_cut(self._schedule, self._total)
-        self._open = collect is None  # then the first batch may make it longer
-        self._collect = max(1, total_steps // 20) if collect is None else _positive("collect", collect)
+        self._schedule = schedule
+        self._last = step_of_whole_budget(schedule, total_steps)
+        self._period_is_open = prune_every is None  # then the first batch may make it longer
+        period = usual_period(total_steps) if prune_every is None else prune_every
+        self._prune_every = _positive("prune_every", period)
+        if relevance and criterion != "relevance":
+            raise IdleArgumentError("relevance", f"criterion {criterion!r}")
+        self._config = self._filled_in(relevance or RelevanceConfig())
+        self.graph = traced(model, example_inputs)
         if not self.graph.groups:
-            require_reachable(self.graph, self.budget)
+            require_reachable(self.graph, self.budget, selection)
         shares = (limits or Limits()).shares(self.graph)
-        self._how = How.of(scope, round_to, shares, optimizer, copies, verify)
-        _require_held(self.graph.model, self._how.optimizers)
-        self._compensate, self._seen = compensate == "mean", example_inputs
-        self._delta, self._ledger, self._blocked = delta, Ledger(self.graph), tuple[str, ...]()
+        self._options = CutOptions(selection, shares, as_list(optimizer), list(copies), verify)
+        require_held(self.graph.model, self._options.optimizers)
+        self._compensates = compensate != "none"
+        self._inputs = example_inputs  # of the last batch
+        self._progress = PruningProgress(self.graph)
+        self._blocked: tuple[str, ...] = ()
         self._generator = torch.Generator().manual_seed(seed)
-        self._half_life: float | None = observing.get("half_life")
-        warmup = 0 if observing.get("estimator") == "source" else min(self._total // 20, self._last - 1)
-        observing = {"half_life": self._collect, "delta": delta, "warmup": warmup, **observing}
-        if observing["warmup"] >= self._last:
-            raise RangeError("warmup", observing["warmup"], f"[0, {self._last}): then the whole budget is due")
-        self._observer = _observer(self.graph, seed, observing) if criterion == "relevance" else None
-        self._judge = None if self._observer else lookup(criterion)
+        self.relevance = Relevance(self.graph, self._config, seed=seed) if criterion == "relevance" else None
+        self._criterion = None if criterion == "relevance" else lookup(criterion)
+
+    def _filled_in(self, config: RelevanceConfig) -> RelevanceConfig:
+        """Return the configuration with what was left open, as far as it does not depend on the batches."""
+        self._half_life = config.half_life
+        warmup = config.warmup
+        if warmup is None:
+            warmup = 0 if config.estimator == "source" else min(usual_period(self._total, least=0), self._last - 1)
+        if warmup >= self._last:
+            raise RangeError("warmup", warmup, f"[0, {self._last}): then the whole budget is due")
+        return replace(config, warmup=warmup, half_life=config.half_life or self._prune_every)
 
     def loss(self, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
-        """Give the mean loss of one batch, a scalar to call `backward` on; observes where the criterion watches.
+        """Return the mean loss of one batch, a scalar to call `backward` on; observes where the criterion does.
 
         Args:
             inputs: `(B, ...)`, one batch.
@@ -125,31 +157,27 @@ class Pruner:
             BudgetError: at the first step, if the budget cannot be reached whatever the scores are.
         """
         self._begin(inputs)
-        if self._watches():
-            assert self._observer
+        if self.relevance and self._observes():
             # NOTE: A compiled model would not see the gates, which come and go with every batch.
-            return self._observer.loss(self.graph.model, inputs, targets, loss_fn)
+            return self.relevance.loss(self.graph.model, inputs, targets, loss_fn)
         return loss_fn(self.model(inputs), targets)
 
     @contextmanager
-    def step(self, inputs: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    def observe(self, inputs: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
         """Run your own forward pass of one batch in this `with`, of the traced model itself, not of a compiled one.
 
         Args:
             inputs: `(B, ...)`, the batch.
 
         Yields:
-            A function that takes the losses, `(B,)` or `(B, ...)`, of the samples and gives their mean, to call
+            A function that takes the losses, `(B,)` or `(B, ...)`, of the samples and returns their mean, to call
             `backward` on. A batch whose losses it does not get is not observed.
         """
         self._begin(inputs)
-        if not self._watches():
+        if not self.relevance or not self._observes():
             yield Tensor.mean
             return
-        assert self._observer
-        from compressor.relevance import per_sample
-
-        with self._observer.observing(len(inputs)) as observation:
+        with self.relevance.observe(len(inputs)) as observation:
 
             def mean(losses: Tensor) -> Tensor:
                 each = per_sample(losses)
@@ -160,17 +188,19 @@ class Pruner:
 
     def _begin(self, inputs: Tensor) -> None:
         if self.steps == 0:
-            require_reachable(self.graph, self.budget, self._how.scope, self._how.round_to, self._how.shares)
-        self._seen = inputs
+            require_reachable(self.graph, self.budget, self._options.selection, self._options.shares)
+        self._inputs = inputs
 
-    def _watches(self) -> bool:
-        return self._observer is not None and self._observer.draws and self._unfinished()
+    def _observes(self) -> bool:
+        return self.relevance is not None and self.relevance.draws and self._is_unfinished()
 
-    def _unfinished(self) -> bool:
+    def _is_unfinished(self) -> bool:
         return self._due(self.steps) < 1
 
-    def update(self) -> dict[str, Any] | None:
-        """Count the step as done, and cut if it is time; writes the model and the optimizers' state.
+    def step(self) -> dict[str, Any] | None:
+        """Count the step as done, and cut if it is time; call it after `optimizer.step()`.
+
+        Writes the model and the optimizers' state.
 
         Returns:
             What was cut and why, JSON-able, or None where nothing was.
@@ -179,147 +209,101 @@ class Pruner:
             PeriodError: at the first step, as `require_time`.
         """
         if self.steps == 0:
-            self.require_time(len(self._seen))
-        if self._observer and self._unfinished():
-            self._observer.update()
-        before, self.steps = self._due(self.steps), self.steps + 1
-        now = self._due(self.steps)
-        last = before < 1 <= now
-        if not now or not (last or (self.steps % self._collect == 0 and before < 1)):
+            self.require_time(len(self._inputs))
+        if self.relevance and self._is_unfinished():
+            self.relevance.step()
+        before = self._due(self.steps)
+        self.steps += 1
+        due = self._due(self.steps)
+        is_last = before < 1 <= due
+        if not due or not (is_last or (self.steps % self._prune_every == 0 and before < 1)):
             return None
-        return self._cut(Budget(self.budget.sparsity * now, self.budget.measure), now)
+        return self._cut(due)
 
     def require_time(self, batch_size: int) -> None:
         """Raise PeriodError if relevance, in the time that it has, cannot tell any channel from chance.
 
-        Where `observe_every` was left open, samples draw as often as it takes; where `collect` was, it becomes as long.
+        Where `observe_every` was left open, samples draw as often as it takes; where `prune_every` was, it becomes as
+        long.
         """
-        if not self._observer:
+        if not self.relevance:
             return
-        needed = self._observer.needed_steps(batch_size)
-        if self._open:
-            self._collect = max(needed, self._collect)
-        if self._collect < needed:
-            raise PeriodError("collect", self._collect, needed, batch_size, f"give --collect {needed} or more")
-        if self._last < needed:
+        required = self.relevance.required_steps(batch_size)
+        if self._period_is_open and required > self._prune_every:
+            logger.info("cuts every %d steps, not %d: it takes so many to tell channels", required, self._prune_every)
+            self._prune_every = required
+        if self._prune_every < required:
+            raise PeriodError(
+                "prune_every", self._prune_every, required, batch_size, f"give prune_every = {required} or more"
+            )
+        if self._last < required:
             what = "the time until the whole budget is due"
-            raise PeriodError(what, self._last, needed, batch_size, "train longer, or on larger batches")
-        self._observer.keep_pace(self._collect, batch_size, self._half_life or self._collect)
+            raise PeriodError(what, self._last, required, batch_size, "train longer, or on larger batches")
+        self.relevance.set_period(self._prune_every, batch_size, self._half_life or self._prune_every)
 
     def _due(self, step: int) -> float:
         return self._schedule(min(step / self._total, 1.0))
 
-    def _cut(self, target: Budget, due: float) -> dict[str, Any] | None:
+    def _cut(self, due: float) -> dict[str, Any] | None:
         widths = self.graph.sizes()
-        seen = self._observer.record() if self._observer else None
-        made = cut_to(
-            self._ledger,
+        target = self.budget.scaled(due)
+        observed = self.relevance.record() if self.relevance else None
+        selection = prune_to_budget(
+            self._progress,
             self._scores,
             target,
-            self._how,
+            self._options,
             due=due,
-            means=self._means() if self._compensate else None,
-            normalise=self._observer is None,
-            real_inputs=self._seen,
+            means=self._means() if self._compensates else None,
+            normalise=self.relevance is None,
+            real_inputs=self._inputs,
         )
-        if made is None:
+        if selection is None:
             return None
-        if self._observer:
-            self._observer.narrow(made.keep, self.graph)
-        self._blocked = made.blocked
-        return self._event(target, widths, seen)
+        if self.relevance:
+            self.relevance.narrow(selection.keep, self.graph)
+        self._blocked = selection.blocked
+        event = cut_event(self.result(), widths, step=self.steps, target=target.sparsity)
+        return event | {"observed": observed} if event and observed else event
 
     def _means(self) -> Mapping[str, Tensor]:
-        return self._observer.means() if self._observer else input_means(self.graph, [self._seen])
+        return self.relevance.means() if self.relevance else input_means(self.graph, [self._inputs])
 
     def _scores(self, groups: Sequence[Group]) -> dict[str, Tensor]:
-        if self._observer:
-            price = CostModel(self.graph).per_channel(self.budget.measure, self.graph.sizes())
-            usual = sum(price.values()) / max(len(price), 1)
-            scores = {name: _per_cost(seen, price[name] / usual) for name, seen in self._observer.scores().items()}
-            return _protected(scores, self._observer.p_values(), self._delta)
-        assert self._judge
-        return score(self._judge, groups, Snapshot.from_model(self.graph.model, self._generator))
-
-    def _event(self, target: Budget, widths: Mapping[str, int], seen: dict[str, Any] | None) -> dict[str, Any] | None:
-        sizes = self.graph.sizes()
-        changed = {name: [width, sizes[name]] for name, width in widths.items() if sizes.get(name, width) != width}
-        if not changed:
-            return None
-        result = self.result()
-        event: dict[str, Any] = {"event": "cut", "step": self.steps, "target": target.sparsity, "widths": changed}
-        event |= {"removed": result.removed, "params": result.params[1], "macs": result.macs[1]}
-        return event | ({"observed": seen} if seen else {})
+        if self.relevance:
+            return relevance_scores(self.relevance, self.graph, self.budget.measure, self._config.confidence)
+        assert self._criterion
+        return score(self._criterion, groups, Snapshot.from_model(self.graph.model, self._generator))
 
     def result(self) -> PruneResult:
-        """Give what has been removed so far, against the whole budget."""
-        return self._ledger.result(self.budget, self._blocked)
+        """Return what has been removed so far, against the whole budget."""
+        return self._progress.result(self.budget, self._blocked)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs beside the model and the optimizers: plain numbers, strings and tensors."""
+        """Return what a resumed run needs beside the model and the optimizers: plain numbers, strings and tensors."""
         return {
             "step": self.steps,
-            "collect": self._collect,
-            "ledger": self._ledger.state_dict(),
+            "prune_every": self._prune_every,
+            "progress": self._progress.state_dict(),
             "blocked": list(self._blocked),
             "generator": self._generator.get_state(),
-            "observer": self._observer.state_dict() if self._observer else {},
+            "relevance": self.relevance.state_dict() if self.relevance else {},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`; the model must have been narrowed to its shapes before this pruner was made."""
-        self.steps, self._collect, self._blocked = int(state["step"]), int(state["collect"]), tuple(state["blocked"])
-        self._ledger.load_state_dict(state["ledger"])
+        self.steps = int(state["step"])
+        self._prune_every = int(state["prune_every"])
+        self._blocked = tuple(state["blocked"])
+        self._progress.load_state_dict(state["progress"])
         self._generator.set_state(state["generator"])
-        stuck = [name for name in self.graph.sizes() if name not in state["ledger"]["widths"]]
+        stuck = [name for name in self.graph.sizes() if name not in state["progress"]["widths"]]
         self.graph.freeze(stuck, "frozen before the run was interrupted")
-        if self._observer:
-            self._observer.load_state_dict(state["observer"])
-
-
-def _last_cut(schedule: Schedule, total_steps: int) -> int:
-    """Give the step at which the whole budget is due."""
-    due = (step for step in range(1, total_steps + 1) if schedule(step / total_steps) >= 1)
-    last = next(due, None)
-    if last is None:
-        raise InputError(
-            f"after all {total_steps} steps the schedule asks for {schedule(1.0):.0%} of the budget, which is never "
-            "reached: give a schedule that gets to 1, Cubic(0.1, 0.65) say"
-        )
-    return last
+        if self.relevance:
+            self.relevance.load_state_dict(state["relevance"])
 
 
 def _positive(name: str, value: int) -> int:
     if value < 1:
         raise RangeError(name, value, "1, 2, 3, ... steps")
     return value
-
-
-def _observer(graph: ChannelGraph, seed: int, observing: Mapping[str, Any]) -> Relevance:
-    from compressor.relevance import Relevance
-
-    return Relevance(graph, seed=seed, **observing)
-
-
-def _per_cost(relevance: Tensor, price: float) -> Tensor:
-    """Give relevance per cost: of two useful channels the cheaper stays, of two harmful ones the dearer goes first."""
-    relevance = relevance.double()  # one line of ranks is made of all groups' scores: keep their order exact
-    return torch.where(relevance > 0, relevance / price, relevance * price)
-
-
-def _protected(scores: Mapping[str, Tensor], p_values: Mapping[str, Tensor], delta: float) -> dict[str, Tensor]:
-    """Rank channels that passed the test behind all that did not, whatever their scores are."""
-    everything = torch.cat(list(scores.values()))
-    reach = 2 * float(everything.max() - everything.min()) + 1e-30
-    return {name: each + reach * (p_values[name] > delta) for name, each in scores.items()}
-
-
-def _require_held(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """Raise InputError if the optimizers hold none of the model's parameters: it would not train, nor be sliced."""
-    held = {id(tensor) for optimizer in optimizers for group in optimizer.param_groups for tensor in group["params"]}
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if trained and not any(id(parameter) in held for parameter in model.parameters()):
-        raise InputError(
-            f"the optimizer holds none of the model's {len(trained)} parameters ({trained[0]!r}, ...): make it from "
-            "model.parameters(), of the model that is given here"
-        )

@@ -1,3 +1,5 @@
+from .config import EstimatorName as EstimatorName
+from .config import RelevanceConfig as RelevanceConfig
 from .estimators import ESTIMATORS as ESTIMATORS
 from .observation import per_sample as per_sample
 from .relevance import Relevance as Relevance

@@ -3,11 +3,13 @@
 * `source`: the published method. The whole batch draws one subset, which is zeroed; what was out is credited with the
   batch's loss above its running mean.
 * `loss`: every sample draws; what was drawn is replaced by its mean. Losses with a channel out against losses with it
-  in, the batch being the expectation; on some steps less what the same samples' losses without gates foretell.
+  in, the batch being the expectation; on some steps less what the same samples' losses without gates predict.
 * `soft`: a drawn channel's gate `u` is uniform on (0, 1): the mean of `-dl/du` is `l(out) - l(in)`, at the variance of
   a gradient.
 * `gate`: gates as `soft`, and its test; ranks by half the mean square of `dl/du`, which adds up when many channels go.
 * `mixed`: `soft`, corrected by the losses as far as they resolve anything.
+
+`statistics.py` has the formulas, on four channels.
 
 Shape letters: B samples; N channels of all groups, side by side; G groups; D dummies of each group.
 """
@@ -20,26 +22,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.relevance.draws import drawn, independently_drawn
+from compressor.relevance.config import EstimatorName
+from compressor.relevance.draws import independent_draws, stratified_draws
 from compressor.relevance.statistics import (
     Increment,
     best_factor,
-    contrast,
     corrected_effect,
     finite_effect,
-    squared_slope,
+    half_squared_gradient,
+    loss_contrast,
 )
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
-    """What one training step showed; losses and gradients in units of the losses' running deviation.
+class BatchRecord:
+    """What one batch showed; losses and gradients in units of the losses' running deviation.
 
     Attributes:
-        losses: `(B,)`, less what the control variate foretells, where there is one.
-        noise: `()`, the share of the losses' variance that this leaves; 1 without a control variate.
+        losses: `(B,)`, less what the control variate predicts, where there is one.
+        residual: `()`, the share of the losses' variance that this leaves; 1 without a control variate.
         controlled: whether there is one.
-        surprise: `()`, the batch's mean loss above its running mean.
+        excess_loss: `()`, the batch's mean loss above its running mean.
         draw: `(B, N)` bool, which sample drew which channel; `(B, N + D * G)` where dummies are drawn along.
         gates: `(B, N)`.
         gradients: `(B, N)`, of every sample's loss by its gates; zeros where the estimator excludes wholly.
@@ -47,9 +50,9 @@ class Step:
     """
 
     losses: Tensor
-    noise: Tensor
+    residual: Tensor
     controlled: bool
-    surprise: Tensor
+    excess_loss: Tensor
     draw: Tensor
     gates: Tensor
     gradients: Tensor
@@ -58,72 +61,76 @@ class Step:
 
 @dataclass(frozen=True)
 class Estimator:
-    """How an estimator excludes, and what it reads from a step.
+    """How an estimator excludes, and what it reads from a batch.
 
     Attributes:
-        measure: gives every channel's relevance in one step, for the test against dummies.
-        rank: gives what ranks the channels, where that is not the relevance itself.
-        learn: gives what the factor of the next steps is made of, where there is one.
+        measure: returns every channel's relevance in one batch, for the test against dummies.
+        rank: returns what ranks the channels, where that is not the relevance itself.
+        learn: returns what the factor of the next steps is made of, where there is one.
         draw: who is drawn.
         soft: drawn channels get a gate uniform on (0, 1), and gradients are read; otherwise the gate is 0.
         towards_mean: excluded channels are replaced by their mean, as after a cut that folds it.
         per_sample: every sample draws for itself, not the batch as a whole.
-        controlled: on some steps the same samples' losses without gates are taken as a control variate.
-        observe_every: on one training step in so many samples draw, unless the user says otherwise. Gate gradients tell
-            enough on few steps, and what is drawn does not learn.
+        control_variate: on some steps the same samples also run without gates, to take their own share off the losses.
+        observe_every: on one training step in so many samples draw, unless the user says otherwise.
     """
 
-    measure: Callable[[Step], Increment]
-    rank: Callable[[Step], Increment] | None = None
-    learn: Callable[[Step], Increment] | None = None
-    draw: Callable[..., Tensor] = drawn
+    measure: Callable[[BatchRecord], Increment]
+    rank: Callable[[BatchRecord], Increment] | None = None
+    learn: Callable[[BatchRecord], Increment] | None = None
+    draw: Callable[..., Tensor] = stratified_draws
     soft: bool = False
     towards_mean: bool = False
     per_sample: bool = True
-    controlled: bool = False
+    control_variate: bool = False
     observe_every: int = 1
 
 
-def credited(step: Step) -> Increment:
+def credit_excluded(batch: BatchRecord) -> Increment:
     """Credit what the batch excluded with its loss above expectation, as published: a sum, whoever was drawn how often.
 
     Divided by the mean number of draws, it has the unit of the other estimators.
     """
-    out = step.draw[0].to(step.losses)
-    return Increment(step.surprise * out, torch.full_like(out, float(out.mean())))
+    # NOTE: Those who are out get the credit. Crediting who is in with loss - E(loss) would keep the harmful ones.
+    out = batch.draw[0].to(batch.losses)
+    return Increment(batch.excess_loss * out, torch.full_like(out, float(out.mean())))
 
 
-def contrasted(step: Step) -> Increment:
-    """Give losses with a channel out against losses with it in; a step weighs as one over its losses' variance."""
-    return contrast(step.losses, 1 - step.draw.to(step.losses)).times(1 / step.noise)
+def contrast_losses(batch: BatchRecord) -> Increment:
+    """Return losses with a channel out against losses with it in; a step weighs as one over its losses' variance."""
+    return loss_contrast(batch.losses, 1 - batch.draw.to(batch.losses)).weighted(1 / batch.residual)
 
 
-def gradual(step: Step) -> Increment:
-    """Give the finite effect from the gate gradients of the samples that drew a channel."""
-    return finite_effect(step.gradients, step.draw)
+def integrate_gates(batch: BatchRecord) -> Increment:
+    """Return the finite effect from the gate gradients of the samples that drew a channel."""
+    return finite_effect(batch.gradients, batch.draw)
 
 
-def squared(step: Step) -> Increment:
-    """Give half the mean square of the gate gradients of all samples."""
-    return squared_slope(step.gradients)
+def square_gradients(batch: BatchRecord) -> Increment:
+    """Return half the mean square of the gate gradients of all samples."""
+    # All samples, drawn or not: the slope at gate 1 tells as much of a channel, and there are 1 / drop times as many.
+    return half_squared_gradient(batch.gradients)
 
 
-def corrected(step: Step) -> Increment:
-    """Give the finite effect from the gate gradients, corrected by the losses."""
-    return corrected_effect(step.losses, step.gradients, step.gates, step.factor)
+def correct_by_losses(batch: BatchRecord) -> Increment:
+    """Return the finite effect from the gate gradients, corrected by the losses."""
+    return corrected_effect(batch.losses, batch.gradients, batch.gates, batch.factor)
 
 
-def correction(step: Step) -> Increment:
-    """Give the factor that would have corrected best, for the steps to come."""
-    return best_factor(step.losses, step.gradients, step.gates)
+def learn_factor(batch: BatchRecord) -> Increment:
+    """Return the factor that would have corrected best, for the steps to come."""
+    return best_factor(batch.losses, batch.gradients, batch.gates)
 
 
-ESTIMATORS: dict[str, Estimator] = {
-    "source": Estimator(credited, per_sample=False),
-    "loss": Estimator(contrasted, towards_mean=True, controlled=True),
-    "soft": Estimator(gradual, soft=True, observe_every=8),
-    "gate": Estimator(gradual, rank=squared, soft=True, observe_every=8),
+# NOTE: Gate gradients say enough on one step in eight, and what is drawn does not learn: draws in every step cost a
+# point of accuracy (docs/relevance.md). Losses are so noisy that those estimators need every step.
+ESTIMATORS: dict[EstimatorName, Estimator] = {
+    "source": Estimator(credit_excluded, per_sample=False),
+    "loss": Estimator(contrast_losses, towards_mean=True, control_variate=True),
+    "soft": Estimator(integrate_gates, soft=True, observe_every=8),
+    # Ranked by squares, but tested by signed effects: a square is never below zero, so no dummy could be like it.
+    "gate": Estimator(integrate_gates, rank=square_gradients, soft=True, observe_every=8),
     "mixed": Estimator(
-        corrected, learn=correction, draw=independently_drawn, soft=True, controlled=True, observe_every=8
+        correct_by_losses, learn=learn_factor, draw=independent_draws, soft=True, control_variate=True, observe_every=8
     ),
 }

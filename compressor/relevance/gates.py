@@ -19,19 +19,19 @@ from torch import Tensor, nn
 
 from compressor.errors import InputError, UnknownNameError
 from compressor.graph import ChannelGraph, ConsumerInput, Group
-from compressor.relevance.gating import Gate, Workspace, private
+from compressor.relevance.gating import Gate, Workspace, may_reuse_memory
 
 
 def observable(group: Group) -> bool:
-    """Tell whether every consumer of the group is a module that can be watched, so that gates reach all of them."""
+    """Return whether every consumer of the group is a module that can be watched, so that gates reach all of them."""
     consumers = {member.tensor for member in group.of_role("consumer")}
-    return bool(consumers) and consumers == {seen.weight for seen in _consuming(group)}
+    return bool(consumers) and consumers == {each.weight for each in _consumer_inputs(group)}
 
 
-def _consuming(group: Group) -> list[ConsumerInput]:
-    """Give the inputs of consumers alone. A depthwise convolution hands its channels on: they would be gated twice."""
+def _consumer_inputs(group: Group) -> list[ConsumerInput]:
+    """Return the inputs of consumers alone. A depthwise convolution hands its channels on: they would be gated twice."""
     consumers = {member.tensor for member in group.of_role("consumer")}
-    return [seen for seen in group.inputs if seen.weight in consumers]
+    return [each for each in group.inputs if each.weight in consumers]
 
 
 class Gates:
@@ -77,7 +77,7 @@ class Gates:
         self._sites = _sites(graph.model, chosen)
 
     def split(self, side_by_side: Tensor) -> dict[str, Tensor]:
-        """Give the part of every group, `(..., C)` by name, of a tensor `(..., N)`."""
+        """Return the part of every group, `(..., C)` by name, of a tensor `(..., N)`."""
         return dict(zip(self.sizes, torch.split(side_by_side, list(self.sizes.values()), dim=-1), strict=True))
 
     @contextmanager
@@ -98,31 +98,36 @@ class Gates:
         """
         # NOTE: Column 0 is the gate of every position that belongs to no gated group.
         padded = torch.cat([gates.new_ones(len(gates), 1), gates], dim=1)
-        reached: set[str] = set()
+        gated_modules: set[str] = set()
         tracked = self._passes % self.track_every == 0
         with ExitStack() as hooks:
             for site in self._sites.values():
-                before, after = self._hooks(site, padded, towards_mean, tracked, reached)
+                before, after = self._hooks(site, padded, towards_mean, tracked, gated_modules)
                 hooks.callback(site.module.register_forward_pre_hook(before).remove)
+                # always_call: a module that fails must not leave its saved-tensor hooks on for the rest of the program.
                 hooks.callback(site.module.register_forward_hook(after, always_call=True).remove)
-            yield reached
-        self._passes += bool(reached)
+            yield gated_modules
+        # A `with` in which the model did not run, or only in evaluation mode, is no pass.
+        self._passes += bool(gated_modules)
 
     def _hooks(
-        self, site: _Site, padded: Tensor, towards_mean: bool, tracked: bool, reached: set[str]
+        self, site: _Site, padded: Tensor, towards_mean: bool, tracked: bool, gated_modules: set[str]
     ) -> tuple[Any, Any]:
-        """Give what runs before and after a site's module."""
+        """Return what runs before and after a site's module."""
         saving = ExitStack()
 
         def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            # Evaluation in the middle of a `with` measures the model itself, not the model with channels missing.
             if not self._graph.model.training:
                 return None
             h = site.checked(inputs, len(padded))
-            reached.add(site.name)
+            gated_modules.add(site.name)
             if tracked or not site.count:
                 site.track(h.detach(), 0.5 ** (self.track_every / self.half_life))
             rows = padded.index_select(1, site.columns(h))
-            gate = Gate(rows, site.mean() if towards_mean else None, site.dim, self._workspace, private(module))
+            gate = Gate(
+                rows, site.mean() if towards_mean else None, site.dim, self._workspace, may_reuse_memory(module)
+            )
             return (saving.enter_context(gate.on(h)), *inputs[1:])
 
         def after(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -131,14 +136,14 @@ class Gates:
         return before, after
 
     def means(self) -> dict[str, Tensor]:
-        """Give the running mean of every consumer's input, `(D,)` by the name of the consuming weight.
+        """Return the running mean of every consumer's input, `(D,)` by the name of the consuming weight.
 
         Weights whose module has not run yet are left out.
         """
         return {weight: site.mean() for site in self._sites.values() if site.count for weight in site.weights}
 
     def narrowed(self, keep: Mapping[str, Tensor], graph: ChannelGraph) -> Gates:
-        """Give the gates of the model after a cut, with the means of the channels that stayed.
+        """Return new gates for the model after a cut, with the means of the channels that stayed.
 
         Args:
             keep: by group name, the indices that stayed, `(n,)`.
@@ -152,7 +157,7 @@ class Gates:
         return after
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the running means and how many passes there were, as plain tensors and numbers."""
+        """Return the running means and how many passes there were, as plain tensors and numbers."""
         sites = {name: {"total": site.total, "count": site.count} for name, site in self._sites.items()}
         return {"sites": sites, "passes": self._passes}
 
@@ -202,7 +207,7 @@ class _Site:
     _columns: Tensor | None = None
 
     def checked(self, inputs: tuple[Any, ...], batch: int) -> Tensor:
-        """Give the module's first positional input, if it is laid out as the gates need it."""
+        """Return the module's first positional input, if it is laid out as the gates need it."""
         h = inputs[0] if inputs else None
         least = 1 + max(int(positions.max()) for positions in self.positions.values())
         if not isinstance(h, Tensor) or h.dim() <= -self.dim or len(h) != batch or h.size(self.dim) < least:
@@ -215,9 +220,9 @@ class _Site:
         return h
 
     def columns(self, h: Tensor) -> Tensor:
-        """Give the column of the gate of every position, `(D,)`."""
+        """Return the column of the gate of every position, `(D,)`."""
         if self._columns is None or len(self._columns) != h.size(self.dim) or self._columns.device != h.device:
-            columns = torch.zeros(h.size(self.dim), dtype=torch.int64)
+            columns = torch.zeros(h.size(self.dim), dtype=torch.int64)  # column 0: the constant 1
             for name, positions in self.positions.items():
                 columns[positions] = torch.arange(len(positions)).unsqueeze(1) + self.starts[name]
             self._columns = columns.to(h.device)
@@ -226,6 +231,7 @@ class _Site:
     def track(self, h: Tensor, decay: float) -> None:
         """Take one more input into the running mean. An input of another width than before starts it anew."""
         others = [dim for dim in range(h.dim()) if dim != h.dim() + self.dim]
+        # At least float32: a decaying sum of half-precision means stops growing after some hundred terms.
         mean = h.mean(others, dtype=torch.promote_types(h.dtype, torch.float32))
         if len(self.total) != len(mean):
             self.total, self.count = torch.zeros_like(mean), 0.0
@@ -233,11 +239,11 @@ class _Site:
         self.count = self.count * decay + 1
 
     def mean(self) -> Tensor:
-        """Give the running mean, `(D,)`."""
+        """Return the running mean, `(D,)`."""
         return self.total / self.count
 
     def kept(self, keep: Mapping[str, Tensor]) -> Tensor:
-        """Give `total` without the positions of the channels that are not kept."""
+        """Return `total` without the positions of the channels that are not kept."""
         stays = torch.ones(len(self.total), dtype=torch.bool)
         for name, positions in self.positions.items():
             if name in keep and len(stays):
@@ -251,10 +257,10 @@ def _sites(model: nn.Module, groups: Sequence[Group]) -> dict[str, _Site]:
     sites: dict[str, _Site] = {}
     start = 1
     for group in groups:
-        for seen in _consuming(group):
-            site = sites.setdefault(seen.module, _Site(model.get_submodule(seen.module), seen.module, seen.dim))
-            site.positions[group.name], site.starts[group.name] = seen.positions, start
-            site.weights += [seen.weight] if seen.weight not in site.weights else []
+        for each in _consumer_inputs(group):
+            site = sites.setdefault(each.module, _Site(model.get_submodule(each.module), each.module, each.dim))
+            site.positions[group.name], site.starts[group.name] = each.positions, start
+            site.weights += [each.weight] if each.weight not in site.weights else []
         start += group.size
     return sites
 

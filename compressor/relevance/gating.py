@@ -26,8 +26,8 @@ CACHED = 2**17  # numbers of which a product is made at once, on a CPU: half a m
 PLAIN = frozenset((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))  # they use their input once, and keep nothing of it
 
 
-def private(module: nn.Module) -> bool:
-    """Tell whether nobody but a plain layer sees its input and the gradient by it, so that memory can be used again."""
+def may_reuse_memory(module: nn.Module) -> bool:
+    """Return whether nobody but a plain layer sees its input and the gradient by it, so that memory can be used again."""
     # NOTE: One hook of each kind is ours. Subclasses may do with their input what they like.
     foreign = len(module._forward_pre_hooks) > 1 or len(module._forward_hooks) > 1
     backward = module._backward_hooks or module._backward_pre_hooks
@@ -41,7 +41,7 @@ class Workspace:
         self._memory: dict[torch.dtype, torch.UntypedStorage] = {}
 
     def like(self, h: Tensor) -> Tensor:
-        """Give a tensor of that shape, layout and type."""
+        """Return a tensor of that shape, layout and type."""
         needed = h.numel() * h.element_size()
         if h.dtype not in self._memory or self._memory[h.dtype].nbytes() < needed:
             self._memory[h.dtype] = torch.empty(needed, dtype=torch.uint8).untyped_storage()
@@ -59,18 +59,18 @@ class Gate:
         mean: `(D,)`, towards which is gated; 0 if there is none.
         dim: the channel dimension of the input, negative.
         workspace: where gated inputs lie, if they may.
-        private: whether nobody else sees them.
+        reuse_memory: whether nobody but the layer sees the gated input, so that it may.
     """
 
     rows: Tensor
     mean: Tensor | None
     dim: int
     workspace: Workspace
-    private: bool
+    reuse_memory: bool
 
     @contextmanager
     def on(self, h: Tensor) -> Iterator[Tensor]:
-        """Give the gated input, which autograd nodes that are made meanwhile do not save: they make it again."""
+        """Yield the gated input, which autograd nodes that are made meanwhile do not save: they make it again."""
         gated: Tensor = _Gated.apply(h, self.rows, self)
         if torch.compiler.is_compiling():
             yield gated
@@ -79,18 +79,20 @@ class Gate:
             yield gated
 
     def _saving(self, gated: Tensor, h: Tensor) -> tuple[Any, Any]:
-        """Give what packs and unpacks the tensors that the gated layer saves."""
+        """Return what packs and unpacks the tensors that the gated layer saves."""
         layout, version, unchanged = (gated.shape, gated.stride()), gated._version, h._version
         address, memory, shared = gated.data_ptr(), gated.untyped_storage().data_ptr(), self._in_workspace(h)
 
         def pack(saved: Tensor) -> Tensor | None:
             if saved.data_ptr() == address and (saved.shape, saved.stride(), saved._version) == (*layout, version):
                 return None
+            # A view of the workspace, a transposed one say, would hold the next layer's input by the backward pass.
             return saved.clone() if shared and saved.untyped_storage().data_ptr() == memory else saved
 
         def unpack(saved: Tensor | None) -> Tensor:
             if saved is not None:
                 return saved
+            # An in-place operation on h (a ReLU after it) is silent here: autograd looks after what it saved, not after h.
             if h._version != unchanged:
                 raise RuntimeError("the input of a gated module was modified in place before its backward pass")
             with torch.no_grad():
@@ -99,11 +101,12 @@ class Gate:
         return pack, unpack
 
     def _in_workspace(self, h: Tensor) -> bool:
+        # On a GPU the caching allocator hands out memory at once, and streams may still read what is overwritten.
         dense = h.is_contiguous() or (h.dim() == 4 and h.is_contiguous(memory_format=torch.channels_last))
-        return self.private and dense and h.device.type == "cpu"
+        return self.reuse_memory and dense and h.device.type == "cpu"
 
     def applied(self, h: Tensor) -> Tensor:
-        """Give `gate * h`, or `mean + gate * (h - mean)`."""
+        """Return `gate * h`, or `mean + gate * (h - mean)`."""
         gate, out = _along(self.rows, h, self.dim), self.workspace.like(h) if self._in_workspace(h) else None
         if self.mean is None:
             return torch.mul(h, gate, out=out)
@@ -111,12 +114,12 @@ class Gate:
         return torch.lerp(_along(self.mean, h, self.dim).expand_as(h), h, gate.expand_as(h), out=out)
 
     def by_input(self, gradient: Tensor) -> Tensor:
-        """Give the gradient by `h`; writes `gradient` where nobody else sees it."""
+        """Return the gradient by `h`; writes `gradient` where nobody else sees it."""
         gate = _along(self.rows, gradient, self.dim)
         return gradient.mul_(gate) if self._in_workspace(gradient) else gradient * gate
 
     def by_gate(self, h: Tensor, gradient: Tensor) -> Tensor:
-        """Give the gradient by every gate, `(B, D)`: the sum over space of `gradient * h`, or `gradient * (h - mean)`.
+        """Return the gradient by every gate, `(B, D)`: the sum over space of `gradient * h`, or `gradient * (h - mean)`.
 
         On a CPU a few samples at a time, so that the product stays in the cache.
         """
@@ -130,10 +133,11 @@ class Gate:
 
 
 class _Gated(torch.autograd.Function):
-    """Gates an input, and gives the gradient by every gate in the same backward pass."""
+    """Gates an input, and returns the gradient by every gate in the same backward pass."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, rows: Tensor, gate: Gate) -> Tensor:
+        # The ungated input costs no memory: the layer before it, a ReLU say, keeps the same tensor anyway.
         ctx.save_for_backward(h if ctx.needs_input_grad[1] else None)
         ctx.gate = gate
         return gate.applied(h)

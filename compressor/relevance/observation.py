@@ -15,11 +15,13 @@ from compressor.errors import InputError
 
 
 @contextmanager
-def leaving_no_trace(model: nn.Module) -> Iterator[None]:
-    """Run the model in training mode without gradients; afterwards buffers and random states are as before.
+def preserve_buffers_and_rng(model: nn.Module) -> Iterator[None]:
+    """Run the model inside the `with` without gradients; afterwards buffers and random states are as before.
 
     What runs next draws the same dropout, so that its losses differ by the gates alone.
     """
+    # The model stays in training mode, or BatchNorm would normalise by other numbers than it does under the gates. So its
+    # running statistics move, and are put back.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
     try:
@@ -31,7 +33,7 @@ def leaving_no_trace(model: nn.Module) -> Iterator[None]:
 
 
 def per_sample(losses: Tensor) -> Tensor:
-    """Give one loss per sample, `(B,)`, where a loss function gave one per position."""
+    """Return one loss per sample, `(B,)`, where a loss function returned one per position."""
     return losses.flatten(1).mean(1) if losses.dim() > 1 else losses
 
 
@@ -52,7 +54,7 @@ class Observation:
         self.losses: Tensor | None = None
         self.ungated: Tensor | None = None
         self.share: Tensor | None = None
-        self.reached: set[str] = set()
+        self.gated_modules: set[str] = set()
 
     def credit(self, losses: Tensor, ungated: Tensor | None = None) -> None:
         """Take the losses of the samples.
@@ -70,7 +72,7 @@ class Observation:
                 f"losses of shape {tuple(losses.shape)} came for {len(self.gates)} samples: give one loss per sample, "
                 "from a loss function that takes reduction='none'"
             )
-        if not self.reached:
+        if not self.gated_modules:
             raise InputError(
                 "the model did not run under the gates: call model.train(), and run the traced model itself, not a copy"
             )
@@ -81,13 +83,15 @@ class Observation:
             )
         self.losses, self.ungated = losses.detach(), None if ungated is None else ungated.detach()
         if losses.requires_grad:
-            losses.register_hook(self._weigh)  # type: ignore[no-untyped-call]
+            # The loop may scale the loss, divide it for accumulation, or take a sum: whatever it does stands in the
+            # gradient by these losses, and is divided out again.
+            losses.register_hook(self._add_share)  # type: ignore[no-untyped-call]
 
-    def _weigh(self, gradient: Tensor) -> None:
+    def _add_share(self, gradient: Tensor) -> None:
         self.share = gradient if self.share is None else self.share + gradient
 
     def gradients(self) -> Tensor:
-        """Give the gradient of every sample's loss by its gates, `(B, N)`.
+        """Return the gradient of every sample's loss by its gates, `(B, N)`.
 
         Where BatchNorm ties samples together, it is that of all losses by this sample's gates.
 
@@ -95,5 +99,5 @@ class Observation:
             InputError: there was no backward pass.
         """
         if self.gates.grad is None or self.share is None:
-            raise InputError("update() came before backward(): call loss.backward() first")
+            raise InputError("step() came before backward(): call loss.backward() first")
         return self.gates.grad / self.share.to(self.gates.grad).unsqueeze(1)

@@ -2,54 +2,46 @@
 
 from __future__ import annotations
 
-import math
+import logging
 from dataclasses import dataclass
+from statistics import NormalDist
 
-import torch
+from compressor.relevance.config import RelevanceConfig
+from compressor.relevance.estimators import ESTIMATORS
+from compressor.relevance.statistics import required_samples
 
-from compressor.errors import RangeError
-from compressor.relevance.statistics import needed_samples
-
-POWER = 0.84  # normal quantile of the chance, 80 %, to see an effect that is there
+POWER = 0.8  # the chance to see an effect that is there
+HALF_LIFE = 100.0  # steps, where there is no period between cuts to go by
+logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Pace:
-    """The pace of observation, in training steps; every `every`-th step is one on which samples draw.
+class ObservationSchedule:
+    """When samples draw, in training steps; every `every`-th step is one on which they do.
 
     Attributes:
-        every: may become less, by `fit`.
-        least: `every` cannot become less than that.
-        warmup: steps over which the share of channels that a sample draws rises from 0.
+        config: what was chosen.
+        every: as chosen; where that was left open, what is usual for the estimator, or less, by `fit`.
         half_life: steps after which an observation counts half.
-
-    Raises:
-        RangeError: a number out of its range.
     """
 
+    config: RelevanceConfig
     every: int
-    least: int
-    warmup: int
     half_life: float
 
     @staticmethod
-    def of(observe_every: int | None, usual: int, warmup: int, half_life: float) -> Pace:
-        """Take what a user gave, and what is usual where `observe_every` was left open; it may then become less."""
-        if observe_every is not None and observe_every < 1:
-            raise RangeError("observe_every", observe_every, "1, 2, 3, ... steps")
-        if warmup < 0:
-            raise RangeError("warmup", warmup, "0, 1, 2, ... steps")
-        if not half_life > 0:
-            raise RangeError("half_life", half_life, "(0, inf) steps")
-        return Pace(observe_every or usual, observe_every or 1, warmup, half_life)
+    def from_config(config: RelevanceConfig) -> ObservationSchedule:
+        """Take what a user chose, and what is usual for the rest."""
+        every = config.observe_every or ESTIMATORS[config.estimator].observe_every
+        return ObservationSchedule(config, every, config.half_life or HALF_LIFE)
 
     def draws(self, step: int) -> bool:
-        """Tell whether samples draw in a step, counted from 0."""
+        """Return whether samples draw in a step, counted from 0."""
         return step % self.every == 0
 
     def share(self, step: int) -> float:
-        """Give the part of its draws that a channel takes up in a step: less than 1 in the warm-up."""
-        return min(1.0, step / self.warmup) if self.warmup else 1.0
+        """Return the part of its draws that a channel takes up in a step: less than 1 in the warm-up."""
+        return min(1.0, step / self.config.warmup) if self.config.warmup else 1.0
 
     @property
     def half_life_in_batches(self) -> float:
@@ -61,30 +53,52 @@ class Pace:
         """By how much an observation counts less when the next one comes."""
         return float(0.5 ** (1 / self.half_life_in_batches))
 
-    def fit(self, period: int, batches: int, half_life: float) -> None:
-        """Let at least so many batches of a period draw, as far as that was left open.
+    def required_steps(self, batch_size: int) -> int:
+        """Return how many steps it takes at least, with samples drawing as often as was left open."""
+        return self._least * self._required_batches(batch_size)
+
+    @property
+    def _least(self) -> int:
+        return self.config.observe_every or 1
+
+    def _required_batches(self, batch_size: int) -> int:
+        # NOTE: For "source" a whole batch is one observation: all its samples draw the same channels.
+        observations = batch_size if ESTIMATORS[self.config.estimator].per_sample else 1
+        return required_batches(observations, 1 / self.config.draw_one_in, self.config.confidence)
+
+    def fit(self, period: int, batch_size: int, half_life: float) -> None:
+        """Let as many batches of a period draw as it takes to resolve something, as far as that was left open.
 
         Args:
             period: steps between two cuts.
-            batches: how many must draw so that something is resolved.
+            batch_size: samples in a step.
             half_life: from now on.
         """
-        self.half_life, self.every = half_life, max(self.least, min(self.every, period // batches))
+        batches = self._required_batches(batch_size)
+        # Never less often than before: a schedule that is fitted twice, by a resumed run say, must stay the same.
+        before, self.every = self.every, max(self._least, min(self.every, period // batches))
+        self.half_life = half_life
+        if self.every != before:
+            logger.info(
+                "samples draw on one step in %d, not in %d: of %d steps between two cuts it takes %d that draw",
+                self.every, before, period, batches,
+            )  # fmt: skip
 
 
-def needed_batches(batch_size: int, drop: float, delta: float) -> int:
-    """Give how many batches that draw resolve a channel that saves one deviation of the loss.
+def required_batches(batch_size: int, drop: float, confidence: float) -> int:
+    """Return how many batches that draw resolve a channel that saves one deviation of the loss.
 
-    At `delta`, with a power of 80 %: the strongest effect that can be hoped for, as for a fair part of the samples the
-    channel alone would decide between a good and a bad loss. Gate gradients are as uncertain as they are large
+    At `confidence`, with a power of 80 %: the strongest effect that can be hoped for, as for a fair part of the samples
+    the channel alone would decide between a good and a bad loss. Gate gradients are as uncertain as they are large
     (`V = g^2`), so this holds for them too.
 
     Args:
         batch_size: observations in a batch.
         drop: the share of them that draw a channel.
-        delta: of the test.
+        confidence: of the test, in (0, 1].
     """
-    z_delta = float(torch.special.ndtri(torch.tensor(delta)))
-    if not 0 < z_delta + POWER < math.inf:
+    # No channel passes at 1, and below 1 - POWER nearly all do: there is no test then, and nothing to resolve.
+    if not 1 - POWER < confidence < 1:
         return 1
-    return -(-needed_samples(1.0, 1.0, drop, z_delta, POWER) // batch_size)
+    quantile = NormalDist().inv_cdf
+    return -(-required_samples(1.0, 1.0, drop, quantile(confidence), quantile(POWER)) // batch_size)

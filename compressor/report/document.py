@@ -1,22 +1,13 @@
-"""The content of a report: what `report.json` holds, written and read back without loss.
+"""The content of a report: everything that a run has to say, in one frozen `Report`.
 
-Everything that a run has to say is in one frozen `Report`; tables, pictures and the page only show it. The file carries
-a version: a reader refuses what a newer compressor wrote instead of guessing.
+Tables, pictures and the page only show it; `compressor.report.serialization` writes it to `report.json` and reads it
+back. The types are part of the format: what is read is held against the annotations below, field by field.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-
-from compressor.errors import ArtifactError
-
-FORMAT = "compressor-report"
-VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -24,9 +15,9 @@ class Figures:
     """What one model costs and how well it does.
 
     Attributes:
-        accuracy: share of right answers on the test part, in [0, 1].
-        loss: mean cross-entropy on the test part.
-        images: how many images the test part holds.
+        accuracy: share of right answers on the test split, in [0, 1].
+        loss: mean cross-entropy on the test split.
+        images: how many images the test split holds.
         params, macs, channels: our counts; MACs for one example, one multiply-add counts 1.
         fvcore_macs: the same MACs as fvcore counts them.
         size_bytes, onnx_size_bytes: of the safetensors and of the ONNX file.
@@ -170,7 +161,7 @@ class Report:
         created: time of writing, ISO 8601 with the offset from UTC.
         command: what to type to run it again.
         settings: every option of the run, by its name on the command line.
-        machine: processor, memory, versions; whatever `compressor.latency.machine` gives.
+        machine: processor, memory, versions; whatever `compressor.deploy.describe_machine` returns.
         dense, pruned: figures of the two models.
         goal: asked and reached.
         layers, frozen: what the channel graph held.
@@ -196,78 +187,3 @@ class Report:
     parity: tuple[Parity, ...]
     files: dict[str, int]
     notes: tuple[str, ...] = ()
-
-
-_LISTS: dict[str, type] = {
-    "layers": Layer,
-    "frozen": FrozenLayer,
-    "epochs": Epoch,
-    "cuts": Cut,
-    "timings": Timing,
-    "parity": Parity,
-}
-_PARTS: dict[str, type] = {"dense": Figures, "pruned": Figures, "goal": Goal}
-
-
-def to_json(report: Report) -> str:
-    """Give the text of `report.json`: one object, `format` and `version` first; NaN and infinities become null."""
-    content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(report)}
-    return json.dumps(_finite(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def from_json(text: str, source: str) -> Report:
-    """Read back what `to_json` wrote.
-
-    Args:
-        text: the content of the file.
-        source: its name, for messages.
-
-    Raises:
-        ArtifactError: not JSON, not a report, of a newer version, or with a part missing.
-    """
-    content = _parsed(text, source)
-    try:
-        parts = {name: _build(kind, content[name]) for name, kind in _PARTS.items()}
-        lists = {name: tuple(_build(kind, item) for item in content[name]) for name, kind in _LISTS.items()}
-        plain = {key: value for key, value in content.items() if key not in {*parts, *lists, "format", "version"}}
-        report: Report = _build(Report, {**plain, **parts, **lists})
-        return report
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{source} is damaged: {error}; run the job again, or take the file from a copy") from error
-
-
-def _parsed(text: str, source: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ArtifactError(f"{source} is no JSON ({error}); give a run folder that compress made") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ArtifactError(f"{source} is no report of compressor; give a run folder that compress made")
-    if content.get("version") != VERSION:
-        raise ArtifactError(
-            f"{source} has version {content.get('version')}, and this compressor reads version {VERSION}; "
-            "read it with the version that wrote it"
-        )
-    return content
-
-
-def _build(kind: Any, values: Mapping[str, Any]) -> Any:
-    """Make a dataclass from JSON: lists become tuples, and null becomes NaN where a number belongs."""
-    hints = {field.name: field.type for field in dataclasses.fields(kind)}
-    restored = {name: _restore(value, str(hints.get(name))) for name, value in values.items()}
-    return kind(**restored)
-
-
-def _restore(value: Any, hint: str) -> Any:
-    if value is None and hint == "float":
-        return math.nan
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON cannot say (NaN, infinities) by null, all the way down."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

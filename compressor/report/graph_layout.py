@@ -49,7 +49,7 @@ class Node:
     frozen: tuple[Frozen, ...]
 
     def groups(self, side: Side) -> list[str]:
-        """Give the groups that live on one side."""
+        """Return the groups that live on one side."""
         stripes = self.inputs if side == "input" else self.outputs
         return [stripe.group for stripe in stripes if stripe.group is not None]
 
@@ -79,23 +79,23 @@ class _Places:
     frozen: Mapping[str, Sequence[Frozen]]
 
     def groups(self, tensor: str) -> set[str]:
-        """Give the groups that live on a tensor."""
+        """Return the groups that live on a tensor."""
         return {group for group, _ in self.members.get(tensor, ())}
 
 
 def nodes(graph: ChannelGraph) -> list[Node]:
-    """Give the rows of a graph, in the order in which the model uses its weights."""
+    """Return the rows of a graph, in the order in which the model uses its weights."""
     places = _places(graph)
     parameters = dict(graph.model.named_parameters())
     owners: dict[str, list[str]] = defaultdict(list)
-    for tensor in graph.trail.script.parameters:
+    for tensor in graph.recording.log.parameters:
         if tensor in parameters or tensor in places.members or tensor in places.frozen:
             owners[tensor.rpartition(".")[0]].append(tensor)
     return [_node(places, row) for tensors in owners.values() for row in _rows(places, tensors)]
 
 
 def wires(rows: Sequence[Node]) -> list[Wire]:
-    """Give the wires of the groups, the short ones next to the nodes, none on top of another."""
+    """Return the wires of the groups, the short ones next to the nodes, none on top of another."""
     taps: dict[str, list[Tap]] = defaultdict(list)
     for number, node in enumerate(rows):
         if not node.slim:
@@ -109,7 +109,7 @@ def wires(rows: Sequence[Node]) -> list[Wire]:
 
 
 def blocks(rows: Sequence[Node]) -> list[tuple[str, int]]:
-    """Give the blocks of a model, each with its number of rows: what names begin with, one part or two."""
+    """Return the blocks of a model, each with its number of rows: what names begin with, one part or two."""
     first = Counter(node.name.partition(".")[0] for node in rows)
     names = []
     for node in rows:
@@ -131,7 +131,7 @@ def _places(graph: ChannelGraph) -> _Places:
 
 
 def _rows(places: _Places, tensors: Sequence[str]) -> list[list[str]]:
-    """Give the tensors of a module's rows, the one that is drawn in front. Vectors go where their groups are."""
+    """Return the tensors of a module's rows, the one that is drawn in front. Vectors go where their groups are."""
     wide = [tensor for tensor in tensors if len(places.shapes[tensor]) > 1]
     rows = [[tensor] for tensor in wide or tensors[:1]]
     for tensor in tensors:
@@ -159,7 +159,7 @@ def _node(places: _Places, tensors: Sequence[str]) -> Node:
 
 
 def _dims(shape: Sequence[int], roles: Mapping[int, Role]) -> tuple[int, int]:
-    """Give the dimension of the input side and that of the output side: one and the same where channels only pass."""
+    """Return the dimension of the input side and that of the output side: one and the same where channels only pass."""
     taken = next((dim for dim, role in roles.items() if role == "consumer"), None)
     made = next((dim for dim, role in roles.items() if role == "producer"), None)
     if taken is None and made is None and (roles or len(shape) < 2 or shape[1] == 1):
@@ -171,7 +171,7 @@ def _dims(shape: Sequence[int], roles: Mapping[int, Role]) -> tuple[int, int]:
 
 
 def _stripes(places: _Places, tensor: str, dim: int) -> tuple[Stripe, ...]:
-    """Give the shares of a dimension, one for each group, in the order of their first positions."""
+    """Return the shares of a dimension, one for each group, in the order of their first positions."""
     mine = [(group, member) for group, member in places.members.get(tensor, ()) if member.dim == dim]
     owner = np.full(places.shapes[tensor][dim] if places.shapes[tensor] else 1, -1)
     for number, (_, member) in enumerate(mine):
@@ -182,7 +182,7 @@ def _stripes(places: _Places, tensor: str, dim: int) -> tuple[Stripe, ...]:
 
 
 def _span(taps: Iterable[Tap]) -> tuple[int, int]:
-    """Give where a wire begins and ends; the output side of a row is below its input side."""
+    """Return where a wire begins and ends; the output side of a row is below its input side."""
     heights = [2 * tap.row + (tap.side == "output") for tap in taps]
     return min(heights), max(heights)
 

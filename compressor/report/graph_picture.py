@@ -17,16 +17,18 @@ from markupsafe import Markup
 from compressor.graph import ChannelGraph
 from compressor.report.graph_layout import Node, Stripe, Tap, Wire, blocks, nodes, wires
 from compressor.report.graph_legend import Legend, shown
-from compressor.report.inspection import inspection
-from compressor.report.svg import FAINT, INK, LETTER, hint, joined, pixels, rectangle, text
+from compressor.report.graph_style import FAINT, INK, LETTER, PLAIN, QUIET
+from compressor.report.inspection import inspect_graph
+from compressor.report.svg import element, group, hint, path, pixels, rectangle, text
 from compressor.report.tables import count
 
 _TOP, _LEFT = 64, 28  # where the boxes begin
 _GAP = 5  # between two boxes
 _SHADE, _OUTLINE, _SLIM_OUTLINE = "#f1f3f6", "#8a93a3", "#d5d9e0"
+_SLIM_TYPE: dict[str, Any] = {"font_size": 9, "fill": FAINT}
 
 
-def graph_picture(graph: ChannelGraph) -> Markup:
+def draw_graph(graph: ChannelGraph) -> Markup:
     """Draw which channels of a model go together, which cannot be cut, and why.
 
     Args:
@@ -36,27 +38,37 @@ def graph_picture(graph: ChannelGraph) -> Markup:
         One `<svg>` element with its own background, for a file or for a page; the same graph gives the same text.
         Every box says on hover who lives on its sides, and why what is grey cannot be cut.
     """
-    found = inspection(graph)
-    legend, rows = Legend(found), nodes(graph)
+    found = inspect_graph(graph)
+    legend = Legend(found)
+    rows = nodes(graph)
     page = _Page(rows, wires(rows), legend)
     height = max(page.tops[-1], _TOP + 10 + legend.height) + 8
-    marks = [*legend.patterns(), *_head(type(graph.model).__name__, found), *page.marks()]
-    marks += legend.table(page.end, _TOP + 10)
-    return Markup(
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {1}" width="{0}" height="{1}" role="img" '
-        'aria-label="channel graph" font-family="ui-monospace, Menlo, Consolas, monospace">\n'
-        '<rect width="{0}" height="{1}" fill="#ffffff"/>\n{2}\n</svg>\n'
-    ).format(pixels(page.end + legend.width), pixels(height), Markup("\n").join(marks))
+    width = page.end + legend.width
+    # A background of its own: on a dark page the ink would not be seen.
+    marks = [element("rect", width=width, height=height, fill="#ffffff"), *legend.patterns()]
+    marks += [*_head(type(graph.model).__name__, found), *page.marks(), *legend.table(page.end, _TOP + 10)]
+    picture = element(
+        "svg",
+        Markup("\n").join(["", *marks, ""]),  # a line for each mark, so that two pictures can be compared
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {pixels(width)} {pixels(height)}",
+        width=width,
+        height=height,
+        role="img",
+        aria_label="channel graph",
+        font_family="ui-monospace, Menlo, Consolas, monospace",
+    )
+    return picture + Markup("\n")
 
 
 def _head(model: str, found: dict[str, Any]) -> Iterator[Markup]:
     number = len(found["groups"])
-    yield text(8, 20, f"{model}: {number} group{'s' * (number != 1)} of channels", size=14)
+    yield text(8, 20, f"{model}: {number} group{'s' * (number != 1)} of channels", font_size=14, fill=INK)
     costs = f"{count(found['params'])} parameters, {count(found['macs'])} MACs."
-    yield text(8, 36, f"{costs} One colour, one wire: the same channels, cut together.", fill=FAINT)
+    yield text(8, 36, f"{costs} One colour, one wire: the same channels, cut together.", **QUIET)
     inexact = " Hatched, dashed: not exact." if not all(group["exact"] for group in found["groups"]) else ""
     key = "Upper edge: input side. Lower edge: output side. Grey: cannot be cut, hover for why."
-    yield text(8, 50, key + inexact, fill=FAINT)
+    yield text(8, 50, key + inexact, **QUIET)
 
 
 class _Page:
@@ -95,28 +107,26 @@ class _Page:
             top, bottom = (self.tops[row] - _GAP / 2 for row in (start, start + length))
             start += length
             if number % 2 == 0:
-                yield rectangle(6, top, self.end - 20, bottom - top, _SHADE)
+                yield rectangle(6, top, self.end - 20, bottom - top, fill=_SHADE)
             if length > 1 and LETTER * len(name) < bottom - top:
-                turned = Markup('<g transform="translate(19 {}) rotate(-90)">{}</g>')
-                yield turned.format(pixels((top + bottom) / 2), text(0, 0, name, fill=FAINT, anchor="middle"))
+                turned = f"translate(19 {pixels((top + bottom) / 2)}) rotate(-90)"
+                yield group(text(0, 0, name, "middle", **QUIET), transform=turned)
 
     def _box(self, node: Node, top: float) -> Markup:
         left, width = self._sides(node)
-        size, ink, outline = (9.0, FAINT, _SLIM_OUTLINE) if node.slim else (10.5, INK, _OUTLINE)
+        name, shape = (_SLIM_TYPE, _SLIM_TYPE) if node.slim else (PLAIN, QUIET)
         line = top + (8.5 if node.slim else 16)
-        return Markup("<g>{}</g>").format(
-            joined(
-                [
-                    hint(_hints(node)),
-                    rectangle(left, top, width, _height(node), "#ffffff", outline),
-                    text(left + 6, line, shown(node.name), size=size, fill=ink),
-                    text(left + width - 6, line, _shape(node), size=size, fill=FAINT, anchor="end"),
-                ]
-            )
+        outline = _SLIM_OUTLINE if node.slim else _OUTLINE
+        return group(
+            hint("\n".join(_hints(node))),
+            rectangle(left, top, width, _height(node), fill="#ffffff", stroke=outline),
+            text(left + 6, line, shown(node.name), **name),
+            text(left + width - 6, line, _shape(node), "end", **shape),
         )
 
     def _edges(self) -> Iterator[Markup]:
         """Draw the coloured edges of all boxes: one path for each group, which says on hover whose it is."""
+        # One path, not a mark for each edge: a DenseNet-201 has ten thousand of them, and the file stays below 1 MB.
         paths: dict[str | None, list[str]] = defaultdict(list)
         for node, top in zip(self._rows, self.tops, strict=False):
             left, width = self._sides(node)
@@ -128,12 +138,11 @@ class _Page:
                     stroke = f"M{pixels(begin)} {pixels(y)}h{pixels(length)}v{thick}h-{pixels(length)}z"
                     paths[stripe.group].append(stroke)
                     begin += length
-        for group, path in paths.items():
-            mark = Markup('<path fill="{}" d="{}">{}</path>')
-            yield mark.format(self._legend.fill(group), "".join(path), hint([group or "frozen"]))
+        for owner, strokes in paths.items():
+            yield path("".join(strokes), hint(owner or "frozen"), fill=self._legend.fill(owner))
 
     def _sides(self, node: Node) -> tuple[float, float]:
-        """Give the left edge and the width of a box."""
+        """Return the left edge and the width of a box."""
         indent = 10 if node.slim else 0
         return _LEFT + indent, self.right - _LEFT - 2 * indent
 
@@ -143,7 +152,7 @@ class _Page:
         return self.right + 20 + self._pitch * number
 
     def _meets(self, tap: Tap) -> float:
-        """Give the height at which a wire meets a box: the middle of an edge."""
+        """Return the height at which a wire meets a box: the middle of an edge."""
         node, top = self._rows[tap.row], self.tops[tap.row]
         return top + (_edge(node) / 2 if tap.side == "input" else _height(node) - _edge(node) / 2)
 
@@ -152,19 +161,19 @@ class _Page:
         across, colour = pixels(self._lane(wire.lane)), self._legend.colour[wire.group]
         heights = [self._meets(tap) for tap in wire.taps]
         alone = [tap for tap in wire.taps if len(self._rows[tap.row].groups(tap.side)) == 1]
-        path = f"M{across} {pixels(min(heights))}V{pixels(max(heights))}"
-        path += "".join(f"M{pixels(self.right)} {pixels(self._meets(tap))}H{across}" for tap in alone)
-        dashes = Markup(' stroke-dasharray="5 2.5"') if wire.group in self._legend.inexact else ""
-        line = Markup('<path d="{}" fill="none" stroke="{}" stroke-width="1.8"{}>{}</path>{}')
-        return line.format(path, colour, dashes, hint([wire.group]), self._ends(alone, colour))
+        strokes = f"M{across} {pixels(min(heights))}V{pixels(max(heights))}"
+        strokes += "".join(f"M{pixels(self.right)} {pixels(self._meets(tap))}H{across}" for tap in alone)
+        dashes = {"stroke_dasharray": "5 2.5"} if wire.group in self._legend.inexact else {}
+        line = path(strokes, hint(wire.group), fill="none", stroke=colour, stroke_width=1.8, **dashes)
+        return line + self._ends(alone, colour)
 
     def _bundles(self) -> Iterator[Markup]:
         """Draw one grey line where several groups live on one side of a box, out to the farthest of their wires."""
         outward = sorted(self._wires, key=lambda wire: wire.lane)
         far = {tap: self._lane(wire.lane) for wire in outward for tap in wire.taps}
         many = [tap for tap in sorted(far) if len(self._rows[tap.row].groups(tap.side)) > 1]
-        path = "".join(f"M{pixels(self.right)} {pixels(self._meets(tap))}H{pixels(far[tap])}" for tap in many)
-        yield Markup('<path d="{}" stroke="{}" stroke-width="1.2"/>{}').format(path, FAINT, self._ends(many, FAINT))
+        strokes = "".join(f"M{pixels(self.right)} {pixels(self._meets(tap))}H{pixels(far[tap])}" for tap in many)
+        yield path(strokes, stroke=FAINT, stroke_width=1.2) + self._ends(many, FAINT)
 
     def _ends(self, taps: Iterable[Tap], colour: str) -> Markup:
         """Draw an arrow into every input and a dot at every output."""
@@ -172,18 +181,17 @@ class _Page:
         marks = (
             (arrow if tap.side == "input" else dot).format(pixels(self.right), pixels(self._meets(tap))) for tap in taps
         )
-        return Markup('<path d="{}" fill="{}"/>').format("".join(marks), colour)
+        return path("".join(marks), fill=colour)
 
     def _dots(self, wire: Wire) -> Markup:
         """Draw where a wire is met: a line without length and with round ends is a dot."""
         across = pixels(self._lane(wire.lane))
         dots = "".join(f"M{across} {pixels(self._meets(tap))}h0" for tap in wire.taps)
-        mark = Markup('<path d="{}" stroke="{}" stroke-width="4.4" stroke-linecap="round"/>')
-        return mark.format(dots, self._legend.colour[wire.group])
+        return path(dots, stroke=self._legend.colour[wire.group], stroke_width=4.4, stroke_linecap="round")
 
 
 def _hints(node: Node) -> list[str]:
-    """Give what a box says on hover."""
+    """Return what a box says on hover."""
     sides = {"channels": node.outputs} if node.slim else {"output": node.outputs, "input": node.inputs}
     lived = [f"{side}: {', '.join(_lives(stripe) for stripe in stripes)}" for side, stripes in sides.items()]
     frozen = [f"{each.tensor} dimension {each.dim} is frozen: {each.reason}" for each in node.frozen]
@@ -199,7 +207,7 @@ def _height(node: Node) -> int:
 
 
 def _edge(node: Node) -> int:
-    """Give how thick the coloured edges are."""
+    """Return how thick the coloured edges are."""
     return 3 if node.slim else 4
 
 

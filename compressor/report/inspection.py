@@ -8,15 +8,18 @@ from compressor.budget import CostModel
 from compressor.graph import ChannelGraph, Group
 
 
-def inspection(graph: ChannelGraph) -> dict[str, Any]:
-    """Give what can be cut together, what a channel of each group costs now, and what is frozen and why.
+def inspect_graph(graph: ChannelGraph) -> dict[str, Any]:
+    """Return what can be cut together, what a channel of each group costs now, and what is frozen and why.
 
     Returns:
         `params` and `macs` of the whole model; `groups`, each with `name`, `channels`, `exact`, `members`,
         `params_per_channel` and `macs_per_channel`; `frozen`, each with `tensor`, `dim`, `count` and `reason`; `notes`.
     """
-    costs, sizes = CostModel(graph), graph.sizes()
-    params, macs = costs.per_channel("params", sizes), costs.per_channel("macs", sizes)
+    costs = CostModel(graph)
+    sizes = graph.sizes()
+    # What one channel costs where every group has its present size: the two are multiplied in every layer between them.
+    params = costs.per_channel("params", sizes)
+    macs = costs.per_channel("macs", sizes)
     return {
         "params": costs.params(sizes),
         "macs": costs.macs(sizes),

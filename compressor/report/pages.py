@@ -1,4 +1,4 @@
-"""What a run has to say, in three forms: `report.json` (complete), `report.html` (one self-contained page), Markdown.
+"""A run folder's report: `report.json` (complete), `report.html` (one self-contained page) and `report.md`.
 
 The JSON file is the source; the other two are rendered from it, now or years later.
 """
@@ -8,14 +8,11 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from compressor._utils import written_beside
+from compressor._utils import atomic_write
 from compressor.errors import RunFolderError
 from compressor.report import pictures, tables
-from compressor.report.document import (
-    Report,
-    from_json,
-    to_json,
-)
+from compressor.report.document import Report
+from compressor.report.serialization import from_json, to_json
 
 
 def write(report: Report, folder: Path) -> None:
@@ -25,7 +22,7 @@ def write(report: Report, folder: Path) -> None:
 
 
 def render(report: Report, folder: Path) -> list[Path]:
-    """Write `report.html` and `report.md` into `folder` and give their paths."""
+    """Write `report.html` and `report.md` into `folder` and return their paths."""
     pages = {folder / "report.html": html(report), folder / "report.md": tables.markdown(report)}
     for path, text in pages.items():
         _write(path, text)
@@ -44,14 +41,15 @@ def read(folder: Path) -> Report:
         raise RunFolderError(
             f"{folder} holds no report.json; give the folder of a finished run, or finish it: --resume"
         )
-    return from_json(path.read_text(encoding="utf-8"), str(path))
+    return from_json(path.read_bytes(), str(path))
 
 
 def html(report: Report) -> str:
-    """Give the report as one HTML page: no script, nothing loaded from elsewhere, light and dark."""
+    """Return the report as one HTML page: no script, nothing loaded from elsewhere, light and dark."""
     import jinja2  # only who renders pays for it
 
     template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
+    # Strict: a name that the template misspells is an error, and not an empty place in a page.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(template).render(
         report=report,
@@ -68,11 +66,11 @@ def html(report: Report) -> str:
 
 
 def _speed_tiles(report: Report) -> list[dict[str, object]]:
-    """Give the gain at batch size 1, one tile for each backend."""
+    """Return the gain at batch size 1, one tile for each backend."""
     timed = [(place, both) for place, both in tables.pairs(report.timings) if both[0].batch_size == 1]
     return [{"place": place, "ratio": dense.p50_ms / pruned.p50_ms} for place, (dense, pruned) in timed]
 
 
 def _write(path: Path, text: str) -> None:
-    with written_beside(path) as part:
-        part.write_text(text, encoding="utf-8")
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

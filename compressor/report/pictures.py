@@ -33,7 +33,7 @@ class _Scale:
         return self.start + (value - self.low) / span * (self.end - self.start)
 
     def ticks(self, at_most: int = 5) -> list[float]:
-        """Give round values within the scale: 1, 2 or 5 times a power of ten apart."""
+        """Return round values within the scale: 1, 2 or 5 times a power of ten apart."""
         step = _round_step((self.high - self.low) / at_most)
         first = math.ceil(self.low / step - 1e-9)
         return [step * n for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
@@ -81,7 +81,7 @@ def _channel_bar(layer: Layer, across: _Scale, top: float) -> Markup:
 
 
 def _offsets(epochs: Sequence[Epoch]) -> dict[str, float]:
-    """Give where each stage begins: the two models go on together from the end of "train", if there is one."""
+    """Return where each stage begins: the two models go on together from the end of "train", if there is one."""
     shared = max((epoch.epoch for epoch in epochs if epoch.stage == "train"), default=0)
     return {"train": 0.0, "dense": float(shared), "pruned": float(shared)}
 
@@ -187,13 +187,13 @@ def _grid(across: _Scale, up: _Scale, *, percent: bool) -> Markup:
 
 
 def _floor(accuracies: Sequence[float]) -> float:
-    """Give where the accuracy axis begins: below the worst late value, so that the end can be read."""
+    """Return where the accuracy axis begins: below the worst late value, so that the end can be read."""
     late = [value for value in accuracies if not math.isnan(value)]
     return max(0.0, math.floor(10 * min(late, default=0.0)) / 10)
 
 
 def _round_step(raw: float) -> float:
-    """Give the smallest of 1, 2, 5 times a power of ten that is not below `raw`."""
+    """Return the smallest of 1, 2, 5 times a power of ten that is not below `raw`."""
     power = 10.0 ** math.floor(math.log10(raw)) if raw > 0 else 1.0
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
 

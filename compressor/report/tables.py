@@ -20,7 +20,7 @@ class Row:
 
 
 def comparison(report: Report) -> list[Row]:
-    """Give the lines of the table dense | pruned: accuracy, costs, file sizes, then latency place by place."""
+    """Return the lines of the table dense | pruned: accuracy, costs, file sizes, then latency place by place."""
     dense, pruned = report.dense, report.pruned
     points = 100 * (pruned.accuracy - dense.accuracy)
     rows = [
@@ -41,7 +41,7 @@ def comparison(report: Report) -> list[Row]:
 
 
 def pairs(timings: Iterable[Timing]) -> list[tuple[str, tuple[Timing, Timing]]]:
-    """Give (place, (dense, pruned)) for every place in which both models were timed, on the run's one device."""
+    """Return (place, (dense, pruned)) for every place in which both models were timed, on the run's one device."""
     places: dict[str, dict[str, Timing]] = {}
     for timing in timings:
         places.setdefault(f"{timing.backend}, batch {timing.batch_size}", {})[timing.model] = timing
@@ -49,7 +49,7 @@ def pairs(timings: Iterable[Timing]) -> list[tuple[str, tuple[Timing, Timing]]]:
 
 
 def summary(report: Report) -> str:
-    """Give the run's result in one sentence: asked, reached, and what it cost in accuracy."""
+    """Return the run's result in one sentence: asked, reached, and what it cost in accuracy."""
     goal, points = report.goal, 100 * (report.pruned.accuracy - report.dense.accuracy)
     verdict = "" if goal.reached >= goal.asked else " (not reached)"
     done = "set to zero" if goal.measure == "weights" else "removed"
@@ -60,7 +60,7 @@ def summary(report: Report) -> str:
 
 
 def markdown(report: Report) -> str:
-    """Give the report as Markdown: the summary, the comparison, channels, files, machine, the command."""
+    """Return the report as Markdown: the summary, the comparison, channels, files, machine, the command."""
     channels = [(layer.name, str(layer.before), str(layer.after), kept(layer)) for layer in report.layers]
     files = [(name, size(bytes_)) for name, bytes_ in report.files.items()]
     machine = [(key, str(value)) for key, value in report.machine.items()]
@@ -82,14 +82,14 @@ def markdown(report: Report) -> str:
 
 
 def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Give a Markdown table; the first column is left-aligned, the others right-aligned; `|` is escaped."""
+    """Return a Markdown table; the first column is left-aligned, the others right-aligned; `|` is escaped."""
     align = [":--", *["--:"] * (len(head) - 1)]
     lines = [head, align, *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def count(n: float) -> str:
-    """Give a large count with three significant digits: 11.2 M."""
+    """Return a large count with three significant digits: 11.2 M."""
     for limit, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(n) >= 0.9995 * limit:
             return _three_digits(n / limit) + unit
@@ -97,7 +97,7 @@ def count(n: float) -> str:
 
 
 def size(size_bytes: float) -> str:
-    """Give a file size in decimal units with three significant digits: 42.7 MB."""
+    """Return a file size in decimal units with three significant digits: 42.7 MB."""
     for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if size_bytes >= 0.9995 * limit:
             return f"{_three_digits(size_bytes / limit)} {unit}"
@@ -105,12 +105,12 @@ def size(size_bytes: float) -> str:
 
 
 def milliseconds(value_ms: float) -> str:
-    """Give a time with three significant digits, without its unit: 0.412, 3.18, 128."""
+    """Return a time with three significant digits, without its unit: 0.412, 3.18, 128."""
     return _three_digits(value_ms)
 
 
 def kept(layer: Layer) -> str:
-    """Give the share of a group's channels that stayed."""
+    """Return the share of a group's channels that stayed."""
     return f"{layer.after / layer.before:.0%}"
 
 

@@ -16,7 +16,7 @@ Shapes: TypeAlias = Mapping[str, Sequence[int]]
 
 
 def erdos_renyi(shapes: Shapes, sparsity: float, *, kernel: bool = True, power: float = 1.0) -> dict[str, float]:
-    """Give every layer a density proportional to `(its dimensions' sum / their product) ** power` (ERK).
+    """Return every layer a density proportional to `(its dimensions' sum / their product) ** power` (ERK).
 
     Large layers become sparser than small ones. A layer whose density would exceed 1 stays dense, and the others make
     up for it.
@@ -48,13 +48,13 @@ def erdos_renyi(shapes: Shapes, sparsity: float, *, kernel: bool = True, power: 
 
 
 def relative_density(shape: Sequence[int], *, kernel: bool = True, power: float = 1.0) -> float:
-    """Give the density of a layer by Erdős-Rényi, up to a factor that all layers share."""
+    """Return the density of a layer by Erdős-Rényi, up to a factor that all layers share."""
     counted = shape if kernel else shape[:2]
     return float((sum(counted) / math.prod(counted)) ** power)
 
 
 def uniform(shapes: Shapes, sparsity: float) -> dict[str, float]:
-    """Give all layers the same share, but for the first one, which stays dense.
+    """Return all layers the same share, but for the first one, which stays dense.
 
     Args:
         shapes: weights' shapes by name.

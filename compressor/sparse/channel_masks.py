@@ -19,15 +19,15 @@ from compressor.budget import Budget, CostModel, select
 from compressor.errors import BudgetError, CutError, InputError
 from compressor.graph import ChannelGraph, Group
 from compressor.sparse.allocation import relative_density
-from compressor.sparse.units import Masks, Units, magnitude_of_gradient, require_trained
+from compressor.sparse.units import MaskedUnits, Masks, grad_magnitude, require_trained
 from compressor.surgery import cut
 
 
-class ChannelMasks(Units):
+class ChannelMasks(MaskedUnits):
     """Which channels are on, `(C,)` by group.
 
     Args:
-        graph, optimizers, budget, copies: as for `Units`. Groups whose channels cannot be switched are frozen, with the
+        graph, optimizers, budget, copies: as for `MaskedUnits`. Groups whose channels cannot be switched are frozen, with the
             reason.
         allocation: "erk" or "uniform" say how sparse each group is; "global" ranks all channels together.
         round_to: groups that lose channels end with a multiple of this.
@@ -65,12 +65,12 @@ class ChannelMasks(Units):
         return dict(self.graph.model.named_parameters())
 
     def values(self) -> dict[str, Tensor]:
-        """Give the Euclidean norm of each channel's weights in its consumers."""
+        """Return the Euclidean norm of each channel's weights in its consumers."""
         return self._norms(lambda parameter: parameter.detach())
 
-    def slopes(self) -> dict[str, Tensor]:
-        """Give the Euclidean norm of the gradient by those weights."""
-        return self._norms(magnitude_of_gradient)
+    def grad_magnitudes(self) -> dict[str, Tensor]:
+        """Return the Euclidean norm of the gradient by those weights."""
+        return self._norms(grad_magnitude)
 
     def _norms(self, read: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
         parameters = self._parameters()
@@ -81,7 +81,7 @@ class ChannelMasks(Units):
         }
 
     def best(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
-        """Give the masks that meet the due share of the budget, as `compressor.selection.select` does.
+        """Return the masks that meet the due share of the budget, as `compressor.selection.select` does.
 
         Raises:
             BudgetError: no choice of channels can meet it.
@@ -102,7 +102,7 @@ class ChannelMasks(Units):
         return {name: _marked(mask, selection.keep.get(name)) for name, mask in self.masks.items()}
 
     def _erk_places(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Give scores that order one queue of all channels so that any front of it leaves densities as ERK has them.
+        """Return scores that order one queue of all channels so that any front of it leaves densities as ERK has them.
 
         With a density of `min(1, scale * p)`, the best `scale * p * C` channels of a group stay: a channel of which a
         share `q` of its group is no better goes when `scale` falls below `(1 - q) / p`.
@@ -119,7 +119,7 @@ class ChannelMasks(Units):
         return relative_density(shapes[0]) if shapes else 1.0
 
     def zeros(self) -> dict[str, Tensor]:
-        """Give where consumers' weights belong to a channel that is off."""
+        """Return where consumers' weights belong to a channel that is off."""
         parameters, zeros = self._parameters(), dict[str, Tensor]()
         for group in self.graph.groups:
             off = (~self.masks[group.name]).cpu()

@@ -33,7 +33,7 @@ def lowest(scores: Tensor, among: Tensor, count: int) -> Tensor:
 
 
 def without_lowest(scores: Tensor, mask: Tensor, share: float) -> Tensor:
-    """Give the mask without that share, rounded down, of its units: those of the lowest scores."""
+    """Return the mask without that share, rounded down, of its units: those of the lowest scores."""
     return mask & ~lowest(scores, mask, int(share * int(mask.sum())))
 
 
@@ -52,12 +52,12 @@ def without_nearest_zero(values: Tensor, mask: Tensor, share: float) -> Tensor:
 
 
 def grown(mask: Tensor, scores: Tensor, count: int) -> Tensor:
-    """Give the mask with `count` more units on: those off with the highest scores, of equal ones the first."""
+    """Return the mask with `count` more units on: those off with the highest scores, of equal ones the first."""
     return mask | lowest(-scores, ~mask, count)
 
 
-def rewired(mask: Tensor, kept: Tensor, scores: Tensor) -> Tensor:
-    """Give a mask with as many units on as before: those that were kept, and others that grow.
+def drop_and_grow(mask: Tensor, kept: Tensor, scores: Tensor) -> Tensor:
+    """Return a mask with as many units on as before: those that were kept, and others that grow.
 
     A unit that was dropped may grow at once, and is then as if it had never been dropped.
 
@@ -70,7 +70,7 @@ def rewired(mask: Tensor, kept: Tensor, scores: Tensor) -> Tensor:
 
 
 def cosine(progress: float, start: float = 0.3) -> float:
-    """Give the share to drop, from `start` at progress 0 down to 0 at progress 1, as half a cosine."""
+    """Return the share to drop, from `start` at progress 0 down to 0 at progress 1, as half a cosine."""
     return start / 2 * (1 + math.cos(math.pi * progress))
 
 

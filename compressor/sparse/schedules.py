@@ -13,7 +13,7 @@ from compressor.errors import InputError, RangeError
 from compressor.sparse.regrowth import METHODS, Regrowth
 
 
-class Timetable(ABC):
+class MaskSchedule(ABC):
     """At which steps the masks change.
 
     Attributes:
@@ -26,14 +26,14 @@ class Timetable(ABC):
 
     @abstractmethod
     def share(self, step: int) -> float:
-        """Give how far the change at a step goes, in [0, 1]."""
+        """Return how far the change at a step goes, in [0, 1]."""
 
     def is_due(self, step: int) -> bool:
-        """Tell whether the masks change at a step."""
+        """Return whether the masks change at a step."""
         return step == self.last or (step < self.last and step % self.every == 0 and self.share(step) > 0)
 
 
-class Thinning(Timetable):
+class GradualSchedule(MaskSchedule):
     """More and more is off; `share` is the part of the budget that is due.
 
     Args:
@@ -56,11 +56,11 @@ class Thinning(Timetable):
             )
 
     def share(self, step: int) -> float:
-        """Give the part of the budget that is due at a step."""
+        """Return the part of the budget that is due at a step."""
         return self._schedule(step / self._total)
 
 
-class Rewiring(Timetable):
+class DropGrowSchedule(MaskSchedule):
     """As much grows as is dropped; `share` is the part of what is on that is dropped.
 
     Args:
@@ -86,23 +86,23 @@ class Rewiring(Timetable):
             )
 
     def share(self, step: int) -> float:
-        """Give the part of what is on that is dropped at a step."""
+        """Return the part of what is on that is dropped at a step."""
         return self._how.share(step / self._end)
 
 
-def timetable(criterion: str, total_steps: int, every: int | None, schedule: Schedule | None) -> Timetable:
-    """Give the timetable of a method of `METHODS`.
+def mask_schedule(criterion: str, total_steps: int, every: int | None, schedule: Schedule | None) -> MaskSchedule:
+    """Return the mask_schedule of a method of `METHODS`.
 
     Raises:
         RangeError: a number of steps below 1.
-        InputError: a schedule that has no effect, or a timetable without a single change.
+        InputError: a schedule that has no effect, or a mask_schedule without a single change.
     """
     for name, value in (("total_steps", total_steps), ("collect", every)):
         if value is not None and value < 1:
             raise RangeError(name, value, "1, 2, 3, ... steps")
     how = METHODS[criterion]
     if how is None:
-        return Thinning(total_steps, every, schedule)
+        return GradualSchedule(total_steps, every, schedule)
     if schedule:
         raise InputError(f"a schedule has no effect with {criterion}, which is sparse from the beginning: leave it out")
-    return Rewiring(criterion, how, total_steps, every)
+    return DropGrowSchedule(criterion, how, total_steps, every)

@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor._utils import uncompiled
-from compressor.budget import Budget, Ledger, Limits, PruneResult, Schedule
+from compressor._utils import unwrap_compiled
+from compressor.budget import Budget, Limits, PruneResult, PruningProgress, Schedule
 from compressor.errors import InputError, UnknownNameError
 from compressor.graph import trace
 from compressor.sparse.allocation import ALLOCATIONS
 from compressor.sparse.channel_masks import ChannelMasks
-from compressor.sparse.regrowth import METHODS, Regrowth, rewired
-from compressor.sparse.schedules import timetable
-from compressor.sparse.units import Masks, Units
+from compressor.sparse.regrowth import METHODS, Regrowth, drop_and_grow
+from compressor.sparse.schedules import mask_schedule
+from compressor.sparse.units import MaskedUnits, Masks
 from compressor.sparse.weight_masks import WeightMasks
 
 GRANULARITIES = ("weight", "channel")
@@ -93,12 +93,12 @@ class SparseTraining:
         _check(criterion, granularity, allocation, self.budget, round_to, limits)
         self._about = {"criterion": criterion, "granularity": granularity, "allocation": allocation}
         self._regrowth = METHODS[criterion]
-        self._timetable = timetable(criterion, total_steps, collect, schedule)
-        self.graph = trace(uncompiled(model), example_inputs)
-        self._ledger = Ledger(self.graph)
+        self._timetable = mask_schedule(criterion, total_steps, collect, schedule)
+        self.graph = trace(unwrap_compiled(model), example_inputs)
+        self._ledger = PruningProgress(self.graph)
         shares = limits.shares(self.graph) if limits else {}
         optimizers, along = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer), list(copies)
-        self._units: Units = (
+        self._units: MaskedUnits = (
             WeightMasks(self.graph, optimizers, self.budget, allocation, along)
             if granularity == "weight"
             else ChannelMasks(self.graph, optimizers, self.budget, allocation, round_to or 8, shares, along)
@@ -115,7 +115,7 @@ class SparseTraining:
     # -- one step
 
     def loss(self, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
-        """Give the mean loss of one batch, a scalar to call `backward` on; the first call puts the first masks on.
+        """Return the mean loss of one batch, a scalar to call `backward` on; the first call puts the first masks on.
 
         Args:
             inputs: `(B, ...)`, one batch.
@@ -167,16 +167,17 @@ class SparseTraining:
     # -- changes of the masks
 
     def _regrown(self, how: Regrowth, share: float) -> Masks:
-        """Give masks with as many on as before: that share dropped, and as many grown."""
+        """Return masks with as many on as before: that share dropped, and as many grown."""
         values, scores = self._units.values(), self._slopes() if how.by_gradient else self._random()
         return {
-            name: rewired(mask, how.drop(values[name], mask, share), scores[name]) for name, mask in self.masks.items()
+            name: drop_and_grow(mask, how.drop(values[name], mask, share), scores[name])
+            for name, mask in self.masks.items()
         }
 
     def _slopes(self) -> dict[str, Tensor]:
         if all(parameter.grad is None for parameter in self.model.parameters()):
             raise InputError("update() found no gradients: call it after backward() and before zero_grad()")
-        return self._units.slopes()
+        return self._units.grad_magnitudes()
 
     def _random(self) -> dict[str, Tensor]:
         # Drawn on the CPU, so that the same seed grows the same on any device.
@@ -185,8 +186,8 @@ class SparseTraining:
         }
 
     def _thinned(self, share: float) -> Masks:
-        """Give masks that meet that share of the budget; what is off stays off."""
-        wanted = self._units.best(self._units.strengths(), share)
+        """Return masks that meet that share of the budget; what is off stays off."""
+        wanted = self._units.best(self._units.magnitudes(), share)
         return {name: mask & wanted[name] for name, mask in self.masks.items()}
 
     def _event(self, before: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -207,7 +208,7 @@ class SparseTraining:
     # -- what came of it
 
     def result(self) -> PruneResult:
-        """Give what has been removed so far, against the whole budget.
+        """Return what has been removed so far, against the whole budget.
 
         On weights, `removed` is the share that is off, of the measure "weights"; the counts are of what was cut.
         """
@@ -237,7 +238,7 @@ class SparseTraining:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed run needs beside the model and the optimizers: plain numbers, strings and tensors."""
+        """Return what a resumed run needs beside the model and the optimizers: plain numbers, strings and tensors."""
         return {
             **self._about,
             "step": self.steps,

@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 
 from compressor.budget import Budget
 from compressor.errors import InputError
-from compressor.graph import ChannelGraph, named_tensors_of
+from compressor.graph import ChannelGraph, named_model_tensors
 from compressor.surgery import require_alike
 
 Masks = dict[str, Tensor]
 
 
-class Units(ABC):
+class MaskedUnits(ABC):
     """The units of one model, and which of them are on.
 
     Args:
@@ -39,20 +39,20 @@ class Units(ABC):
     ) -> None:
         self.graph, self.masks, self._budget = graph, Masks(), budget
         self._optimizers, self._copies = optimizers, copies
-        require_alike(named_tensors_of(dict(graph.model.named_modules())), copies)
+        require_alike(named_model_tensors(dict(graph.model.named_modules())), copies)
         self._zeros = dict[str, Tensor]()
 
     @abstractmethod
     def values(self) -> dict[str, Tensor]:
-        """Give what each unit is now, of the masks' shapes: signed for weights, a norm for channels."""
+        """Return what each unit is now, of the masks' shapes: signed for weights, a norm for channels."""
 
     @abstractmethod
-    def slopes(self) -> dict[str, Tensor]:
-        """Give the magnitude of the loss's gradient by each unit, on or off, of the masks' shapes."""
+    def grad_magnitudes(self) -> dict[str, Tensor]:
+        """Return the magnitude of the loss's gradient by each unit, on or off, of the masks' shapes."""
 
     @abstractmethod
     def best(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
-        """Give the masks that meet that share of the budget and leave those units on that score highest.
+        """Return the masks that meet that share of the budget and leave those units on that score highest.
 
         Raises:
             BudgetError: no masks can meet it.
@@ -60,7 +60,7 @@ class Units(ABC):
 
     @abstractmethod
     def zeros(self) -> dict[str, Tensor]:
-        """Give by parameter, where the masks want zeros: bool, broadcastable to its shape."""
+        """Return by parameter, where the masks want zeros: bool, broadcastable to its shape."""
 
     @abstractmethod
     def settle(self) -> None:
@@ -84,8 +84,8 @@ class Units(ABC):
         """The number of units that are off."""
         return self.size - sum(int(mask.sum()) for mask in self.masks.values())
 
-    def strengths(self) -> dict[str, Tensor]:
-        """Give the magnitudes of `values()`; a unit that is off lies below all that are on, even if they are zero."""
+    def magnitudes(self) -> dict[str, Tensor]:
+        """Return the magnitudes of `values()`; a unit that is off lies below all that are on, even if they are zero."""
         values = self.values()
         least = {name: torch.finfo(value.dtype).tiny for name, value in values.items()}
         return {name: torch.where(self.masks[name], values[name].abs() + least[name], 0.0) for name in values}
@@ -110,8 +110,8 @@ class Units(ABC):
                         value.masked_fill_(where, 0)
 
 
-def magnitude_of_gradient(parameter: nn.Parameter) -> Tensor:
-    """Give `|gradient|` of a parameter; zeros where it has none or it is not a number."""
+def grad_magnitude(parameter: nn.Parameter) -> Tensor:
+    """Return `|gradient|` of a parameter; zeros where it has none or it is not a number."""
     if parameter.grad is None:
         return torch.zeros_like(parameter)
     return parameter.grad.detach().abs().nan_to_num(nan=0.0)

@@ -17,15 +17,15 @@ from compressor.graph import ChannelGraph
 from compressor.sparse.allocation import ALLOCATIONS, counts_off
 from compressor.sparse.empty import without_weight
 from compressor.sparse.regrowth import lowest
-from compressor.sparse.units import Masks, Units, magnitude_of_gradient, require_trained
+from compressor.sparse.units import MaskedUnits, Masks, grad_magnitude, require_trained
 from compressor.surgery import cut, input_means, removed_channels
 
 
-class WeightMasks(Units):
+class WeightMasks(MaskedUnits):
     """Which single weights are on.
 
     Args:
-        graph, optimizers, budget, copies: as for `Units`; the budget is a share of all weights that can be masked.
+        graph, optimizers, budget, copies: as for `MaskedUnits`; the budget is a share of all weights that can be masked.
         allocation: "erk" or "uniform" say how sparse each layer is; "global" ranks all weights together.
 
     Raises:
@@ -47,15 +47,15 @@ class WeightMasks(Units):
         self.masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self._weights.items()}
 
     def values(self) -> dict[str, Tensor]:
-        """Give the weights."""
+        """Return the weights."""
         return {name: weight.detach() for name, weight in self._weights.items()}
 
-    def slopes(self) -> dict[str, Tensor]:
-        """Give the magnitude of each weight's gradient."""
-        return {name: magnitude_of_gradient(weight) for name, weight in self._weights.items()}
+    def grad_magnitudes(self) -> dict[str, Tensor]:
+        """Return the magnitude of each weight's gradient."""
+        return {name: grad_magnitude(weight) for name, weight in self._weights.items()}
 
     def best(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
-        """Give the masks that leave exactly the due share of all weights off, those that score lowest."""
+        """Return the masks that leave exactly the due share of all weights off, those that score lowest."""
         due = Budget(self._budget.sparsity * share)
         whole = sum(mask.numel() for mask in self.masks.values())
         total = whole - due.goal(whole)
@@ -67,7 +67,7 @@ class WeightMasks(Units):
         return {name: _on(scores[name], off[name]) for name in self.masks}
 
     def zeros(self) -> dict[str, Tensor]:
-        """Give where weights are off."""
+        """Return where weights are off."""
         return {name: ~mask for name, mask in self.masks.items()}
 
     def settle(self) -> None:
@@ -98,7 +98,7 @@ class WeightMasks(Units):
 
 
 def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Give the weights of all convolutions and Linears that train, by name, in the order of the model's modules.
+    """Return the weights of all convolutions and Linears that train, by name, in the order of the model's modules.
 
     Raises:
         InputError: there are none.
@@ -115,7 +115,7 @@ def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _on(scores: Tensor, off: int) -> Tensor:
-    """Give the mask without the `off` units that score lowest."""
+    """Return the mask without the `off` units that score lowest."""
     return ~lowest(scores, torch.ones_like(scores, dtype=torch.bool), off)
 
 
@@ -125,7 +125,7 @@ def _split(side_by_side: Tensor, like: Masks) -> Masks:
 
 
 def _stays(graph: ChannelGraph, keep: Mapping[str, Tensor]) -> dict[tuple[str, int], Tensor]:
-    """Give, for every tensor dimension that a cut narrows, which positions stay: bool."""
+    """Return, for every tensor dimension that a cut narrows, which positions stay: bool."""
     tensors = dict(graph.model.named_parameters())
     stays: dict[tuple[str, int], Tensor] = {}
     for name, kept in keep.items():

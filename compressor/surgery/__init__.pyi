@@ -1,7 +1,11 @@
-from .compensation import COMPENSATIONS as COMPENSATIONS
 from .compensation import input_means as input_means
 from .cutting import cut as cut
 from .cutting import removed_channels as removed_channels
-from .masks import silence as silence
+from .masks import mask_channels as mask_channels
+from .optimizers import as_list as as_list
+from .optimizers import require_held as require_held
+from .options import COMPENSATIONS as COMPENSATIONS
+from .options import Compensation as Compensation
+from .retry import retry_without_refused as retry_without_refused
 from .transaction import require_alike as require_alike
 from .verification import verified_cut as verified_cut

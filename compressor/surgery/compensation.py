@@ -1,14 +1,17 @@
-"""Calibration: what channels carry on average, on real inputs.
+"""Compensation: what removed channels contributed on average goes into what stays.
 
 A removed channel did not contribute nothing: it contributed its mean, and what the next layer made of it. A cut folds
-that into the next bias or running mean (`compressor.cut(..., means=...)`); here the means are taken.
+that into the next bias or running mean (`compressor.cut(..., means=...)`).
 
-Shape letters: D positions along the channel dimension of one consumer's input.
+    consumer W = [[1, 2, 0, 4]], its input has the means [5, 1, 3, 2], channels 1 and 3 go
+    folded into its bias: 2 * 1 + 4 * 2 = 10; into the running mean of a BatchNorm behind it: -10
+
+Shape letters: D positions along the channel dimension of one consumer's input; O outputs of the consumer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor._utils import as_arguments, device_of, evaluating, moved
+from compressor._utils import as_arguments, device_of, eval_mode, to_device
 from compressor.errors import InputError
 from compressor.graph import ChannelGraph
 
-COMPENSATIONS = ("mean", "none")  # what becomes of the mean that a removed channel carried
-
 
 def input_means(graph: ChannelGraph, batches: Iterable[Any]) -> dict[str, Tensor]:
-    """Give the mean of every consumer's input, over samples and positions; the model is left as it was.
+    """Return the mean of every consumer's input, over samples and positions; the model is left as it was.
 
     Args:
         graph: of a model, which is run in evaluation mode.
@@ -39,12 +40,12 @@ def input_means(graph: ChannelGraph, batches: Iterable[Any]) -> dict[str, Tensor
     """
     sums = {seen.weight: _Sum(seen.dim) for group in graph.groups for seen in group.inputs}
     count, device = 0, device_of(graph.model)
-    with ExitStack() as hooks, evaluating(graph.model):
+    with ExitStack() as hooks, eval_mode(graph.model):
         for weight, total in sums.items():
             module = graph.model.get_submodule(weight.rpartition(".")[0])
             hooks.callback(module.register_forward_pre_hook(total).remove)
         for batch in batches:
-            arguments, named = as_arguments(moved(batch, device))
+            arguments, named = as_arguments(to_device(batch, device))
             graph.model(*arguments, **named)
             count += 1
     if not count:
@@ -69,6 +70,39 @@ class _Sum:
             self.count += len(rows)
 
     def mean(self) -> Tensor:
-        """Give the mean, `(D,)` float64."""
+        """Return the mean, `(D,)` float64."""
         assert self.total is not None
         return self.total / self.count
+
+
+def removed_means(graph: ChannelGraph, removed: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return, by consuming weight, the means of its removed input channels alone, `(D,)`, zero for those that stay.
+
+    Left out are consumers whose mean is not known, and those behind which there is no bias or running mean to take it.
+
+    Args:
+        graph: before the cut.
+        removed: by group, the channels that go.
+        means: by consuming weight, `(D,)`, as `input_means` returns them.
+    """
+    found: dict[str, Tensor] = {}
+    for name, channels in removed.items():
+        for seen in graph[name].inputs:
+            if seen.weight in means and seen.weight in graph.offsets:
+                mean = means[seen.weight]
+                positions = seen.positions[channels].flatten().to(mean.device)
+                found.setdefault(seen.weight, torch.zeros_like(mean))[positions] = mean[positions]
+    return found
+
+
+@torch.no_grad()
+def constant_output(weight: Tensor, mean: Tensor) -> Tensor:
+    """Return the output `(O,)` of a convolution or Linear, `(O, D / blocks, ...)`, for an input that is `mean` everywhere.
+
+    For a padded convolution that is the output away from the border, where every tap sees the mean and not a zero.
+    """
+    kernel = weight.detach().flatten(2).sum(2) if weight.dim() > 2 else weight.detach()
+    # A grouped convolution's weight counts the channels of one block; its outputs lie block by block.
+    blocks = len(mean) // kernel.shape[1]
+    parts = zip(kernel.chunk(blocks), mean.to(kernel).chunk(blocks), strict=True)
+    return torch.cat([part @ constant for part, constant in parts])

@@ -15,24 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor._utils import uncollected
+from compressor._utils import gc_disabled
 from compressor.errors import CutError, InputError, StaleGraphError, UnknownNameError
 from compressor.graph import (
     BoolArray,
     ChannelGraph,
     Group,
     Mismatch,
-    Table,
-    Trail,
-    follow,
-    is_torchs_own,
-    refit,
-    retrace,
+    Recording,
+    is_torch_module,
+    replace_size_attributes,
+    sync_size_attributes,
+    verify_against_recording,
 )
+from compressor.surgery.compensation import constant_output, removed_means
+from compressor.surgery.optimizers import as_list
 from compressor.surgery.transaction import Transaction
 
 
-@uncollected()
+@gc_disabled()
 def cut(
     graph: ChannelGraph,
     keep: Mapping[str, Tensor | Sequence[int]],
@@ -66,19 +67,17 @@ def cut(
     kept = {name: indices for name, indices in kept.items() if len(indices) < sizes[name]}
     if not kept:
         return
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or ())
-    transaction = Transaction(graph.model, list(copies), optimizers)
-    table: Table = graph.table
-    gone, removed = table.gone(kept), _removed_classes(graph, kept)
+    transaction = Transaction(graph.model, list(copies), as_list(optimizer))
+    removed, removed_classes = graph.table.removed(kept), _removed_classes(graph, kept)
     try:
         if means:
             _fold(graph, kept, means, transaction)
-        for name, stays in table.stays(gone).items():
-            transaction.narrow(name, stays)
-        for name, numbers in graph.trail.renumbered(removed).items():
+        for name, positions in graph.table.kept_positions(removed).items():
+            transaction.narrow(name, positions)
+        for name, numbers in graph.recording.renumbered(removed_classes).items():
             transaction.renumber(name, torch.from_numpy(numbers))
-        refit(graph.model)
-        trail = _verified(graph, removed)
+        sync_size_attributes(graph.model)
+        recording = _verified(graph, removed_classes)
         transaction.refit_copies()
         if check:
             check()
@@ -87,11 +86,7 @@ def cut(
         if isinstance(failure, CutError) and failure.groups and not _is_current(graph):
             raise StaleGraphError(failure.reason) from failure
         raise
-    graph.table, graph.trail = table.without(gone), trail
-    exact = {group.name: group.exact for group in graph.groups}
-    graph.groups = tuple(
-        group for group in graph.table.groups([exact.get(name, True) for name in table.names]) if group.name in exact
-    )
+    graph.narrow(removed, recording)
 
 
 def _checked(sizes: Mapping[str, int], name: str, indices: Tensor | Sequence[int]) -> Tensor:
@@ -116,95 +111,79 @@ def _outside(chosen: Tensor, size: int) -> int:
 
 
 def removed_channels(group: Group, kept: Tensor) -> Tensor:
-    """Give the channels of a group that are not kept, `(C - n,)`, in order."""
+    """Return the channels of a group that are not kept, `(C - n,)`, in order."""
     gone = torch.ones(group.size, dtype=torch.bool)
     gone[kept] = False
     return gone.nonzero().flatten()
 
 
 def _removed_classes(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> BoolArray:
-    """Tell for every class of the trail whether it goes, `(classes,)`."""
-    trail: Trail = graph.trail
-    removed = np.zeros_like(trail.live)
+    """Tell for every class of the recording whether it goes, `(classes,)`."""
+    recording = graph.recording
+    removed = np.zeros_like(recording.prunable)
     for name, indices in kept.items():
-        removed[trail.channels[name][removed_channels(graph[name], indices).numpy()]] = True
+        removed[recording.channels[name][removed_channels(graph[name], indices).numpy()]] = True
     return removed
 
 
-def _verified(graph: ChannelGraph, removed: BoolArray) -> Trail:
-    """Run the cut model without data and hold it against the trace; give the trail for the next cut.
+def _verified(graph: ChannelGraph, removed: BoolArray) -> Recording:
+    """Run the cut model without data and hold it against the trace; give the recording for the next cut.
 
     Where a module's code does not follow, its attributes that say a size follow once, and so do those of its like.
     """
-    trail: Trail = graph.trail
-    after = trail.without(removed)
+    recording = graph.recording
+    after = recording.without(removed)
     modules = dict(graph.model.named_modules())
     first: dict[str, tuple[Mismatch, list[int]]] = {}
     while True:
         try:
-            retrace(graph, after)
+            verify_against_recording(graph, after)
             return after
         except Mismatch as mismatch:
-            at = min(mismatch.step, len(trail.script.steps) - 1)
-            module = trail.script.steps[at].module
+            index = min(mismatch.index, len(recording.log.records) - 1)
+            module = recording.log.records[index].module
             if module in first:  # it has followed, in vain: what counts is why it had to
-                raise _refusal(trail, removed, *first[module]) from mismatch
-            alike = trail.alike(at, after, partial(_kind, modules))
-            places = {trail.script.steps[number].module for number in alike} - first.keys()
-            first |= dict.fromkeys(places, (mismatch, alike))
-            followed = [follow(modules[name], trail.changes(name, after)) for name in places]
-            if not any(followed):
-                raise _refusal(trail, removed, mismatch, alike) from mismatch
+                raise _refusal(recording, removed, *first[module]) from mismatch
+            same_op = recording.same_op_elsewhere(index, after, partial(_kind, modules))
+            places = {recording.log.records[each].module for each in same_op} - first.keys()
+            first |= dict.fromkeys(places, (mismatch, same_op))
+            changed = [replace_size_attributes(modules[name], recording.changed_sizes(name, after)) for name in places]
+            if not any(changed):
+                raise _refusal(recording, removed, mismatch, same_op) from mismatch
 
 
 def _is_current(graph: ChannelGraph) -> bool:
-    """Tell whether the model, as it is, still runs what was traced."""
+    """Return whether the model, as it is, still runs what was traced."""
     try:
-        retrace(graph, graph.trail)
+        verify_against_recording(graph, graph.recording)
     except Mismatch:
         return False
     return True
 
 
 def _kind(modules: Mapping[str, nn.Module], name: str) -> object:
-    """Give what the code that runs in a module is known by; torch's own modules have only their place."""
-    return name if is_torchs_own(modules[name]) else type(modules[name])
+    """Return what the code that runs in a module is known by; torch's own modules have only their place."""
+    return name if is_torch_module(modules[name]) else type(modules[name])
 
 
-def _refusal(trail: Trail, removed: BoolArray, mismatch: Mismatch, alike: Sequence[int]) -> CutError:
+def _refusal(recording: Recording, removed: BoolArray, mismatch: Mismatch, same_op: Sequence[int]) -> CutError:
     """Say which operation does not follow, and which groups stand there, or at its like elsewhere."""
-    steps = trail.script.steps
-    step = steps[min(mismatch.step, len(steps) - 1)]
-    groups = dict.fromkeys(name for number in alike for name in trail.blamed(number, removed))
-    where = f"{step.op} in {step.module or 'the model'}"
+    records = recording.log.records
+    record = records[min(mismatch.index, len(records) - 1)]
+    groups = dict.fromkeys(name for index in same_op for name in recording.groups_at(index, removed))
+    where = f"{record.op} in {record.module or 'the model'}"
     return CutError(f"{where} does not follow the cut: {mismatch}", list(groups))
 
 
-# -- folding
+# -- compensation
 
 
 def _fold(
     graph: ChannelGraph, kept: Mapping[str, Tensor], means: Mapping[str, Tensor], transaction: Transaction
 ) -> None:
     """Add what removed channels contribute on average to the bias, or running mean, behind each consumer."""
-    gone: dict[str, Tensor] = {}
-    for name, indices in kept.items():
-        channels = removed_channels(graph[name], indices)
-        for seen in graph[name].inputs:
-            if seen.weight in means and seen.weight in graph.offsets:
-                mean = means[seen.weight]
-                positions = seen.positions[channels].flatten().to(mean.device)
-                gone.setdefault(seen.weight, torch.zeros_like(mean))[positions] = mean[positions]
-    for weight, mean in gone.items():
+    removed = {name: removed_channels(graph[name], indices) for name, indices in kept.items()}
+    for weight, mean in removed_means(graph, removed, means).items():
         offset = graph.offsets[weight]
-        for tensors in transaction.tensors:
-            transaction.add(tensors[offset.tensor], offset.sign * _response(tensors[weight], mean))
-
-
-@torch.no_grad()
-def _response(weight: Tensor, mean: Tensor) -> Tensor:
-    """Give the output `(D,)` of a convolution or Linear `(D, C / blocks, ...)` for a constant input `(C,)`."""
-    kernel = weight.detach().flatten(2).sum(2) if weight.dim() > 2 else weight.detach()
-    blocks = len(mean) // kernel.shape[1]
-    parts = zip(kernel.chunk(blocks), mean.to(kernel).chunk(blocks), strict=True)
-    return torch.cat([part @ constant for part, constant in parts])
+        for tensors in transaction.tensors:  # the model and its copies, each with weights of its own
+            transaction.add(tensors[offset.tensor], offset.sign * constant_output(tensors[weight], mean))

@@ -1,7 +1,7 @@
-"""Silence channels: exclude them without cutting them, in the weights.
+"""Mask channels: make them contribute nothing without cutting them, in the weights.
 
-Silence acts where channels are *consumed*: a channel that no consumer sees is a channel removed, in every group,
-whatever adds, concatenates or normalises on the way there. `intraining/gates.py` does the same per sample, in training.
+A mask acts where channels are *consumed*: a channel that no consumer sees is a channel removed, in every group,
+whatever adds, concatenates or normalises on the way there. `relevance/gates.py` does the same per sample, in training.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from compressor.graph import ChannelGraph, Group
 
 
 @torch.no_grad()
-def silence(graph: ChannelGraph, channels: Mapping[str, Tensor | Sequence[int]]) -> None:
+def mask_channels(graph: ChannelGraph, channels: Mapping[str, Tensor | Sequence[int]]) -> None:
     """Write zeros into the consumers' weights, so that the given channels contribute nothing; writes the model.
 
     For exact groups the outputs are then those of the model with the same channels cut.
 
     Args:
         graph: the channel graph of the model.
-        channels: by group name, the indices to silence, `(n,)`, each in `[0, C)`.
+        channels: by group name, the indices to mask, `(n,)`, each in `[0, C)`.
 
     Raises:
         UnknownNameError: a group that is not in the graph. Nothing is written.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor.errors import CutError, InputError
-from compressor.graph import named_tensors_of, numbers, refit, replace_data
+from compressor.graph import named_model_tensors, numeric_attributes, replace_data, sync_size_attributes
 
 
 class Transaction:
@@ -31,7 +31,7 @@ class Transaction:
     def __init__(self, model: nn.Module, copies: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
         self._copies, self._optimizers = copies, optimizers
         self._modules = [dict(each.named_modules()) for each in (model, *copies)]
-        self.tensors = [named_tensors_of(modules) for modules in self._modules]
+        self.tensors = [named_model_tensors(modules) for modules in self._modules]
         require_alike(self.tensors[0], copies)
         self._data: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._state: list[tuple[dict[str, Any], str, Any]] = []
@@ -75,11 +75,11 @@ class Transaction:
             tensor.data = new.to(tensor.device)[tensor.data.long()].to(tensor.dtype)
 
     def refit_copies(self) -> None:
-        """Give the copies the sizes that the model says in its attributes now."""
+        """Return the copies the sizes that the model says in its attributes now."""
         for copy, modules in zip(self._copies, self._modules[1:], strict=True):
-            refit(copy)
+            sync_size_attributes(copy)
             for name, module in modules.items():
-                module.__dict__.update(numbers(self._modules[0][name]))
+                module.__dict__.update(numeric_attributes(self._modules[0][name]))
 
     def _remember(self, tensor: Tensor) -> None:
         self._data.setdefault(id(tensor), (tensor, tensor.data, tensor.grad))
@@ -108,7 +108,7 @@ def _taken(tensor: Tensor, stays: Mapping[int, Tensor]) -> Tensor:
 def require_alike(tensors: Mapping[str, Tensor], copies: Iterable[nn.Module]) -> None:
     """Raise InputError if a copy has not the parameters and buffers of these names and shapes."""
     for copy in copies:
-        others = named_tensors_of(dict(copy.named_modules()))
+        others = named_model_tensors(dict(copy.named_modules()))
         shapes = [{name: tuple(each.shape) for name, each in found.items()} for found in (tensors, others)]
         for name in sorted(shapes[0].keys() | shapes[1].keys()):
             here, there = (found.get(name, "absent") for found in shapes)
@@ -120,5 +120,5 @@ def require_alike(tensors: Mapping[str, Tensor], copies: Iterable[nn.Module]) ->
 
 
 def _whole(module: nn.Module) -> dict[str, Any]:
-    """Give the attributes that a cut may change."""
+    """Return the attributes that a cut may change."""
     return {name: value for name, value in vars(module).items() if isinstance(value, int | tuple)}

@@ -1,6 +1,6 @@
-"""Verification: hold a cut against silence, on real inputs, before it becomes final.
+"""Verification: hold a cut against masking, on real inputs, before it becomes final.
 
-Silencing a channel and cutting it must give the same output. The silenced outputs are computed first, on the model
+Masking a channel and cutting it must give the same output. The masked outputs are computed first, on the model
 itself, whose weights come back bit for bit; then the model is cut and run again. Nothing is kept of the cut if the two
 differ. No second model is made.
 
@@ -20,11 +20,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor._utils import as_arguments, device_of, evaluating, full_precision, moved, named_tensors
+from compressor._utils import as_arguments, device_of, eval_mode, named_tensors, tf32_disabled, to_device
 from compressor.errors import CutError, TraceError
 from compressor.graph import ChannelGraph
+from compressor.surgery.compensation import constant_output, removed_means
 from compressor.surgery.cutting import cut, removed_channels
-from compressor.surgery.masks import silence
+from compressor.surgery.masks import mask_channels
 
 Outputs = list[tuple[str, Tensor]]
 Means = Mapping[str, Tensor]
@@ -38,9 +39,9 @@ def verified_cut(
     means: Means | None = None,
     copies: Sequence[nn.Module] = (),
 ) -> None:
-    """Cut as `compressor.cut` does, and only if the outputs are those of the silenced model.
+    """Cut as `compressor.cut` does, and only if the outputs are those of the masked model.
 
-    Where a mean is folded, the removed channel is silenced by its mean. Allowed is a difference of `sqrt(eps)` of the
+    Where a mean is folded, the removed channel is masked by its mean. Allowed is a difference of `sqrt(eps)` of the
     output's largest value, half of the digits that the coarsest tensor has.
 
     Args:
@@ -53,10 +54,10 @@ def verified_cut(
         TraceError: the model does not run on the inputs.
     """
     exact = {name: kept for name, kept in keep.items() if graph[name].exact}
-    inputs = moved(inputs, device_of(graph.model))
+    inputs = to_device(inputs, device_of(graph.model))
     try:
         if len(exact) == len(keep):
-            _cut_as_silenced(graph, keep, inputs, means, optimizer, copies)
+            _cut_as_masked(graph, keep, inputs, means, optimizer, copies)
         else:
             _try(graph, exact, inputs, means)
             cut(graph, keep, optimizer, means, partial(_require_runs, graph.model, inputs), copies)
@@ -66,14 +67,14 @@ def verified_cut(
 
 
 class _Differs(CutError):
-    """The cut model is not the silenced one."""
+    """The cut model is not the masked one."""
 
 
 class _Tried(Exception):
     """Takes back a cut that was in order."""
 
 
-def _cut_as_silenced(
+def _cut_as_masked(
     graph: ChannelGraph,
     keep: Mapping[str, Tensor],
     inputs: Any,
@@ -82,7 +83,7 @@ def _cut_as_silenced(
     copies: Sequence[nn.Module] = (),
     afterwards: Callable[[], None] = lambda: None,
 ) -> None:
-    with _silenced(graph, {name: removed_channels(graph[name], kept) for name, kept in keep.items()}, means or {}):
+    with _masked(graph, {name: removed_channels(graph[name], kept) for name, kept in keep.items()}, means or {}):
         expected = _run(graph.model, inputs)
 
     def check() -> None:
@@ -99,7 +100,7 @@ def _try(graph: ChannelGraph, keep: Mapping[str, Tensor], inputs: Any, means: Me
         raise _Tried
 
     try:
-        _cut_as_silenced(graph, keep, inputs, means, afterwards=take_back)
+        _cut_as_masked(graph, keep, inputs, means, afterwards=take_back)
     except _Tried:
         return
 
@@ -116,46 +117,28 @@ def _agrees(graph: ChannelGraph, keep: Mapping[str, Tensor], inputs: Any, means:
 
 
 @contextmanager
-def _silenced(graph: ChannelGraph, gone: Mapping[str, Tensor], means: Means) -> Iterator[None]:
+def _masked(graph: ChannelGraph, gone: Mapping[str, Tensor], means: Means) -> Iterator[None]:
     """Let consumers multiply the channels by zero, and add what their means come to; afterwards nothing is left."""
     tensors = dict(graph.model.named_parameters())
     read = {member.tensor for name in gone for member in graph[name].of_role("consumer")}
     before = {name: tensors[name].data for name in read}
     with ExitStack() as hooks:
-        for weight, constant in _constants(graph, gone, means).items():
+        for weight, mean in removed_means(graph, gone, means).items():
+            constant = constant_output(tensors[weight], mean)
             module, dim = graph.model.get_submodule(weight.rpartition(".")[0]), 1 - max(tensors[weight].dim() - 1, 1)
             hooks.callback(module.register_forward_hook(_adding(constant, dim - 1)).remove)
         try:
             for name, data in before.items():
                 tensors[name].data = data.clone()
-            silence(graph, gone)
+            mask_channels(graph, gone)
             yield
         finally:
             for name, data in before.items():
                 tensors[name].data = data
 
 
-def _constants(graph: ChannelGraph, gone: Mapping[str, Tensor], means: Means) -> dict[str, Tensor]:
-    """Give what each consuming module would put out for the removed channels' means alone, `(outputs,)` by weight."""
-    tensors, carried = dict(graph.model.named_parameters()), dict[str, Tensor]()
-    for name, channels in gone.items():
-        for seen in graph[name].inputs:
-            if seen.weight in means and seen.weight in graph.offsets:
-                mean = means[seen.weight]
-                places = seen.positions[channels].flatten().to(mean.device)
-                carried.setdefault(seen.weight, torch.zeros_like(mean))[places] = mean[places]
-    return {weight: _answer(tensors[weight].detach(), mean) for weight, mean in carried.items()}
-
-
-def _answer(weight: Tensor, mean: Tensor) -> Tensor:
-    """Give the output of a Linear, or of a convolution away from its border, for an input that is `mean` everywhere."""
-    kernel = weight.flatten(2).sum(2) if weight.dim() > 2 else weight  # (outputs, inputs of one block)
-    blocks = mean.to(kernel).view(-1, 1, kernel.shape[1])
-    return (kernel.view(len(blocks), -1, kernel.shape[1]) * blocks).sum(2).flatten()
-
-
 def _adding(constant: Tensor, dim: int) -> Callable[..., Tensor]:
-    """Give a forward hook that adds a constant along a dimension, counted from the end."""
+    """Return a forward hook that adds a constant along a dimension, counted from the end."""
     shaped = constant.view(-1, *[1] * (-dim - 1))
 
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -168,10 +151,10 @@ def _adding(constant: Tensor, dim: int) -> Callable[..., Tensor]:
 
 
 def _run(model: nn.Module, inputs: Any) -> Outputs:
-    """Give the floating-point outputs in evaluation mode, each with its place."""
+    """Return the floating-point outputs in evaluation mode, each with its place."""
     arguments, named = as_arguments(inputs)
     try:
-        with evaluating(model), full_precision():
+        with eval_mode(model), tf32_disabled():
             outputs = named_tensors(model(*arguments, **named))
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for _, tensor in named_tensors(inputs))
@@ -201,13 +184,13 @@ def _compare(now: Outputs, expected: Outputs, tolerance: float) -> None:
         if not error <= tolerance:
             what = f"output {place!r}" if place else "the output"
             raise _Differs(
-                f"on real inputs {what} of the cut model differs from that of the silenced one by {error:.1e} of its "
+                f"on real inputs {what} of the cut model differs from that of the masked one by {error:.1e} of its "
                 f"largest value ({tolerance:.1e} is rounding)"
             )
 
 
 def _difference(first: Tensor, second: Tensor) -> float:
-    """Give the largest difference over the largest value; infinite where the two are not finite at the same places."""
+    """Return the largest difference over the largest value; infinite where the two are not finite at the same places."""
     if first.shape != second.shape or not torch.equal(first.isfinite(), second.isfinite()):
         return float("inf")
     finite = second.isfinite()

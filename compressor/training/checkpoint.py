@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor._utils import written_beside
+from compressor._utils import atomic_write
 from compressor.errors import ArtifactError, InputError
 from compressor.graph import restore_shapes
 
@@ -30,8 +30,9 @@ Shapes = dict[str, tuple[int, ...]]
 def write(folder: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint in place of the one before."""
     folder.mkdir(parents=True, exist_ok=True)
-    with written_beside(folder / _FILE) as part:
-        torch.save({"format": _FORMAT, **state}, part)
+    # Renamed when complete: a run that is killed while it writes resumes from the epoch before.
+    with atomic_write(folder / _FILE) as unfinished:
+        torch.save({"format": _FORMAT, **state}, unfinished)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -44,6 +45,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        # To the CPU, whatever it was written on: the machine that resumes may have no such GPU.
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes the reader raise whatever its parser stumbles over
         raise ArtifactError(
@@ -73,6 +75,7 @@ def require_fit(state: Mapping[str, Any], folder: Path, about: Mapping[str, Any]
                 f"the checkpoint in {folder} was made with {name} = {state['about'].get(name)}, not {value}: "
                 f"resume with the same {name}, or begin anew"
             )
+    # The dense shapes, not those of the weights in the file: these are smaller wherever something was cut.
     for name in sorted(state["dense"].keys() | dense.keys()):
         there, here = (shapes.get(name, "absent") for shapes in (state["dense"], dense))
         if there != here:
@@ -82,17 +85,18 @@ def require_fit(state: Mapping[str, Any], folder: Path, about: Mapping[str, Any]
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Give all parameters and buffers by name, each once."""
+    """Return all parameters and buffers by name, each once."""
+    # Not `state_dict()`, which leaves out the buffers that a user registered with persistent=False.
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def shapes(model: nn.Module) -> Shapes:
-    """Give the shape of every parameter and buffer."""
+    """Return the shape of every parameter and buffer."""
     return {name: tuple(tensor.shape) for name, tensor in tensors(model).items()}
 
 
 def restore_model(model: nn.Module, saved: Mapping[str, Tensor], numbers: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give the model the saved tensors, however narrow; writes the model, its parameters stay the same objects.
+    """Put the saved tensors into the model, however narrow; writes the model, its parameters stay the same objects.
 
     Args:
         model: the dense model.
@@ -108,6 +112,7 @@ def restore_model(model: nn.Module, saved: Mapping[str, Tensor], numbers: Mappin
 
 def random_state(device: torch.device) -> dict[str, Any]:
     """Take the state of every global generator that training may draw from."""
+    # numpy's keys as a list: the safe reader takes no numpy arrays.
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
@@ -120,6 +125,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     """Put every global generator back."""
     torch.set_rng_state(state["torch"])
+    # A run that goes on with another kind of device draws anew there: bit-identical is promised on one device only.
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
     random.setstate(state["python"])

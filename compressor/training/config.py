@@ -1,16 +1,20 @@
-"""How to train: the settings, the learning rate that they mean, and the optimizer."""
+"""How to train: every option with its default and its range, in one place; the command line reads them here.
+
+    TrainingConfig()                              what `compress` does when nothing is typed
+    replace(TrainingConfig(), optimizer="adamw", lr=1e-3)
+
+Nothing here imports torch: `compress --help` shows these defaults and must answer at once.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
-
 from compressor.errors import RangeError, UnknownNameError
 
 OPTIMIZERS = ("sgd", "adamw")
+RECALIBRATION_IMAGES = 2000  # 20 batches of 100: enough to average over, far from the cost of an epoch
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,7 @@ class TrainingConfig:
     """How to train.
 
     Attributes:
-        epochs: how often the training part is gone through.
+        epochs: how often the train split is gone through.
         batch_size: images in a step. An incomplete last batch of an epoch is left out.
         lr: the highest learning rate; see `learning_rate`.
         optimizer: "sgd" (with Nesterov momentum) or "adamw".
@@ -36,9 +40,9 @@ class TrainingConfig:
         RangeError, UnknownNameError: a value outside its range.
     """
 
-    epochs: int
-    batch_size: int
-    lr: float
+    epochs: int = 24
+    batch_size: int = 64
+    lr: float = 0.05
     optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -54,41 +58,19 @@ class TrainingConfig:
         """Refuse values outside their range."""
         if self.optimizer not in OPTIMIZERS:
             raise UnknownNameError("optimizer", self.optimizer, OPTIMIZERS)
+        # Every range is written so that NaN, which compares false with everything, is outside of it.
         allowed = {
-            "epochs": ("0, 1, 2, ...", self.epochs >= 0),
-            "batch_size": ("1, 2, 3, ...", self.batch_size >= 1),
+            "epochs": ("1, 2, 3, ...", self.epochs >= 1),
+            # BatchNorm in training mode has no variance of one value, which is what one image of 1x1 is to it.
+            "batch_size": ("2, 3, 4, ...", self.batch_size >= 2),
             "lr": ("(0, inf)", 0 < self.lr < math.inf),
             "momentum": ("[0, 1)", 0 <= self.momentum < 1),
             "weight_decay": ("[0, inf)", 0 <= self.weight_decay < math.inf),
             "warmup": ("[0, 1)", 0 <= self.warmup < 1),
             "label_smoothing": ("[0, 1)", 0 <= self.label_smoothing < 1),
+            # Torch takes it as a seed, and TOML, whose whole numbers have 64 bits and a sign, can write it down.
+            "seed": ("0 to 2**63 - 1", 0 <= self.seed < 2**63),
         }
         for name, (text, holds) in allowed.items():
             if not holds:
                 raise RangeError(name, getattr(self, name), text)
-
-
-def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
-    """Give the learning rate of a step, counted from 0: a linear rise to `config.lr`, then half a cosine towards 0.
-
-    Source: Loshchilov & Hutter, arXiv 1608.03983, without restarts; the rise as in Goyal et al., arXiv 1706.02677.
-    """
-    rise = config.warmup * total_steps
-    if step < rise:
-        return config.lr * min(1.0, (step + 1) / rise)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / (total_steps - rise)))
-
-
-def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
-    """Give the optimizer of all parameters."""
-    parameters = model.parameters()
-    if config.optimizer == "adamw":
-        betas = (config.momentum, 0.999)
-        return AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
-    return SGD(
-        parameters,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.momentum > 0,
-        weight_decay=config.weight_decay,
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,12 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from compressor.errors import RangeError
-from compressor.training.data.splits import Part
+from compressor.training.config import RECALIBRATION_IMAGES
+from compressor.training.data.splits import Split
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How good a model is on a part.
+    """How good a model is on a split.
 
     Attributes:
         accuracy: share of images whose highest score is that of their class, in `[0, 1]`.
@@ -30,35 +34,42 @@ class Evaluation:
     n: int
 
 
-def evaluate(model: nn.Module, part: Part, batch_size: int = 256, device: str | torch.device = "cpu") -> Evaluation:
-    """Give accuracy and loss of a model on a part, in evaluation mode; the model is left as it was.
+def evaluate(model: nn.Module, split: Split, batch_size: int = 256, device: str | torch.device = "cpu") -> Evaluation:
+    """Return accuracy and loss of a model on a split, in evaluation mode; the model is left as it was.
 
     Args:
-        model: on `device`; gives `(B, classes)` scores.
-        part: images and their classes, taken in order and not augmented.
+        model: on `device`; returns `(B, classes)` scores.
+        split: images and their classes, taken in order and not augmented.
         batch_size: images at a time.
         device: where the batches are made.
     """
+    # Counted on the device: one wait at the end instead of one for every batch.
     correct = torch.zeros((), dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     with in_mode(model, training=False), torch.no_grad():
-        for inputs, targets in part.batches(batch_size, device=device):
-            outputs = model(inputs).float()
+        for inputs, targets in split.batches(batch_size, device=device):
+            outputs = model(inputs).float()  # a model in bfloat16 would round its own loss
             correct += (outputs.argmax(1) == targets).sum()
             loss += F.cross_entropy(outputs, targets, reduction="none").double().sum()
-    return Evaluation(int(correct) / len(part), float(loss) / len(part), len(part))
+    return Evaluation(int(correct) / len(split), float(loss) / len(split), len(split))
 
 
 def recalibrate(
-    model: nn.Module, part: Part, images: int = 2000, batch_size: int = 100, device: str | torch.device = "cpu"
+    model: nn.Module,
+    split: Split,
+    images: int = RECALIBRATION_IMAGES,
+    batch_size: int = 100,
+    device: str | torch.device = "cpu",
 ) -> None:
     """Take BatchNorm's running statistics anew, on training images that are not augmented; writes these buffers only.
 
-    After a cut they still describe the inputs of the larger model. The new ones are plain averages over the batches.
+    After a cut they still describe the inputs of the larger model. The new ones are plain averages over the batches:
+    means of 1, 2 and 6 in three batches make a running mean of 3, where torch's usual momentum of 0.1 would make
+    0.729 of the old mean + 0.081 * 1 + 0.09 * 2 + 0.1 * 6.
 
     Args:
         model: on `device`. One without BatchNorm that keeps statistics is left alone.
-        part: the training part; images are drawn from it, the same ones each time.
+        split: the train split; images are drawn from it, the same ones each time.
         images: how many at most, in whole batches.
         batch_size: images at a time.
         device: where the batches are made.
@@ -66,15 +77,18 @@ def recalibrate(
     Raises:
         RangeError: fewer than two images, of which no variance can be taken.
     """
+    # The private base class is the only one that 1d, 2d, 3d and synchronised BatchNorm share.
     norms = [norm for norm in model.modules() if isinstance(norm, nn.modules.batchnorm._BatchNorm)]
     norms = [norm for norm in norms if norm.track_running_stats]
     if not norms:
+        logger.info("%s has no BatchNorm that keeps statistics: nothing to recalibrate", type(model).__name__)
         return
-    count = min(images, len(part))
+    count = min(images, len(split))
     size = min(batch_size, count)
     if size < 2:
         raise RangeError("images" if count < 2 else "batch_size", size, "2, 3, 4, ...")
-    drawn = part.batches(size, shuffle=torch.Generator().manual_seed(0), device=device)
+    # Whole batches only: a plain average would weigh the few images of an incomplete one as much as a hundred.
+    drawn = split.batches(size, shuffle=torch.Generator().manual_seed(0), device=device)
     with in_mode(model, training=False), _averaging(norms), torch.no_grad():
         for inputs, _ in islice(drawn, count // size):
             model(inputs)
@@ -88,6 +102,7 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
     try:
         yield
     finally:
+        # Not `model.train(before)`: a user may have left some modules in evaluation mode on purpose.
         for module, mode in before:
             module.training = mode
 
@@ -98,8 +113,8 @@ def _averaging(norms: list[nn.modules.batchnorm._BatchNorm]) -> Iterator[None]:
     before = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None
-        norm.training = True
+        norm.momentum = None  # torch's word for a plain average over all batches
+        norm.training = True  # BatchNorms only: dropout must not act on what they see
     try:
         yield
     finally:

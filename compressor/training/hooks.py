@@ -1,4 +1,13 @@
-"""What takes part in every training step: the interface, and ordinary training."""
+"""What takes part in every training step: the interface, and ordinary training.
+
+The loop calls a hook twice a step, around what PyTorch users write anyway:
+
+    loss = hook.loss(inputs, targets, loss_fn)
+    loss.backward()
+    optimizer.step()
+    hook.step()
+    optimizer.zero_grad(set_to_none=True)
+"""
 
 from __future__ import annotations
 
@@ -15,11 +24,11 @@ class StepHook(Protocol):
     """What takes part in every training step."""
 
     def loss(self, inputs: Tensor, targets: Tensor, loss_fn: LossFunction) -> Tensor:
-        """Run the model, in training mode, on one batch and give the mean loss, a scalar."""
+        """Run the model, in training mode, on one batch and return the mean loss, a scalar."""
         ...
 
-    def update(self) -> Mapping[str, Any] | None:
-        """Look at the step, after the optimizer's own and before gradients are cleared; may narrow the model in place.
+    def step(self) -> Mapping[str, Any] | None:
+        """Look at the step, after `optimizer.step()` and before gradients are cleared; may narrow the model in place.
 
         Parameters must stay the same objects, and the optimizer's state must be sliced along.
 
@@ -29,7 +38,7 @@ class StepHook(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Give everything that is needed to go on: numbers, strings, tensors, and lists and dicts of them."""
+        """Return everything that is needed to go on: numbers, strings, tensors, and lists and dicts of them."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -43,18 +52,19 @@ HookFactory = Callable[[nn.Module, Optimizer, int], StepHook]  # model, optimize
 class PlainStep:
     """The hook of ordinary training."""
 
+    # The signature of every `HookFactory`, though ordinary training needs neither optimizer nor number of steps.
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
         self._model = model
 
     def loss(self, inputs: Tensor, targets: Tensor, loss_fn: LossFunction) -> Tensor:
-        """Give the mean loss."""
+        """Return the mean loss."""
         return loss_fn(self._model(inputs), targets)
 
-    def update(self) -> None:
+    def step(self) -> None:
         """Do nothing."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Give nothing: there is no state."""
+        """Return nothing: there is no state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,13 +18,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressor.errors import InputError, TrainingError
-from compressor.graph import all_numbers
+from compressor.graph import all_numeric_attributes
 from compressor.training import checkpoint as checkpoints
-from compressor.training.config import TrainingConfig, learning_rate, make_optimizer
+from compressor.training.config import TrainingConfig
 from compressor.training.data.images import Progress
 from compressor.training.data.sources import Data
 from compressor.training.evaluation import evaluate, in_mode
 from compressor.training.hooks import HookFactory, PlainStep
+from compressor.training.optimizers import learning_rate, make_optimizer
+
+logger = logging.getLogger(__name__)
 
 Log = Callable[[Mapping[str, Any]], None]
 
@@ -67,7 +71,7 @@ def train(
     Seeds torch's global generator, so that dropout is repeatable too.
 
     Args:
-        model: gives `(B, classes)` scores.
+        model: returns `(B, classes)` scores.
         data: learns from `data.train` and looks at `data.validation` after every epoch; never at `data.test`.
         config: how.
         hook: called as `hook(model, optimizer, total_steps)`, makes what takes part in every step.
@@ -85,11 +89,9 @@ def train(
         TrainingError: the loss became infinite or not a number. The checkpoint of the epoch before stays.
     """
     require_scores(model.to(config.device), data, config.device)
-    state = checkpoints.read(checkpoint) if checkpoint and resume else None
-    dense = checkpoints.shapes(model)
-    if state and checkpoint:
-        checkpoints.require_fit(state, checkpoint, _about(config, data), dense)
-        checkpoints.restore_model(model, state["tensors"], state["numbers"])
+    dense = checkpoints.shapes(model)  # before the checkpoint narrows it: what a later resume is held against
+    state = _restored(model, checkpoint, _about(config, data)) if checkpoint and resume else None
+    # The hook is made on the narrowed model: what it traces must be what it goes on with.
     run = _Run(model, data, config, hook, on_progress, log)
     if state:
         run.load_state_dict(state)
@@ -98,6 +100,18 @@ def train(
         if checkpoint:
             checkpoints.write(checkpoint, {**run.state_dict(), "about": _about(config, data), "dense": dense})
     return History(tuple(run.records))
+
+
+def _restored(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the checkpoint in a folder, if there is one; writes its weights into the model, however narrow."""
+    state = checkpoints.read(folder)
+    if state is None:
+        logger.info("no checkpoint in %s yet: training begins anew", folder)
+        return None
+    checkpoints.require_fit(state, folder, about, checkpoints.shapes(model))
+    checkpoints.restore_model(model, state["tensors"], state["numbers"])
+    logger.info("going on after epoch %d, from the checkpoint in %s", state["epoch"], folder)
+    return state
 
 
 class _Run:
@@ -109,24 +123,29 @@ class _Run:
         torch.manual_seed(config.seed)
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.epoch, self.step = 0, 0
+        self.epoch = 0
+        self.step = 0
         self.records: list[dict[str, Any]] = []
-        self._model, self._data, self._config = model, data, config
-        self._on_progress, self._log = on_progress, log
+        self._model = model
+        self._data = data
+        self._config = config
+        self._on_progress = on_progress
+        self._log = log
         self._device = torch.device(config.device)
-        self._whole = len(data.train) >= config.batch_size  # else there is one incomplete batch, and it counts
-        self._total = config.epochs * (len(data.train) // config.batch_size if self._whole else 1)
+        self._total = config.epochs * _steps_per_epoch(len(data.train), config.batch_size)
+        # A generator of its own: a hook that draws from the global one must not change which images come when.
         self._generator = torch.Generator().manual_seed(config.seed)
         self._loss_fn = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
         self._optimizer = make_optimizer(model, config)
         self._hook = hook(model, self._optimizer, self._total)
 
     def train_epoch(self) -> None:
-        """Go through the training part once, look at the validation part, and record both."""
+        """Go through the train split once, look at the validation split, and record both."""
         began = perf_counter()
         self._model.train()
         loss = self._mean_loss()
         self.epoch += 1
+        # Once an epoch, not once a step: asking for the number makes a GPU wait.
         if not math.isfinite(loss):
             raise TrainingError(loss, self.epoch, self._config.lr)
         seen = evaluate(self._model, self._data.validation, self._config.batch_size, self._device)
@@ -143,23 +162,29 @@ class _Run:
         self._note(record)
 
     def _mean_loss(self) -> float:
-        """Take every step of an epoch; give the mean loss over its images."""
-        total, images = torch.zeros((), dtype=torch.float64, device=self._device), 0
-        batches = self._data.train.batches(
-            self._config.batch_size,
-            shuffle=self._generator,
-            augment=self._config.augment,
-            device=self._device,
-            drop_last=self._whole,
-        )
-        for inputs, targets in batches:
+        """Take every step of an epoch; return the mean loss over its images."""
+        # Summed on the device in float64 and asked for at the end: the GPU never waits, and nothing is rounded off.
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        images = 0
+        for inputs, targets in self._batches():
             total += self._take_step(inputs, targets).double() * len(targets)
             images += len(targets)
         return float(total) / images
 
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._data.train.batches(
+            self._config.batch_size,
+            shuffle=self._generator,
+            augment=self._config.augment,
+            device=self._device,
+            # A batch of one image at the end would give BatchNorm nothing to take a variance of.
+            drop_last=len(self._data.train) >= self._config.batch_size,
+        )
+
     def _take_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         if self._config.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
+        # Set anew each time from the number of the step: a resumed run needs no state of a scheduler.
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._config, self.step, self._total)
         with self._precision():
@@ -167,7 +192,8 @@ class _Run:
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         self.step += 1
-        event = self._hook.update()
+        # Before the gradients are cleared: criteria read them, and a cut slices them along with the weights.
+        event = self._hook.step()
         self._optimizer.zero_grad(set_to_none=True)
         if event is not None:
             self._note({"event": "update", "epoch": self.epoch + 1, "step": self.step, **event})
@@ -175,6 +201,7 @@ class _Run:
         return loss.detach()
 
     def _precision(self) -> AbstractContextManager[Any]:
+        # bfloat16 has float32's range, so that no loss has to be scaled, as float16 would ask for.
         return torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._config.amp)
 
     def _note(self, record: Mapping[str, Any]) -> None:
@@ -183,12 +210,12 @@ class _Run:
         self._log(self.records[-1])
 
     def state_dict(self) -> dict[str, Any]:
-        """Give everything that changes."""
+        """Return everything that changes."""
         return {
             "epoch": self.epoch,
             "step": self.step,
-            "records": json.dumps(self.records),
-            "numbers": all_numbers(self._model),
+            "records": json.dumps(self.records),  # one string, not thousands of objects to unpickle
+            "numbers": all_numeric_attributes(self._model),
             "tensors": {name: tensor.detach() for name, tensor in checkpoints.tensors(self._model).items()},
             "optimizer": self._optimizer.state_dict(),
             "hook": self._hook.state_dict(),
@@ -198,15 +225,28 @@ class _Run:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; the model has its tensors already."""
-        self.epoch, self.step, self.records = state["epoch"], state["step"], json.loads(state["records"])
+        self.epoch = state["epoch"]
+        self.step = state["step"]
+        self.records = json.loads(state["records"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._hook.load_state_dict(state["hook"])
         self._generator.set_state(state["order"])
+        # Last: making the model and the hook drew from the global generators as well.
         checkpoints.restore_random_state(state["random"], self._device)
 
 
+def _steps_per_epoch(images: int, batch_size: int) -> int:
+    """Return the whole batches of an epoch; fewer images than one batch make one incomplete batch, and it counts."""
+    if images < batch_size:
+        logger.info("the train split has %d images: every step takes all of them, not %d", images, batch_size)
+        return 1
+    if left_out := images % batch_size:
+        logger.info("%d of %d training images are left out of each epoch, others every time", left_out, images)
+    return images // batch_size
+
+
 def _about(config: TrainingConfig, data: Data) -> dict[str, Any]:
-    """Give what must be the same when a run is resumed; the device may change."""
+    """Return what must be the same when a run is resumed; the device may change."""
     settings = {name: value for name, value in asdict(config).items() if name != "device"}
     return {**settings, "training images": len(data.train), "classes": list(data.classes)}
 
@@ -215,9 +255,10 @@ def require_scores(model: nn.Module, data: Data, device: str) -> None:
     """Refuse a model whose output is not one score a class, before a loss on it fails or means something else.
 
     Raises:
-        InputError: what the model, which is on `device`, gives for an image of the data does not fit its classes.
+        InputError: what the model, which is on `device`, returns for an image of the data does not fit its classes.
     """
     inputs, _ = next(iter(data.validation.batches(1, device=device)))
+    # In evaluation mode: BatchNorm would refuse one image, and its statistics are not ours to change.
     with in_mode(model, training=False), torch.no_grad():
         outputs = model(inputs)
     got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__

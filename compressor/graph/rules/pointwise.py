@@ -6,18 +6,20 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from compressor.graph.axes import FIXED, FREE, Axis
-from compressor.graph.context import Axes, Flow, Rule
+from compressor.graph.axes import BROADCAST, UNPRUNABLE, Axis
+from compressor.graph.context import Axes, Rule, TraceContext
 
 
-def pointwise(flow: Flow, out: Tensor, *args: object, **kwargs: object) -> Axes:
+def pointwise(context: TraceContext, out: Tensor, *args: object, **kwargs: object) -> Axes:
     """Tie all inputs position by position. A broadcast axis of size one ties nothing."""
     tensors = [tensor for tensor in _tensors([*args, *kwargs.values()]) if tensor.dim() > 0]
-    return tuple(_meet(flow, out.shape, tensors, dim) for dim in range(-out.dim(), 0))
+    # From the last dimension backwards, as broadcasting aligns.
+    return tuple(_meet(context, out.shape, tensors, dim) for dim in range(-out.dim(), 0))
 
 
-def _meet(flow: Flow, shape: tuple[int, ...], tensors: list[Tensor], dim: int) -> Axis:
-    return flow.tie(*(flow.axes(t)[dim] for t in tensors if t.dim() >= -dim and t.shape[dim] == shape[dim]))
+# NOTE: Axes of size one are left out where the result is larger: they are read again and again, and meet nobody.
+def _meet(context: TraceContext, shape: tuple[int, ...], tensors: list[Tensor], dim: int) -> Axis:
+    return context.tie(*(context.axes(t)[dim] for t in tensors if t.dim() >= -dim and t.shape[dim] == shape[dim]))
 
 
 def _tensors(values: Iterable[object]) -> list[Tensor]:
@@ -30,39 +32,42 @@ def _tensors(values: Iterable[object]) -> list[Tensor]:
     return found
 
 
-def filled(flow: Flow, out: Tensor, *args: object, **kwargs: object) -> Axes:
+def filled(context: TraceContext, out: Tensor, *args: object, **kwargs: object) -> Axes:
     """A new tensor of one value, or of any: its positions are whatever they meet (and it may be written to)."""
-    return tuple(FREE if size == 1 else flow.labels.fresh(size) for size in out.shape)
+    # NOTE: Labels of its own, not BROADCAST: `torch.zeros(1, 64, 1, 1)` is 64 positions, and a number in the code. Tied
+    # to the channels that it meets, it shows after a cut as what does not follow.
+    return tuple(BROADCAST if size == 1 else context.labels.new_axis(size) for size in out.shape)
 
 
-def like(flow: Flow, out: Tensor, x: Tensor, *args: object, **kwargs: object) -> Axes:
+def like(context: TraceContext, out: Tensor, x: Tensor, *args: object, **kwargs: object) -> Axes:
     """A tensor shaped like `x`, or `x` itself in another memory layout or type."""
-    return flow.axes(x)
+    return context.axes(x)
 
 
-def channelwise_dropout(flow: Flow, out: tuple[Tensor, Tensor], x: Tensor, *args: object) -> list[Axes]:
+def channelwise_dropout(context: TraceContext, out: tuple[Tensor, Tensor], x: Tensor, *args: object) -> list[Axes]:
     """Dropout with its mask."""
-    return [flow.axes(x), flow.axes(x)]
+    return [context.axes(x), context.axes(x)]
 
 
-def log_sigmoid(flow: Flow, out: tuple[Tensor, Tensor], x: Tensor) -> list[Axes]:
+def log_sigmoid(context: TraceContext, out: tuple[Tensor, Tensor], x: Tensor) -> list[Axes]:
     """The result, and a buffer for the backward pass, which is empty on some devices."""
-    return [flow.axes(x), flow.axes(x) if out[1].shape == x.shape else tuple(FIXED for _ in out[1].shape)]
+    return [context.axes(x), context.axes(x) if out[1].shape == x.shape else tuple(UNPRUNABLE for _ in out[1].shape)]
 
 
-def prelu(flow: Flow, out: Tensor, x: Tensor, weight: Tensor) -> Axes:
+def prelu(context: TraceContext, out: Tensor, x: Tensor, weight: Tensor) -> Axes:
     """`weight` (C,) or (1,) along dimension 1 of `x`."""
-    axes = flow.axes(x)
+    axes = context.axes(x)
     if x.dim() < 2 or weight.numel() == 1:
         return axes
-    slope = flow.axes(weight)[0] if weight.dim() == 1 else flow.axes(weight)[1]
-    return (axes[0], flow.tie(axes[1], slope), *axes[2:])
+    slope = context.axes(weight)[0] if weight.dim() == 1 else context.axes(weight)[1]
+    return (axes[0], context.tie(axes[1], slope), *axes[2:])
 
 
-def copy(flow: Flow, out: Tensor, x: Tensor, source: Tensor, *args: object) -> Axes:
+def copy(context: TraceContext, out: Tensor, x: Tensor, source: Tensor, *args: object) -> Axes:
     """Write `source` into `x`, which may be a view of something larger."""
-    pointwise(flow, out, x, source)
-    return flow.axes(x)
+    pointwise(context, out, x, source)
+    # The axes of `x`, not of what it met: other views of the same memory have those labels.
+    return context.axes(x)
 
 
 _UNARY = """

@@ -10,20 +10,21 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from compressor.graph.axes import FIXED, Axis, blank
-from compressor.graph.context import Axes, Flow, Rule
+from compressor.graph.axes import UNPRUNABLE, Axis, unlabeled
+from compressor.graph.context import Axes, Rule, TraceContext
 
 
 def over_space(dims: int) -> Callable[..., Axes | list[Axes]]:
-    """Give the rule of an operation that works on the last `dims` dimensions, channel by channel."""
+    """Return the rule of an operation that works on the last `dims` dimensions, channel by channel."""
 
     def rule(
-        flow: Flow, out: Tensor | Sequence[Tensor], x: Tensor, *args: object, **kwargs: object
+        context: TraceContext, out: Tensor | Sequence[Tensor], x: Tensor, *args: object, **kwargs: object
     ) -> Axes | list[Axes]:
-        axes = flow.axes(x)
-        flow.freeze(axes[len(axes) - dims :], "pooled or resized along this axis")
+        axes = context.axes(x)
+        # Counted from the end: pooling takes images with a batch in front and without.
+        context.freeze(axes[len(axes) - dims :], "pooled or resized along this axis")
         first = out if isinstance(out, Tensor) else out[0]
-        space = [blank(size) for size in first.shape[first.dim() - dims :]]
+        space = [unlabeled(size) for size in first.shape[first.dim() - dims :]]
         result: Axes = (*axes[: len(axes) - dims], *space)
         return result if isinstance(out, Tensor) else [result for _ in out]
 
@@ -31,58 +32,61 @@ def over_space(dims: int) -> Callable[..., Axes | list[Axes]]:
 
 
 def fractional_pool(
-    flow: Flow, out: Sequence[Tensor], x: Tensor, kernel: object, size: object, draws: Tensor
+    context: TraceContext, out: Sequence[Tensor], x: Tensor, kernel: object, size: object, draws: Tensor
 ) -> Axes | list[Axes]:
     """Pool windows of two dimensions that random numbers `draws` (B, C, 2) place, channel by channel."""
-    for axis, other in zip(flow.axes(x)[-4:-2], flow.axes(draws)[-3:-1], strict=True):
-        flow.tie(axis, other)
-    return over_space(2)(flow, out, x)
+    for axis, other in zip(context.axes(x)[-4:-2], context.axes(draws)[-3:-1], strict=True):
+        context.tie(axis, other)
+    return over_space(2)(context, out, x)
 
 
-def unpool(flow: Flow, out: Tensor, x: Tensor, indices: Tensor, size: Sequence[int], *_: object) -> Axes:
+def unpool(context: TraceContext, out: Tensor, x: Tensor, indices: Tensor, size: Sequence[int], *_: object) -> Axes:
     """Put `x` back to where `indices` say that the largest values were, plane by plane."""
     dims = len(size)
-    beside = zip(flow.axes(x)[:-dims], flow.axes(indices)[:-dims], strict=True)
-    flow.freeze([*flow.axes(x)[-dims:], *flow.axes(indices)[-dims:]], "pooled or resized along this axis")
-    return (*(flow.tie(*each) for each in beside), *(blank(extent) for extent in out.shape[-dims:]))
+    beside = zip(context.axes(x)[:-dims], context.axes(indices)[:-dims], strict=True)
+    context.freeze([*context.axes(x)[-dims:], *context.axes(indices)[-dims:]], "pooled or resized along this axis")
+    return (*(context.tie(*each) for each in beside), *(unlabeled(extent) for extent in out.shape[-dims:]))
 
 
-def im2col(flow: Flow, out: Tensor, x: Tensor, kernel: Sequence[int], *_: object) -> Axes:
-    """`x` (B, C, H, W) gives (B, C * kernel, places): every channel becomes as many as the window has positions."""
-    *front, channels = flow.axes(x)[:-2]
-    flow.freeze(flow.axes(x)[-2:], "a window slides over this axis")
-    made = np.repeat(channels, kernel[0] * kernel[1]) if isinstance(channels, np.ndarray) else FIXED
-    return (*front, made, blank(out.shape[-1]))
+def im2col(context: TraceContext, out: Tensor, x: Tensor, kernel: Sequence[int], *_: object) -> Axes:
+    """`x` (B, C, H, W) becomes (B, C * kernel, places): every channel becomes as many as the window has positions."""
+    *front, channels = context.axes(x)[:-2]
+    context.freeze(context.axes(x)[-2:], "a window slides over this axis")
+    made = np.repeat(channels, kernel[0] * kernel[1]) if isinstance(channels, np.ndarray) else UNPRUNABLE
+    return (*front, made, unlabeled(out.shape[-1]))
 
 
-def col2im(flow: Flow, out: Tensor, x: Tensor, *_: object) -> Axes:
-    """The way back: `x` (B, C * kernel, places) gives (B, C, H, W)."""
-    *front, channels, places = flow.axes(x)
-    flow.freeze(places, "windows are put together along this axis")
-    return (*front, flow.rectangle(channels, out.shape[-3], tie=1), *(blank(size) for size in out.shape[-2:]))
+def col2im(context: TraceContext, out: Tensor, x: Tensor, *_: object) -> Axes:
+    """The way back: `x` (B, C * kernel, places) becomes (B, C, H, W)."""
+    *front, channels, places = context.axes(x)
+    context.freeze(places, "windows are put together along this axis")
+    return (*front, context.rectangle(channels, out.shape[-3], tie=1), *(unlabeled(size) for size in out.shape[-2:]))
 
 
-def grid_sampler(flow: Flow, out: Tensor, x: Tensor, grid: Tensor, *_: object) -> Axes:
+def grid_sampler(context: TraceContext, out: Tensor, x: Tensor, grid: Tensor, *_: object) -> Axes:
     """`x` (B, C, ...) read at the places in `grid` (B, ..., coordinates)."""
-    batch, channels, *space = flow.axes(x)
-    flow.freeze([*space, *flow.axes(grid)[1:]], "places of an image, by their coordinates")
-    return (flow.tie(batch, flow.axes(grid)[0]), channels, *(blank(size) for size in out.shape[2:]))
+    batch, channels, *space = context.axes(x)
+    context.freeze([*space, *context.axes(grid)[1:]], "places of an image, by their coordinates")
+    return (context.tie(batch, context.axes(grid)[0]), channels, *(unlabeled(size) for size in out.shape[2:]))
 
 
-def regions(flow: Flow, out: Tensor | Sequence[Tensor], x: Tensor, boxes: Tensor, *_: object) -> Axes | list[Axes]:
+def regions(
+    context: TraceContext, out: Tensor | Sequence[Tensor], x: Tensor, boxes: Tensor, *_: object
+) -> Axes | list[Axes]:
     """`x` (B, C, H, W) pooled in `boxes` (K, 5), the first number of each of which names the image: (K, C, ...)."""
-    batch, channels, *space = flow.axes(x)
-    flow.freeze([batch, *space, *flow.axes(boxes)], "pooled in boxes of an image, by their numbers")
+    batch, channels, *space = context.axes(x)
+    # The batch too: the numbers in the boxes are positions along it.
+    context.freeze([batch, *space, *context.axes(boxes)], "pooled in boxes of an image, by their numbers")
     first = out if isinstance(out, Tensor) else out[0]
-    found: list[Axis] = [blank(size) for size in first.shape]
+    found: list[Axis] = [unlabeled(size) for size in first.shape]
     result: Axes = (found[0], channels, *found[2:])
     return result if isinstance(out, Tensor) else [result for _ in out]
 
 
-def sensitive_regions(flow: Flow, out: Sequence[Tensor], x: Tensor, boxes: Tensor, *_: object) -> list[Axes]:
+def sensitive_regions(context: TraceContext, out: Sequence[Tensor], x: Tensor, boxes: Tensor, *_: object) -> list[Axes]:
     """The same where each part of a box has channels of its own: which ones follows from their number."""
-    flow.freeze([*flow.axes(x), *flow.axes(boxes)], "channels are taken by their place in a box")
-    return [tuple(blank(size) for size in tensor.shape) for tensor in out]
+    context.freeze([*context.axes(x), *context.axes(boxes)], "channels are taken by their place in a box")
+    return [tuple(unlabeled(size) for size in tensor.shape) for tensor in out]
 
 
 _SPACE = {

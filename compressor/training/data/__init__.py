@@ -1,1 +1,1 @@
-"""Data sets by name, resident in memory where they fit, with a validation part held out of training."""
+"""Data sets by name, resident in memory where they fit, with a validation split held out of training."""

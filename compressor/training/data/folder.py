@@ -5,6 +5,7 @@ Every image is decoded when the folder is loaded, so that a broken one is named 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,29 +13,32 @@ import torch
 
 from compressor.errors import DataError
 from compressor.training.data.images import CHUNK, RESIDENT_BYTES, Images, OnDisk, Progress, Resident, opened
-from compressor.training.data.splits import Found, Part, Request
+from compressor.training.data.splits import RawDataset, Request, Split
+
+logger = logging.getLogger(__name__)
 
 SMALL = 64  # images of one size up to this are taken as they are
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
-def imagefolder(request: Request) -> Found:
+def imagefolder(request: Request) -> RawDataset:
     """A folder with one folder a class under `train/` and under `test/` or `val/`."""
     folders = _folders(Path(request.path).expanduser())
-    parts = {part: _files(folder) for part, folder in folders.items()}
-    classes = _checked_classes(folders, parts)
-    paths = [path for files in parts.values() for name in classes for path in files[name]]
+    listings = {split: _files(folder) for split, folder in folders.items()}
+    classes = _checked_classes(folders, listings)
+    # One list of images for all splits, which then differ in their indices alone.
+    paths = [path for files in listings.values() for name in classes for path in files[name]]
     images = _read(OnDisk(paths, _size(paths, request.image_size)), request.on_progress)
-    found: dict[str, Part] = {}
-    for part, files in parts.items():
+    found: dict[str, Split] = {}
+    for split, files in listings.items():
         counts = torch.tensor([len(files[name]) for name in classes])
         targets = torch.arange(len(classes)).repeat_interleave(counts)
-        found[part] = Part.of(images, targets, start=sum(map(len, found.values())))
-    return Found(classes, found["train"], found["test"], found.get("validation"))
+        found[split] = Split.from_arrays(images, targets, start=sum(map(len, found.values())))
+    return RawDataset(classes, found["train"], found["test"], found.get("validation"))
 
 
 def _folders(folder: Path) -> dict[str, Path]:
-    """Find the parts: `train`, `test`, and `validation` where both `val/` and `test/` are there."""
+    """Find the splits: `train`, `test`, and `validation` where both `val/` and `test/` are there."""
     if not folder.is_dir():
         raise DataError(f"there is no data folder {folder}: give imagefolder:PATH with train/ and test/ in PATH")
     there = sorted(path.name for path in folder.iterdir() if path.is_dir())
@@ -44,17 +48,23 @@ def _folders(folder: Path) -> dict[str, Path]:
     if "test" not in there and "val" not in there:
         raise DataError(f"{folder} has no test/ or val/ ({listed}): one of them must hold the test images")
     if "test" not in there:
+        # ImageNet's layout: what is called val there is what papers report, and no decision may look at it.
+        logger.info("%s has no test/: val/ is the test split, and validation images are taken out of train/", folder)
         return {"train": folder / "train", "test": folder / "val"}
     names = {"train": "train", "test": "test", **({"validation": "val"} if "val" in there else {})}
-    return {part: folder / name for part, name in names.items()}
+    return {split: folder / name for split, name in names.items()}
 
 
 def _files(folder: Path) -> dict[str, list[Path]]:
-    """Give the image files of every class folder, in order."""
+    """Return the image files of every class folder, in order."""
     files = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith("."):
-            files[path.name] = sorted(file for file in path.rglob("[!.]*") if file.suffix.lower() in SUFFIXES)
+            # Hidden files are left out without a word: some systems leave a `._name` beside every image.
+            there = list(path.rglob("[!.]*"))
+            files[path.name] = sorted(file for file in there if file.suffix.lower() in SUFFIXES)
+            if skipped := sum(file.suffix.lower() not in SUFFIXES and file.is_file() for file in there):
+                logger.info("%d files in %s are no images and are skipped", skipped, path)
             if not files[path.name]:
                 raise DataError(f"no images in {path}: put some there ({', '.join(sorted(SUFFIXES))})")
     if not files:
@@ -62,14 +72,14 @@ def _files(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
-def _checked_classes(folders: Mapping[str, Path], parts: Mapping[str, Mapping[str, list[Path]]]) -> tuple[str, ...]:
-    """Give the classes of the training part, in alphabetical order; all parts must have the same."""
-    classes = parts["train"]
-    for part, files in parts.items():
+def _checked_classes(folders: Mapping[str, Path], listings: Mapping[str, Mapping[str, list[Path]]]) -> tuple[str, ...]:
+    """Return the classes of the train split, in alphabetical order; all splits must have the same."""
+    classes = listings["train"]
+    for split, files in listings.items():
         if differing := sorted(files.keys() ^ classes.keys()):
-            here, there = (part, "train") if differing[0] in files else ("train", part)
+            here, there = (split, "train") if differing[0] in files else ("train", split)
             raise DataError(
-                f"class folder {folders[here] / differing[0]} has no counterpart in {folders[there]}: all parts must "
+                f"class folder {folders[here] / differing[0]} has no counterpart in {folders[there]}: all splits must "
                 "have the same classes"
             )
     if len(classes) == 1:
@@ -78,13 +88,14 @@ def _checked_classes(folders: Mapping[str, Path], parts: Mapping[str, Mapping[st
 
 
 def _size(paths: Sequence[Path], asked: int | None) -> tuple[int, int]:
-    """Give height and width of the images: as they are if all are alike and small."""
+    """Return height and width of the images: as they are if all are alike and small."""
     if asked is not None:
         return asked, asked
     first = _header(paths[0])
     if max(first) <= SMALL and all(_header(path) == first for path in paths):
         return first
-    return 224, 224
+    logger.info("the images are large or of several sizes: all become 224x224")
+    return 224, 224  # what torchvision's classifiers are made for
 
 
 def _header(path: Path) -> tuple[int, int]:
@@ -95,6 +106,7 @@ def _header(path: Path) -> tuple[int, int]:
 def _read(images: OnDisk, on_progress: Progress) -> Images:
     """Decode every image once; keep the pixels if they fit into memory."""
     channels, height, width = images.shape
+    # Decoded even where the pixels are not kept: a broken image must be named now.
     fits = len(images) * channels * height * width <= RESIDENT_BYTES
     pixels = torch.empty((len(images) if fits else 0, *images.shape), dtype=torch.uint8)
     for indices in torch.split(torch.arange(len(images)), CHUNK):
@@ -102,4 +114,6 @@ def _read(images: OnDisk, on_progress: Progress) -> Images:
         if fits:
             pixels[indices] = chunk
         on_progress(int(indices[-1]) + 1, len(images))
+    if not fits:
+        logger.info("%d images do not fit into memory: they are decoded again for every batch", len(images))
     return Resident(pixels) if fits else images

@@ -29,11 +29,11 @@ class Images(Protocol):
     shape: tuple[int, int, int]
 
     def __len__(self) -> int:
-        """Give the number of images."""
+        """Return the number of images."""
         ...
 
     def take(self, indices: Tensor, device: torch.device) -> Tensor:
-        """Give the images `indices` `(B,)` as `(B, C, H, W)` uint8 on the device."""
+        """Return the images `indices` `(B,)` as `(B, C, H, W)` uint8 on the device."""
         ...
 
 
@@ -46,12 +46,12 @@ class Resident:
         self.shape = (channels, height, width)
 
     def __len__(self) -> int:
-        """Give the number of images."""
+        """Return the number of images."""
         return len(self.pixels)
 
     def take(self, indices: Tensor, device: torch.device) -> Tensor:
-        """Give the images `indices` `(B,)` as `(B, C, H, W)` uint8 on the device."""
-        self.pixels = self.pixels.to(device)
+        """Return the images `indices` `(B,)` as `(B, C, H, W)` uint8 on the device."""
+        self.pixels = self.pixels.to(device)  # once: afterwards no batch crosses the bus
         return self.pixels[indices.to(device)]
 
 
@@ -61,14 +61,15 @@ class OnDisk:
     def __init__(self, paths: Sequence[Path], size: tuple[int, int]) -> None:
         self.paths = paths
         self.shape = (3, *size)
+        # Threads do: PIL lets go of Python's lock while it decodes, and nothing has to be copied between processes.
         self._pool = ThreadPoolExecutor(max_workers=os.cpu_count())
 
     def __len__(self) -> int:
-        """Give the number of images."""
+        """Return the number of images."""
         return len(self.paths)
 
     def take(self, indices: Tensor, device: torch.device) -> Tensor:
-        """Give the images `indices` `(B,)` as `(B, C, H, W)` uint8 on the device; DataError names a broken one."""
+        """Return the images `indices` `(B,)` as `(B, C, H, W)` uint8 on the device; DataError names a broken one."""
         paths = [self.paths[index] for index in indices.tolist()]
         decoded = self._pool.map(partial(decode, size=self.shape[1:]), paths)
         return torch.stack(list(decoded)).to(device)
@@ -82,6 +83,7 @@ def opened(path: Path) -> Iterator[Any]:
     try:
         with Image.open(path) as image:
             yield image
+    # SyntaxError is what PIL raises for a PNG whose blocks are broken.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"cannot read image {path}: {error}; repair or remove it") from error
 
@@ -92,6 +94,7 @@ def decode(path: Path, size: tuple[int, int]) -> Tensor:
     from PIL import Image, ImageOps
 
     with opened(path) as image:
+        # PIL's convert("RGB") would clip 16-bit values to 255: nearly every pixel white, and nothing said.
         if image.mode.startswith(("I", "F")):
             raise DataError(f"{path} has more than 8 bits a channel (mode {image.mode}): convert it to 8 bits")
         picture = image.convert("RGB")

@@ -1,10 +1,11 @@
-"""Data sets by name, resident in memory where they fit, with a validation part held out of training.
+"""Data sets by name, resident in memory where they fit, with a validation split held out of training.
 
-`load_data` returns a `Data` of three parts; `Part.batches` goes through one. `DATASETS` is the list of what can be loaded.
+`load_data` returns a `Data` of three splits; `Split.batches` goes through one. `DATASETS` lists what can be loaded.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,12 +19,14 @@ from torch.nn import functional as F
 from compressor.errors import DataError, InputError, RangeError, UnknownNameError
 from compressor.training.data.folder import imagefolder
 from compressor.training.data.images import CHUNK, RESIDENT_BYTES, Progress, Resident
-from compressor.training.data.splits import Found, Part, Request, moments, split
+from compressor.training.data.splits import RawDataset, Request, Split, moments, stratified_split
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """A data set in three parts.
+    """A data set in three splits.
 
     Attributes:
         name: as it was asked for.
@@ -37,9 +40,9 @@ class Data:
     name: str
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
-    train: Part
-    validation: Part
-    test: Part
+    train: Split
+    validation: Split
+    test: Split
 
 
 def load_data(
@@ -56,7 +59,7 @@ def load_data(
 
     Args:
         name: `digits`, `cifar10`, `cifar100` or `imagefolder:PATH`.
-        seed: of the validation part. The test part does not depend on it.
+        seed: of the validation split. The test split does not depend on it.
         validation: share of each class's training images, in `(0, 1)`, that is held out; without effect where a folder
             has `train/`, `val/` and `test/`.
         image_size: height and width in pixels. None: digits 32; CIFAR as it is; folders as they are if all images
@@ -84,34 +87,38 @@ def load_data(
     return _finished(name, found, validation, seed)
 
 
-def _finished(name: str, found: Found, share: float, seed: int) -> Data:
-    """Hold the validation part out, then normalise by what is left to train on."""
-    train, held_out = found.train, found.validation
+def _finished(name: str, found: RawDataset, share: float, seed: int) -> Data:
+    """Hold the validation split out, then normalise by what is left to train on."""
+    train = found.train
+    held_out = found.validation
     if held_out is None:
-        train, held_out = split(train, share, seed, found.classes)
+        train, held_out = stratified_split(train, share, seed, found.classes)
     mean, std = moments(train)
     shape = train.images.shape
+    # 4 pixels of 32, as is usual on CIFAR; half as much where the object fills the image, as a digit does.
     shift = shape[1] // (8 if found.natural else 16)
-    parts = [
-        replace(part, mean=mean, std=std, shift=shift, mirror=found.natural) for part in (train, held_out, found.test)
+    splits = [
+        replace(split, mean=mean, std=std, shift=shift, mirror=found.natural) for split in (train, held_out, found.test)
     ]
-    return Data(name, found.classes, shape, *parts)
+    return Data(name, found.classes, shape, *splits)
 
 
-def _digits(request: Request) -> Found:
-    """1,797 handwritten digits of 8x8 grey values that come with scikit-learn, enlarged; a quarter is the test part."""
+def _digits(request: Request) -> RawDataset:
+    """1,797 handwritten digits of 8x8 grey values that come with scikit-learn, enlarged; a quarter is for testing."""
     from sklearn.datasets import load_digits
 
-    raw, size = load_digits(), request.image_size or 32
+    raw = load_digits()
+    size = request.image_size or 32
     grey = torch.from_numpy(raw.images).unsqueeze(1) * (255 / 16)
     pixels = F.interpolate(grey, (size, size), mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
     classes = tuple(str(name) for name in raw.target_names)
-    whole = Part.of(Resident(pixels), torch.from_numpy(raw.target))
-    train, test = split(whole, 0.25, 0, classes)
-    return Found(classes, train, test, natural=False)
+    whole = Split.from_arrays(Resident(pixels), torch.from_numpy(raw.target))
+    # Always with the same seed: whoever varies seeds must not learn from another's test images.
+    train, test = stratified_split(whole, 0.25, 0, classes)
+    return RawDataset(classes, train, test, natural=False)
 
 
-def _cifar(kind: str, request: Request) -> Found:
+def _cifar(kind: str, request: Request) -> RawDataset:
     """CIFAR (Krizhevsky 2009): 50,000 training and 10,000 test images of 32x32, by torchvision."""
     from torchvision import datasets
 
@@ -121,12 +128,12 @@ def _cifar(kind: str, request: Request) -> Found:
         advice = "check the network" if request.download else "add --download to fetch it"
         raise DataError(f"{kind.lower()} cannot be loaded from {request.root}: {error}; {advice}") from error
     train, test = (
-        Part.of(
+        Split.from_arrays(
             Resident(_enlarged(torch.from_numpy(half.data).permute(0, 3, 1, 2), request)), torch.tensor(half.targets)
         )
         for half in halves
     )
-    return Found(tuple(halves[0].classes), train, test)
+    return RawDataset(tuple(halves[0].classes), train, test)
 
 
 def _enlarged(pixels: Tensor, request: Request) -> Tensor:
@@ -134,14 +141,16 @@ def _enlarged(pixels: Tensor, request: Request) -> Tensor:
     size = request.image_size
     if size is None or size == pixels.shape[-1]:
         return pixels.contiguous()
+    # CIFAR is always in memory, so that its images may not grow beyond what fits.
     if len(pixels) * 3 * size * size > RESIDENT_BYTES:
         most = math.isqrt(RESIDENT_BYTES // (3 * len(pixels)))
         raise RangeError("image_size", size, f"1 to {most}, or larger with imagefolder:PATH, which stays on disk")
+    # In pieces: as float the whole set would take four times the memory of its bytes.
     chunks = [F.interpolate(chunk.float(), (size, size), mode="bilinear") for chunk in torch.split(pixels, CHUNK)]
     return torch.cat([chunk.round().to(torch.uint8) for chunk in chunks])
 
 
-DATASETS: dict[str, Callable[[Request], Found]] = {
+DATASETS: dict[str, Callable[[Request], RawDataset]] = {
     "digits": _digits,
     "cifar10": partial(_cifar, "CIFAR10"),
     "cifar100": partial(_cifar, "CIFAR100"),

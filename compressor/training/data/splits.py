@@ -1,6 +1,6 @@
-"""A part of a data set: its batches, normalised and augmented on the device, and how a part is split.
+"""A split of a data set: its batches, normalised and augmented on the device, and how images are held out of one.
 
-Shape letters: B images of a batch, C channels, H height, W width, N images of a part.
+Shape letters: B images of a batch, C channels, H height, W width, N images of a split.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ from torch.nn import functional as F
 from compressor.errors import DataError, InputError
 from compressor.training.data.images import CHUNK, Images, Progress, Resident
 
+_SAMPLED = 2000  # images on disk of which mean and deviation are taken: decoding all would double the time to load
+
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """One part of a data set: images, what they show, and how they are normalised and augmented.
+class Split:
+    """One split of a data set: images, what they show, and how they are normalised and augmented.
 
     Attributes:
-        images: where the pixels are; parts of one data set may share them.
-        indices: `(N,)` int64, which of those images belong to this part.
+        images: where the pixels are; splits of one data set may share them.
+        indices: `(N,)` int64, which of those images belong to this split.
         targets: `(N,)` int64, class indices.
-        mean, std: per channel, in pixel values from 0 to 255, of the training part: every part has the same.
+        mean, std: per channel, in pixel values from 0 to 255, of the train split: every split has the same.
         shift: augmentation moves an image by up to so many pixels each way.
         mirror: whether augmentation flips left and right.
     """
@@ -39,12 +41,12 @@ class Part:
     mirror: bool = False
 
     @staticmethod
-    def of(images: Images, targets: Tensor, start: int = 0) -> Part:
-        """Give the part of consecutive images that begins at index `start`, not normalised yet."""
-        return Part(images, torch.arange(start, start + len(targets)), targets.long())
+    def from_arrays(images: Images, targets: Tensor, start: int = 0) -> Split:
+        """Return the split of consecutive images that begins at index `start`, not normalised yet."""
+        return Split(images, torch.arange(start, start + len(targets)), targets.long())
 
     def __len__(self) -> int:
-        """Give `N`, the number of images."""
+        """Return `N`, the number of images."""
         return len(self.indices)
 
     def batches(
@@ -56,12 +58,12 @@ class Part:
         device: str | torch.device = "cpu",
         drop_last: bool = False,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Go through the part once.
+        """Go through the split once.
 
         Args:
             batch_size: images in a batch; the last batch may have fewer.
             shuffle: CPU generator of the order and of the augmentation; None keeps the order. Its state is all the
-                randomness there is: the same state gives the same batches on every device.
+                randomness there is: the same state yields the same batches on every device.
             augment: move (and mirror) images at random; needs `shuffle`.
             device: where the batches are made.
             drop_last: leave an incomplete last batch out.
@@ -85,13 +87,19 @@ class Part:
             yield self._normalised(pixels), self.targets[chosen].to(device)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
+        # Bytes travel to the device and are kept there; only the batch at hand is float, four times as large.
         mean, std = (torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (self.mean, self.std))
         return pixels.float().sub_(mean).div_(std)
 
 
 def _augmented(pixels: Tensor, shift: int, mirror: bool, generator: torch.Generator) -> Tensor:
-    """Move every image by its own random offset over a black border, and mirror every other one: one gather."""
+    """Move every image by its own random offset over a black border, and mirror every other one: one gather.
+
+    A worked example: one row `a b c d` and shift 1 has the border `0 a b c d 0`. Offset 0 reads it from its first
+    place on, `0 a b c`; offset 1 is the image itself; offset 2 is `b c d 0`, and mirrored `0 d c b`.
+    """
     count, _, height, width = pixels.shape
+    # Drawn on the CPU whatever the device is: a run on a GPU sees the images that a run on the CPU sees.
     offsets = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=generator)
     mirrored = torch.randint(0, 1 + mirror, (count, 1), generator=generator).bool()
     rows = torch.arange(height) + offsets[0]
@@ -102,36 +110,43 @@ def _augmented(pixels: Tensor, shift: int, mirror: bool, generator: torch.Genera
     return picked.permute(0, 3, 1, 2).contiguous()
 
 
-def split(part: Part, share: float, seed: int, classes: Sequence[str]) -> tuple[Part, Part]:
-    """Split every class at random: what stays, and the share that is held out; each has at least one image."""
+def stratified_split(split: Split, share: float, seed: int, classes: Sequence[str]) -> tuple[Split, Split]:
+    """Split every class at random: what stays, and the share that is held out; each has at least one image.
+
+    Of classes with 12, 5 and 2 images, a share of 0.25 holds 3, 1 and 1 out: each is rounded for itself.
+    """
     generator = torch.Generator().manual_seed(seed)
-    held = torch.zeros(len(part), dtype=torch.bool)
+    held = torch.zeros(len(split), dtype=torch.bool)
     for target, name in enumerate(classes):
-        members = (part.targets == target).nonzero().flatten()
+        members = (split.targets == target).nonzero().flatten()
         if len(members) < 2:
             raise DataError(f"class {name!r} has {len(members)} training image: it needs 2 or more, one is held out")
         count = min(max(round(share * len(members)), 1), len(members) - 1)
         held[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    stay, out = (replace(part, indices=part.indices[mask], targets=part.targets[mask]) for mask in (~held, held))
+    # By mask, so that both keep the order that the images had.
+    stay, out = (replace(split, indices=split.indices[mask], targets=split.targets[mask]) for mask in (~held, held))
     return stay, out
 
 
-def moments(part: Part) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Give mean and standard deviation of each channel; of 2,000 images spread over the part if they are on disk."""
-    stride = 1 if isinstance(part.images, Resident) else max(1, len(part) // 2000)
-    counts = torch.zeros(part.images.shape[0], 256, dtype=torch.int64)
-    for indices in torch.split(part.indices[::stride], CHUNK):
-        pixels = part.images.take(indices, torch.device("cpu"))
+def moments(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of each channel; of 2,000 images spread over the split if they are on disk."""
+    stride = 1 if isinstance(split.images, Resident) else max(1, len(split) // _SAMPLED)
+    # Counting the 256 values of a byte is exact, and the order of the images makes no difference to a sum.
+    counts = torch.zeros(split.images.shape[0], 256, dtype=torch.int64)
+    for indices in torch.split(split.indices[::stride], CHUNK):
+        pixels = split.images.take(indices, torch.device("cpu"))
         counts += torch.stack([channel.flatten().bincount(minlength=256) for channel in pixels.unbind(1)])
-    weights, levels = counts.double() / counts.sum(1, keepdim=True), torch.arange(256, dtype=torch.float64)
+    weights = counts.double() / counts.sum(1, keepdim=True)
+    levels = torch.arange(256, dtype=torch.float64)
     mean = weights @ levels
     variance = (weights * (levels - mean[:, None]) ** 2).sum(1)
+    # A channel that never changes has no deviation; one level of 256 keeps it finite.
     return tuple(mean.tolist()), tuple(variance.sqrt().clamp_min(1).tolist())
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a loader in `DATASETS` is told; see `load`."""
+    """What a loader in `DATASETS` is told; see `load_data`."""
 
     path: str
     image_size: int | None
@@ -141,18 +156,18 @@ class Request:
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
-    """What a loader in `DATASETS` gives: parts that are neither normalised nor augmented yet.
+class RawDataset:
+    """What a loader in `DATASETS` returns: splits that are neither normalised nor augmented yet.
 
     Attributes:
         classes: their names.
-        train, test: the parts.
+        train, test: the splits.
         validation: None where it is still to be taken out of `train`.
         natural: whether a mirrored image, moved by an eighth of its size, is still of its class.
     """
 
     classes: tuple[str, ...]
-    train: Part
-    test: Part
-    validation: Part | None = None
+    train: Split
+    test: Split
+    validation: Split | None = None
     natural: bool = True

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import relative_error, shake, silenced
+from conftest import masked, relative_error, shake
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressor
 from compressor.errors import CutError, StaleGraphError
-from compressor.graph.verification import retrace
+from compressor.graph.verification import verify_against_recording
 
 
 class Between(nn.Module):
@@ -79,7 +79,7 @@ def test_a_slice_of_equal_halves_that_reads_the_shape_is_cut() -> None:
     model = shake(Between(halves))
     graph = compressor.trace(model, X)
     keep = {"a": torch.tensor([1, 3])}
-    expected = silenced(graph, keep)(X)
+    expected = masked(graph, keep)(X)
     compressor.cut(graph, keep)
     assert model.a.out_channels == 4
     assert relative_error(model(X).detach(), expected.detach()) < 1e-12
@@ -102,7 +102,7 @@ def test_a_number_among_the_attributes_follows(name: str) -> None:
     graph = compressor.trace(model, X)
     keep = {group.name: torch.arange(0, group.size, 2) for group in graph.groups}
     assert keep
-    expected = silenced(graph, keep)(X)
+    expected = masked(graph, keep)(X)
     compressor.cut(graph, keep)
     (old,) = attributes.items()
     assert getattr(model, old[0]) != old[1]
@@ -143,7 +143,7 @@ def test_a_buffer_of_positions_is_renumbered(kind: str) -> None:
     model = shake(Permuted(kind))
     graph = compressor.trace(model, X)
     keep = {group.name: torch.arange(group.size)[1:] if group.size > 1 else torch.arange(1) for group in graph.groups}
-    expected = silenced(graph, keep)(X)
+    expected = masked(graph, keep)(X)
     compressor.cut(graph, keep)
     assert model.a.out_channels < 6
     assert int(model.order.max()) < model.a.out_channels
@@ -245,5 +245,5 @@ def test_a_trace_on_real_tensors_is_the_same_twice() -> None:
         return h
 
     graph = compressor.trace(Between(code).double(), X)
-    retrace(graph, graph.trail)
-    assert "aten.lift_fresh" not in {step.op for step in graph.trail.script.steps}
+    verify_against_recording(graph, graph.recording)
+    assert "aten.lift_fresh" not in {record.op for record in graph.recording.log.records}

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import compressor
 from compressor.errors import InputError, UnknownNameError
-from compressor.surgery.compensation import input_means
+from compressor.relevance import RelevanceConfig
+from compressor.surgery import input_means
 
 
 def batches(*sizes: int) -> list[Tensor]:
@@ -56,7 +57,9 @@ def test_after_compensation_the_output_on_calibration_data_is_closer(seed: int) 
         with torch.no_grad():
             expected = model(data[0])
             how = {"calibration": data} if compensate == "mean" else {}
-            compressor.prune(model, data[0], "random", 0.5, "channels", seed=seed, compensate=compensate, **how)
+            compressor.prune(
+                model, data[0], "random", compressor.Budget(0.5, "channels"), seed=seed, compensate=compensate, **how
+            )
             errors[compensate] = float((model(data[0]) - expected).square().mean())
     assert errors["mean"] < errors["none"]
 
@@ -79,7 +82,13 @@ def test_a_model_whose_removed_channels_are_constant_is_unchanged() -> None:
         limits = compressor.Limits(only=["0"])
         assert relative_error(dropped(model, data[0], fresh), expected) > 1e-3
         result = compressor.prune(
-            model, data[0], "l1", 3 / 14 - 1e-9, "channels", limits=limits, calibration=data, compensate="mean"
+            model,
+            data[0],
+            "l1",
+            compressor.Budget(3 / 14 - 1e-9, "channels"),
+            limits=limits,
+            calibration=data,
+            compensate="mean",
         )
         assert result.widths["0"] == (8, 5)
         assert relative_error(model(fresh), expected) < 1e-12
@@ -88,7 +97,7 @@ def test_a_model_whose_removed_channels_are_constant_is_unchanged() -> None:
 def dropped(model: nn.Module, x: Tensor, fresh: Tensor) -> Tensor:
     """The output without the fold."""
     other = copy.deepcopy(model)
-    compressor.prune(other, x, "l1", 3 / 14 - 1e-9, "channels", limits=compressor.Limits(only=["0"]))
+    compressor.prune(other, x, "l1", compressor.Budget(3 / 14 - 1e-9, "channels"), limits=compressor.Limits(only=["0"]))
     return other(fresh)
 
 
@@ -96,7 +105,11 @@ def dropped(model: nn.Module, x: Tensor, fresh: Tensor) -> Tensor:
     ("arguments", "error", "message"),
     [
         ({"compensate": "mean"}, InputError, r"compensate='mean' needs real inputs: pass calibration=\[inputs, ...\]"),
-        ({"calibration": batches(1)}, InputError, "calibration has no effect with compensate='none' and verify=False"),
+        (
+            {"calibration": batches(1), "compensate": "none"},
+            InputError,
+            "calibration has no effect with compensate='none' and verify=False",
+        ),
         ({"compensate": "means"}, UnknownNameError, "unknown compensation 'means': did you mean 'mean'"),
     ],
 )
@@ -115,14 +128,22 @@ def test_compensation_while_training_keeps_the_mean_output(criterion: str, compe
     x, y = torch.randn(64, 3, dtype=torch.float64), torch.randint(2, (64,))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     pruner = compressor.Pruner(
-        model, x, criterion, compressor.Budget(0.5, "channels"), compressor.OneShot(1.0),
-        optimizer=optimizer, total_steps=4, collect=2, round_to=1, compensate=compensate,
-        **({"drop": 0.15} if criterion == "relevance" else {}),
-    )  # fmt: skip
+        model,
+        x,
+        criterion,
+        compressor.Budget(0.5, "channels"),
+        compressor.OneShot(1.0),
+        optimizer=optimizer,
+        total_steps=4,
+        prune_every=2,
+        round_to=1,
+        compensate=compensate,
+        relevance=RelevanceConfig(drop=0.15) if criterion == "relevance" else None,
+    )
     before = model(x).mean(0)
     for _ in range(4):
         pruner.loss(x, y, nn.functional.cross_entropy).backward()
         optimizer.step()
-        pruner.update()
+        pruner.step()
     assert model[0].out_features == 16
     assert torch.allclose(model(x).mean(0), before, atol=1e-6) == (compensate == "mean")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compressor.graph.meta_kernels import SHORTCUTS
+from compressor.graph.meta_kernels import META_KERNELS
 
 INPUTS = {
     "plain": lambda: empty(2, 8, 4, 4),
@@ -66,7 +66,7 @@ class Compare(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = f"aten.{func._schema.name.partition('::')[2]}"
-        ours = SHORTCUTS[name](*args, **(kwargs or {})) if name in SHORTCUTS else NotImplemented
+        ours = META_KERNELS[name](*args, **(kwargs or {})) if name in META_KERNELS else NotImplemented
         if ours is not NotImplemented:
             self.seen.append(name)
             assert [looks(t) for t in tensors(ours)] == [looks(t) for t in tensors(out)], name
@@ -93,4 +93,4 @@ def test_every_shortcut_is_taken_by_one_of_these_calls() -> None:
     with torch.no_grad(), Compare() as compare:
         for call in CALLS.values():
             call(INPUTS["plain"]())
-    assert set(compare.seen) == set(SHORTCUTS)
+    assert set(compare.seen) == set(META_KERNELS)

@@ -1,4 +1,4 @@
-"""Promise 1: a cut model equals the original with the same channels silenced, to 1e-12 in double precision.
+"""Promise 1: a cut model equals the original with the same channels masked, to 1e-12 in double precision.
 
 The oracle never sees the surgery: it zeroes the consumers' weights in a copy of the whole model.
 """
@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 import torchvision
-from conftest import random_keep, relative_error, shake, silenced
+from conftest import masked, random_keep, relative_error, shake
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -104,7 +104,7 @@ NETS = {
 
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("batch", [1, 2])
-def test_cut_is_silence(name: str, batch: int) -> None:
+def test_masked_is_cut(name: str, batch: int) -> None:
     model = shake(copy.deepcopy(NETS[name]))
     x = torch.randn(batch, 3, 8, 8, dtype=torch.float64)
     graph = compressor.trace(model, x)
@@ -112,7 +112,7 @@ def test_cut_is_silence(name: str, batch: int) -> None:
     assert all(group.exact for group in graph.groups)
     keep = random_keep(graph)
     with torch.no_grad():
-        expected = silenced(graph, keep)(x)
+        expected = masked(graph, keep)(x)
         compressor.cut(graph, keep)
         assert relative_error(model(x), expected) <= 1e-12
 
@@ -133,7 +133,7 @@ def test_reference_models_cut_right_twice(name: str) -> None:
     for seed, share in ((0, 0.5), (1, 0.7)):
         keep = random_keep(graph, share, seed)
         with torch.no_grad():
-            expected = silenced(graph, keep)(x)
+            expected = masked(graph, keep)(x)
             compressor.cut(graph, keep)
             assert relative_error(model(x), expected) <= 1e-12
     assert compressor.trace(model, x).sizes() == graph.sizes()

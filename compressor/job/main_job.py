@@ -21,7 +21,7 @@ from compressor.job.folder import require_usable, resumed, start
 from compressor.job.results import finish
 from compressor.job.settings import Settings
 from compressor.job.stages import Progress, Stages
-from compressor.training import Data, load_data, models
+from compressor.training import Data, load_data, load_weights, models
 
 
 def run(
@@ -62,15 +62,15 @@ def run(
     graph = trace(model, torch.zeros(1, *data.image_shape))
     stages = Stages(settings, data, folder, resume, on_progress)
     if not resume:
-        stages.rehearse(model)
+        stages.preflight(model)
         start(folder, settings)
     trained = stages.during(model) if settings.when == "during" else stages.after(model)
     return finish(settings, data, trained, graph, stages.metrics.records, on_progress)
 
 
 def _initial(settings: Settings, data: Data) -> nn.Module:
-    """Give the dense model as both ways begin with it."""
+    """Return the dense model as both ways begin with it."""
     model = models.build(settings.model, classes=len(data.classes), stem=settings.stem, seed=settings.seed)
     if settings.weights:
-        models.load_weights(model, Path(settings.weights))
+        load_weights(model, Path(settings.weights))
     return model

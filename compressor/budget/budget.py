@@ -1,0 +1,65 @@
+"""A budget: which share of what is to go."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Literal, get_args
+
+from compressor.errors import InputError, RangeError, UnknownNameError
+
+Measure = Literal["params", "macs", "channels"]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is to be removed.
+
+    Attributes:
+        sparsity: the share that goes, in [0, 1).
+        measure: of what: "params", "macs" (multiply-adds for the example inputs) or "channels".
+
+    Raises:
+        RangeError: a sparsity outside [0, 1).
+        UnknownNameError: a measure that does not exist.
+    """
+
+    sparsity: float = 0.5
+    measure: Measure = "params"
+
+    def __post_init__(self) -> None:
+        """Check the range and the name."""
+        if not 0 <= self.sparsity < 1:
+            raise RangeError("sparsity", self.sparsity, "[0, 1)")
+        if self.measure not in MEASURES:
+            raise UnknownNameError("measure", self.measure, MEASURES)
+
+    @staticmethod
+    def from_share(budget: Budget | float) -> Budget:
+        """Return a budget as it is, and a number as that share of the parameters.
+
+        Raises:
+            InputError: neither of them.
+            RangeError: a number outside [0, 1).
+        """
+        if isinstance(budget, Budget):
+            return budget
+        if isinstance(budget, bool) or not isinstance(budget, int | float):
+            raise InputError(f"budget = {budget!r}: give a share of the parameters, 0.5 say, or Budget(0.5, 'macs')")
+        return Budget(float(budget))
+
+    def scaled(self, due: float) -> Budget:
+        """Return the budget of which only the share `due`, in [0, 1], is to be met by now."""
+        return Budget(self.sparsity * due, self.measure)
+
+    def goal(self, dense: int) -> int:
+        """Return the most that may stay of a count, exactly: 0.55 of 100 channels are 55, whatever floats make of it."""
+        return dense - share_of(self.sparsity, dense)
+
+
+def share_of(share: float, count: int) -> int:
+    """Return the smallest integer that is at least this share of a count, in the decimal digits that were typed."""
+    # NOTE: 0.55 * 100 is 55.00000000000001 in floats, whose ceiling would be 56. `repr` has the digits as typed.
+    return math.ceil(Fraction(repr(float(share))) * count)

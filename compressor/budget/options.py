@@ -1,0 +1,50 @@
+"""What can be chosen about a selection, with every default and range; the command line reads them from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from compressor.errors import RangeError, UnknownNameError
+
+Scope = Literal["local", "global"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+ALIGNED = 8  # channels: kernels of CPUs and GPUs work on so many at once
+LARGE = 64  # channels; in smaller groups a step of 8 is more than an eighth of the group, too coarse for a budget
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """How channels are chosen once they have scores.
+
+    Attributes:
+        scope: "local" takes the same share of every group, "global" ranks all channels together. Weights say little
+            about which layer can spare more (`benchmarks/scope.py`), so "local" is the default.
+        round_to: a group that loses channels ends with a multiple of this. None: of 8 in groups of 64 channels or more,
+            whatever in smaller ones.
+        floor: the share of every group that stays in any case, in [0, 1); at least one channel always does.
+
+    Raises:
+        UnknownNameError: no such scope.
+        RangeError: `round_to` or `floor` out of range.
+    """
+
+    scope: Scope = "local"
+    round_to: int | None = None
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check names and ranges."""
+        if self.scope not in SCOPES:
+            raise UnknownNameError("scope", self.scope, SCOPES)
+        if self.round_to is not None and (self.round_to < 1 or self.round_to != int(self.round_to)):
+            raise RangeError("round_to", self.round_to, "1, 2, 3, ...")
+        if not 0 <= self.floor < 1:
+            raise RangeError("floor", self.floor, "[0, 1)")
+
+    def step(self, width: int) -> int:
+        """Return the multiple for a group that had `width` channels before any cut."""
+        if self.round_to is not None:
+            return self.round_to
+        return ALIGNED if width >= LARGE else 1
