@@ -8,6 +8,7 @@ tests/test_house.py holds the picture, and the table of rooms in docs/design.md,
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -112,48 +113,44 @@ def arrows() -> dict[tuple[str, str], int]:
     return {pair: len(names) for pair, names in sorted(found.items())}
 
 
-# -- the picture: rooms from the ground up, an arrow for every import, as wide as many names are taken
+# -- the picture: a row for each room that takes, a column for each that is taken from, so that all lies on one side of
+# the diagonal as long as imports have a direction
 
-_WIDTH, _ROW, _BOX, _LEFT, _TOP = 900, 46, 30, 20, 40
-_BOX_WIDTH = 300
+_LEFT, _TOP, _CELL, _RADIUS = 190, 40, 40, 17
 
 
 def picture() -> str:
-    """Return the picture as SVG: a box for each room, the lowest at the bottom, and a line for every import."""
-    found = sorted(rooms(), key=lambda each: -each.number)
-    middle = {name: _TOP + index * _ROW + _BOX / 2 for index, each in enumerate(found) for name in each.names}
-    middle |= {"_utils": middle["_utils"], "job": middle["job"]}
-    tone = dict(zip((each.number for each in found), svg.colours(len(found)), strict=True))
+    """Return the picture as SVG."""
+    found = rooms()
     number = {name: each.number for each in found for name in each.names}
-    lines = []
-    for lane, ((here, there), names) in enumerate(arrows().items()):
-        x = _LEFT + _BOX_WIDTH + 30 + 11 * lane
-        lines.append(_arrow(x, middle[here], middle[there], names, tone[number[here]], f"{here} takes {names} of {there}"))
-    boxes = [_box(_TOP + index * _ROW, each, tone[each.number]) for index, each in enumerate(found)]
-    height = _TOP + len(found) * _ROW
-    title = svg.text(_LEFT, 22, "rooms (numbers as in the table) and what they import; hover an arrow", size=12)
-    head = Markup('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}" font-family="sans-serif">').format(
-        _WIDTH, height
-    )
-    paper = svg.rectangle(0, 0, _WIDTH, height, "#ffffff")
-    return str(head + paper + title + svg.joined(lines) + svg.joined(boxes) + Markup("</svg>\n"))
+    most = max(arrows().values())
+    width, height = _LEFT + _CELL * len(found) + 10, _TOP + _CELL * len(found) + 10
+    marks = [svg.rectangle(0, 0, width, height, fill="#ffffff")]
+    marks.append(svg.text(10, 24, "takes from:", font_size=12, fill="#6b7280"))
+    for each in found:
+        middle = _middle(each.number)
+        marks.append(svg.text(10, _TOP + middle + 5, f"{each.number}  {'  '.join(each.names)}", font_size=14))
+        marks.append(svg.text(_LEFT + middle, 24, str(each.number), "middle", font_size=14))
+        marks.append(svg.line(10, _TOP + _CELL * each.number, width - 10, _TOP + _CELL * each.number, stroke="#e5e7eb"))
+        square = svg.rectangle(_LEFT + middle - 5, _TOP + middle - 5, 10, 10, fill="#d1d5db")
+        marks.append(square)
+    for (here, there), names in arrows().items():
+        hint = f"{here} takes {names} name{'s' * (names > 1)} from {there}"
+        marks.append(_cell(number[here], number[there], names, most, hint))
+    head = {"xmlns": "http://www.w3.org/2000/svg", "viewBox": f"0 0 {width} {height}"}
+    return f"{svg.element('svg', *marks, **head, font_family='sans-serif', fill='#1c2330')}\n"
 
 
-def _box(top: float, each: Room, tone: str) -> Markup:
-    names = " ".join(each.names)
-    frame = svg.rectangle(_LEFT, top, _BOX_WIDTH, _BOX, "#ffffff", tone)
-    return frame + svg.text(_LEFT + 10, top + 19, f"{each.number}  {names}", size=13)
+def _middle(number: int) -> float:
+    return _CELL * (number + 0.5)
 
 
-def _arrow(x: float, start: float, end: float, names: int, tone: str, hint: str) -> Markup:
-    """Draw a bracket from the box of one room to that of another, with a head at the room that is imported."""
-    left = _LEFT + _BOX_WIDTH
-    width = min(1 + names / 6, 4)
-    path = Markup('<path d="M{0} {2}H{1}V{3}H{0}" fill="none" stroke="{4}" stroke-width="{5:.1f}"/>').format(
-        left, svg.pixels(x), svg.pixels(start), svg.pixels(end), tone, width
-    )
-    head = Markup('<path d="M{0} {2}l8 -4v8z" fill="{1}"/>').format(left, tone, svg.pixels(end))
-    return Markup("<g>{}{}{}</g>").format(svg.hint([hint]), path, head)
+def _cell(row: int, column: int, names: int, most: int, hint: str) -> Markup:
+    """Draw a disc whose area is the number of names, with that number in it."""
+    x = _LEFT + _middle(column)
+    y = _TOP + _middle(row)
+    disc = svg.circle(x, y, max(9.0, _RADIUS * math.sqrt(names / most)), fill="#2563eb" if row > column else "#dc2626")
+    return svg.group(svg.hint(hint), disc, svg.text(x, y + 4, str(names), "middle", font_size=11, fill="#ffffff"))
 
 
 if __name__ == "__main__":

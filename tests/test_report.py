@@ -4,8 +4,10 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -60,24 +62,81 @@ def test_folder_without_report_is_refused(tmp_path: Path) -> None:
         reports.read(tmp_path)
 
 
+def change(content: Any, place: str, value: object) -> None:
+    """Put a value at a place like `epochs.0.lr`; `...` removes what is there."""
+    *way, last = (int(part) if part.isdigit() else part for part in place.split("."))
+    for step in way:
+        content = content[step]
+    if value is ...:
+        del content[last]
+    else:
+        content[last] = value
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("place", "value", "message"),
     [
-        (lambda text: text[: len(text) // 2], "is no JSON"),
-        (lambda text: "[1, 2]", "is no report of compressor"),
-        (lambda text: text.replace('"compressor-report"', '"other"'), "is no report of compressor"),
-        (
-            lambda text: text.replace('"version": 1', '"version": 99'),
-            "has version 99, and this compressor reads version 1",
-        ),
-        (lambda text: text.replace('"accuracy"', '"acuracy"', 1), "is damaged"),
-        (lambda text: text.replace('"goal"', '"gaol"'), "is damaged"),
-        (lambda text: text.replace('"machine"', '"machines"'), "is damaged"),
+        ("format", "other", "is no report of compressor"),
+        ("format", ..., "is no report of compressor"),
+        ("version", 99, "has version 99, and this compressor reads version 1"),
+        ("version", ..., "has version None"),
+        ("goal", ..., "missing required field `goal`"),
+        ("dense.accuracy", ..., r"missing required field `accuracy` - at `\$\.dense`"),
+        ("machine", None, r"Expected `object`, got `null` - at `\$\.machine`"),
+        ("machine", [], r"Expected `object`, got `array` - at `\$\.machine`"),
+        ("name", 3, r"Expected `str`, got `int` - at `\$\.name`"),
+        ("dense.params", "many", r"Expected `int`, got `str` - at `\$\.dense\.params`"),
+        ("dense.params", 1.5, r"Expected `int`, got `float` - at `\$\.dense\.params`"),
+        ("dense.params", True, r"Expected `int`, got `bool` - at `\$\.dense\.params`"),
+        ("dense.params", None, r"Expected `int`, got `float` - at `\$\.dense\.params`"),
+        ("dense.accuracy", "0.9", r"Expected `float`, got `str` - at `\$\.dense\.accuracy`"),
+        ("pruned", None, r"Expected `object`, got `float` - at `\$\.pruned`"),
+        ("layers", {}, r"Expected `array`, got `object` - at `\$\.layers`"),
+        ("epochs.1", 5, r"Expected `object`, got `int` - at `\$\.epochs\[1\]`"),
+        ("epochs.1.lr", [], r"Expected `float`, got `array` - at `\$\.epochs\[1\]\.lr`"),
+        ("parity.0.providers.0", 5, r"Expected `str`, got `int` - at `\$\.parity\[0\]\.providers\[0\]`"),
+        ("files.model", 0.5, r"Expected `int`, got `float` - at `\$\.files\[\.\.\.\]`"),
+        ("later", 5, r"unknown field - at `\$\.later`"),
+        ("dense.f1", 0.5, r"unknown field - at `\$\.dense\.f1`"),
+        ("timings.1.p95_ms", 0.5, r"unknown field - at `\$\.timings\[1\]\.p95_ms`"),
     ],
 )
-def test_damaged_report_is_refused(report: Report, change, message: str) -> None:
-    with pytest.raises(ArtifactError, match=message):
-        reports.from_json(change(reports.to_json(report)), "runs/demo/report.json")
+def test_a_report_with_a_wrong_field_is_refused(report: Report, place: str, value: object, message: str) -> None:
+    content = json.loads(reports.to_json(report))
+    change(content, place, value)
+    with pytest.raises(ArtifactError, match=rf"^runs/demo/report\.json .*{message}"):
+        reports.from_json(json.dumps(content), "runs/demo/report.json")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "is no JSON"),
+        (lambda data: b"", "is no JSON"),
+        (lambda data: b"[1, 2]", "is no report of compressor"),
+        (lambda data: b"null", "is no report of compressor"),
+        (lambda data: data.replace(b"demo", b"d\xe9mo"), "is no JSON"),
+        (lambda data: data.decode().encode("utf-16"), "is no JSON"),
+        (lambda data: data.replace(b": 0.98", b": NaN"), "is no JSON"),
+        (lambda data: b"[" * 100_000, "is no JSON"),
+        (lambda data: data.replace(b'"blocked": []', b'"blocked": ' + b"[" * 900 + b"]" * 900), "is damaged"),
+    ],
+)
+def test_a_file_that_is_no_report_is_refused(
+    report: Report, tmp_path: Path, spoil: Callable[[bytes], bytes], message: str
+) -> None:
+    reports.write(report, tmp_path)
+    path = tmp_path / "report.json"
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(ArtifactError, match=message) as caught:
+        reports.read(tmp_path)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_settings_and_machine_may_hold_null_and_whatever_json_can_say(report: Report) -> None:
+    machine = {"gpu": None, "cores": 2, "nested": {"list": [1, None, "x"]}}
+    free = dataclasses.replace(report, machine=machine, settings={"finetune-epochs": None, "keep": ["a", "b"]})
+    assert reports.from_json(reports.to_json(free), "report.json") == free
 
 
 class Page(HTMLParser):
@@ -158,10 +217,14 @@ def test_every_cut_is_marked_in_both_panels(report: Report) -> None:
     assert reports.html(report).count('class="cut"') == 2 * len(report.cuts)
 
 
+def cut_places(text: str) -> list[float]:
+    return [float(place) for place in re.findall(r'class="cut" x1="([\d.]+)"', text)]
+
+
 def test_a_cut_stands_where_its_step_is(report: Report) -> None:
     text = reports.html(report)
     # 10 steps an epoch, 3 epochs over 692 pixels from 56 on: step 15 is half the way
-    assert re.findall(r'class="cut" x1="([\d.]+)"', text)[0] == f"{56 + 692 / 2:.1f}"
+    assert cut_places(text)[0] == 56 + 692 / 2
 
 
 def test_models_that_part_after_a_shared_stage_go_on_from_its_end(report: Report) -> None:
@@ -169,12 +232,32 @@ def test_models_that_part_after_a_shared_stage_go_on_from_its_end(report: Report
     parted = dataclasses.replace(report, epochs=shared, cuts=(Cut("pruned", 0, 20, 4_000),))
     text = reports.html(parted)
     assert "before the cut" in text
-    assert re.findall(r'class="cut" x1="([\d.]+)"', text)[0] == f"{56 + 692 * 2 / 3:.1f}"
+    assert cut_places(text)[0] == pytest.approx(56 + 692 * 2 / 3, abs=0.05)
 
 
-@pytest.mark.parametrize("empty", [{"epochs": (), "cuts": ()}, {"layers": ()}, {"timings": ()}, {"frozen": ()}])
-def test_page_bears_what_is_missing(report: Report, empty: dict) -> None:
-    Page(reports.html(dataclasses.replace(report, **empty)))
+@pytest.mark.parametrize(
+    ("empty", "gone", "stays"),
+    [
+        ({"epochs": (), "cuts": ()}, ("<circle", 'class="cut"'), "64 → 32"),
+        ({"layers": ()}, ("64 → 32",), "torch, batch 1"),
+        ({"timings": ()}, ("torch, batch 1", "as fast at p50", "whisker"), "64 → 32"),
+        ({"frozen": ()}, ("reaches the output",), "and why (0)"),
+        ({"notes": ()}, ("ran on one core", "<h2>Notes"), "64 → 32"),
+    ],
+)
+def test_page_leaves_out_what_is_missing_and_nothing_else(
+    report: Report, empty: dict, gone: tuple[str, ...], stays: str
+) -> None:
+    whole, text = (html_without_style(each) for each in (report, dataclasses.replace(report, **empty)))
+    page = Page(text)
+    assert page.open == []
+    assert page.tags.count("svg") == 3
+    assert all(words in whole and words not in text for words in gone)
+    assert stays in text
+
+
+def html_without_style(report: Report) -> str:
+    return re.sub("<style>.*?</style>", "", reports.html(report), flags=re.DOTALL)
 
 
 def test_comparison_has_a_line_for_each_place(report: Report) -> None:

@@ -55,7 +55,7 @@ class Budget:
         return Budget(self.sparsity * due, self.measure)
 
     def goal(self, dense: int) -> int:
-        """Return the most that may stay of a count, exactly: 0.55 of 100 channels are 55, whatever floats make of it."""
+        """Return the most that may stay of a count, exactly: 0.45 of 100 channels stay of a budget of 0.55."""
         return dense - share_of(self.sparsity, dense)
 
 

@@ -210,9 +210,7 @@ def _blocked(
         f"groups at their floor ({options.floor:.0%} of the channels{steps})": [
             line for name, line in kept.items() if name not in shares
         ],
-        "groups that keep or only leaves whole": [
-            repr(each.name) for each in heaviest if shares.get(each.name) == 0
-        ],
+        "groups that keep or only leaves whole": [repr(each.name) for each in heaviest if shares.get(each.name) == 0],
         "groups with a sparsity of their own": [line for name, line in kept.items() if shares.get(name)],
         "groups without scores, which stay whole": [
             f"{each.name!r} ({each.size} channels)"

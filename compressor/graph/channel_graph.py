@@ -29,7 +29,7 @@ class ChannelGraph:
         frozen: dimensions that cannot be cut, each with its reason.
         params, macs: terms whose sum is the number of parameters, and of multiply-adds for the example inputs.
         offsets: by weight name, where the mean of a removed input channel can be folded.
-        notes: what the user should know about the trace (a fall-back to real tensors, an operation without a rule).
+        notes: what the user should know: a fall-back to real tensors, an operation without a rule, what was frozen later.
         table: all members of all groups as arrays; a graph made by hand, which nobody cuts, has an empty one.
         recording: every operation of the trace, against which a cut is verified.
     """
@@ -60,8 +60,11 @@ class ChannelGraph:
     def freeze(self, names: Collection[str], reason: str) -> None:
         """Take groups out of the graph: their channels stay, for that reason. Writes the graph, not the model."""
         sizes = {name: size for name, size in self.sizes().items() if name in names}
-        if sizes:
-            logger.info("group %s stays as it is: %s", ", ".join(sizes), reason)
+        if not sizes:
+            return
+        note = f"group {', '.join(sizes)} stays as it is: {reason}"
+        logger.info(note)
+        self.notes += (note,)
         members = [member for group in self.groups if group.name in sizes for member in group.members]
         self.frozen += tuple(Frozen(each.tensor, each.dim, reason, each.positions.numel()) for each in members)
         self.groups = tuple(group for group in self.groups if group.name not in sizes)

@@ -126,7 +126,7 @@ class _Page:
 
     def _edges(self) -> Iterator[Markup]:
         """Draw the coloured edges of all boxes: one path for each group, which says on hover whose it is."""
-        # One path, not a mark for each edge: a DenseNet-201 has ten thousand of them, and the file stays below 1 MB.
+        # One path, not a mark for each edge: a DenseNet-201 has thousands of them, and the file stays below 1 MB.
         paths: dict[str | None, list[str]] = defaultdict(list)
         for node, top in zip(self._rows, self.tops, strict=False):
             left, width = self._sides(node)

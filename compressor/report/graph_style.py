@@ -21,7 +21,7 @@ _TONES = ((0.45, 0.75), (0.56, 0.60), (0.33, 0.80), (0.47, 0.90))  # lightness, 
 def colours(number: int) -> list[str]:
     """Return that many different colours, legible on white; neighbours are far apart.
 
-    Each hue is the golden angle on from the one before: 0.58, 0.96, 0.34, 0.72, ... of the circle. However many there
+    Each hue is the golden angle on from the one before: 0.58, 0.96, 0.34, 0.73, ... of the circle. However many there
     are, the next falls into the widest gap left, and no number of groups has to be known beforehand.
     """
     return [_hex(0.58 + index * 0.381966, *_TONES[index % len(_TONES)]) for index in range(number)]

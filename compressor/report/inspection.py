@@ -17,7 +17,7 @@ def inspect_graph(graph: ChannelGraph) -> dict[str, Any]:
     """
     costs = CostModel(graph)
     sizes = graph.sizes()
-    # What one channel costs where every group has its present size: the two are multiplied in every layer between them.
+    # At the present sizes: what a channel costs depends on how wide its neighbours are.
     params = costs.per_channel("params", sizes)
     macs = costs.per_channel("macs", sizes)
     return {

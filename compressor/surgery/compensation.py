@@ -97,7 +97,7 @@ def removed_means(graph: ChannelGraph, removed: Mapping[str, Tensor], means: Map
 
 @torch.no_grad()
 def constant_output(weight: Tensor, mean: Tensor) -> Tensor:
-    """Return the output `(O,)` of a convolution or Linear, `(O, D / blocks, ...)`, for an input that is `mean` everywhere.
+    """Return the output `(O,)` of a weight `(O, D / blocks, ...)` for an input that is `mean` everywhere.
 
     For a padded convolution that is the output away from the border, where every tap sees the mean and not a zero.
     """

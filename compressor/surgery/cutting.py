@@ -3,10 +3,14 @@
 A cut validates first, then writes, then runs the model without data and holds every operation against the trace. On any
 failure everything is put back bit for bit. Parameters stay the same objects, so optimizers, schedulers and averaged
 copies that refer to them carry on.
+
+    a.weight (4, 3, 3, 3), b.weight (2, 4, 1, 1), keep {"a": [0, 2]}
+    a.weight, its gradient and its momentum become rows 0 and 2: (2, 3, 3, 3); b.weight columns 0 and 2: (2, 2, 1, 1)
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
@@ -31,6 +35,8 @@ from compressor.graph import (
 from compressor.surgery.compensation import constant_output, removed_means
 from compressor.surgery.optimizers import as_list
 from compressor.surgery.transaction import Transaction
+
+logger = logging.getLogger(__name__)
 
 
 @gc_disabled()
@@ -68,8 +74,10 @@ def cut(
     if not kept:
         return
     transaction = Transaction(graph.model, list(copies), as_list(optimizer))
+    # A class is what the recording knows of a channel; besides those of groups it has frozen ones, which no cut removes.
     removed, removed_classes = graph.table.removed(kept), _removed_classes(graph, kept)
     try:
+        # The fold comes first: it reads the removed channels' weights, which are gone afterwards.
         if means:
             _fold(graph, kept, means, transaction)
         for name, positions in graph.table.kept_positions(removed).items():
@@ -81,6 +89,7 @@ def cut(
         transaction.refit_copies()
         if check:
             check()
+    # NOTE: BaseException, because Ctrl-C between two tensors must not leave half a cut either.
     except BaseException as failure:
         transaction.undo()
         if isinstance(failure, CutError) and failure.groups and not _is_current(graph):
@@ -112,9 +121,9 @@ def _outside(chosen: Tensor, size: int) -> int:
 
 def removed_channels(group: Group, kept: Tensor) -> Tensor:
     """Return the channels of a group that are not kept, `(C - n,)`, in order."""
-    gone = torch.ones(group.size, dtype=torch.bool)
-    gone[kept] = False
-    return gone.nonzero().flatten()
+    removed = torch.ones(group.size, dtype=torch.bool)
+    removed[kept] = False
+    return removed.nonzero().flatten()
 
 
 def _removed_classes(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> BoolArray:
@@ -134,6 +143,8 @@ def _verified(graph: ChannelGraph, removed: BoolArray) -> Recording:
     recording = graph.recording
     after = recording.without(removed)
     modules = dict(graph.model.named_modules())
+    # NOTE: Blocks of one kind fail alike. All of them are changed, or refused, at the first failure: a network of twelve
+    # blocks would otherwise be verified twelve times.
     first: dict[str, tuple[Mismatch, list[int]]] = {}
     while True:
         try:
@@ -148,7 +159,9 @@ def _verified(graph: ChannelGraph, removed: BoolArray) -> Recording:
             places = {recording.log.records[each].module for each in same_op} - first.keys()
             first |= dict.fromkeys(places, (mismatch, same_op))
             changed = [replace_size_attributes(modules[name], recording.changed_sizes(name, after)) for name in places]
-            if not any(changed):
+            if any(changed):
+                logger.info("sizes among the attributes of %s follow the cut", ", ".join(sorted(places)))
+            else:
                 raise _refusal(recording, removed, mismatch, same_op) from mismatch
 
 

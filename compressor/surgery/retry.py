@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -10,7 +9,6 @@ from compressor.errors import CutError
 from compressor.graph import ChannelGraph
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
 
 
 def retry_without_refused(
@@ -37,6 +35,5 @@ def retry_without_refused(
         except CutError as refusal:
             if not refusal.groups:
                 raise
-            logger.info("frozen, and going on without: %s: %s", ", ".join(refusal.groups), refusal.reason)
             graph.freeze(refusal.groups, refusal.reason)
             on_refusal(refusal.groups)

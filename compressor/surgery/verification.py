@@ -128,6 +128,7 @@ def _masked(graph: ChannelGraph, gone: Mapping[str, Tensor], means: Means) -> It
             module, dim = graph.model.get_submodule(weight.rpartition(".")[0]), 1 - max(tensors[weight].dim() - 1, 1)
             hooks.callback(module.register_forward_hook(_adding(constant, dim - 1)).remove)
         try:
+            # NOTE: Masked copies are put in by `.data`, so that the parameters stay the objects that optimizers hold.
             for name, data in before.items():
                 tensors[name].data = data.clone()
             mask_channels(graph, gone)
@@ -174,6 +175,8 @@ def _run_cut(model: nn.Module, inputs: Any) -> Outputs:
 
 
 def _tolerance(model: nn.Module) -> float:
+    # Sums over fewer channels are added in another order; half of the digits is far more than that costs, and far less
+    # than a channel too much or too little makes.
     kinds = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
     return math.sqrt(max(torch.finfo(kind).eps for kind in kinds))
 
@@ -190,7 +193,7 @@ def _compare(now: Outputs, expected: Outputs, tolerance: float) -> None:
 
 
 def _difference(first: Tensor, second: Tensor) -> float:
-    """Return the largest difference over the largest value; infinite where the two are not finite at the same places."""
+    """Return the largest difference over the largest value; infinite unless both are finite at the same places."""
     if first.shape != second.shape or not torch.equal(first.isfinite(), second.isfinite()):
         return float("inf")
     finite = second.isfinite()
