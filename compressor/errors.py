@@ -104,13 +104,13 @@ class OptimizerError(InputError):
 
     Attributes:
         missing: names of parameters that none of them holds.
-        asked: how many should be held.
+        any_would_do: whether one held parameter would have been enough.
     """
 
-    def __init__(self, missing: Sequence[str], asked: int) -> None:
-        self.missing, self.asked = tuple(missing), asked
-        none = f"holds none of the model's {asked} parameters ({missing[0]!r}, ...)"
-        what = none if len(missing) == asked > 1 else f"does not hold {missing[0]!r}"
+    def __init__(self, missing: Sequence[str], any_would_do: bool) -> None:
+        self.missing, self.any_would_do = tuple(missing), any_would_do
+        none = f"holds none of the model's {len(missing)} parameters ({missing[0]!r}, ...)"
+        what = none if any_would_do else f"does not hold {missing[0]!r}"
         super().__init__(
             f"the optimizer {what}: its state would not be cut or masked along; make it from model.parameters() of the "
             "very model that is given here, or freeze what it shall not train (requires_grad = False)"

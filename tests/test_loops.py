@@ -322,7 +322,7 @@ def same_zeros(model: nn.Module, average: nn.Module, training: compressor.Sparse
     """Assert that whatever the masks have off is zero in the average too."""
     weights = dict(average.named_parameters())
     off = 0
-    for name, where in training._units.zeros().items():
+    for name, where in training.units.zeros().items():
         off += int(where.expand_as(weights[name]).sum())
         assert not weights[name][where.expand_as(weights[name])].any()
     assert off > 0 or training.steps < 6 or training.steps > 0.6 * STEPS

@@ -232,7 +232,11 @@ def test_the_model_shrinks_on_schedule_and_reaches_the_budget(criterion: str) ->
 
 @pytest.mark.parametrize(
     ("criterion", "extra"),
-    [("relevance", {}), ("relevance", {"relevance": RelevanceConfig(drop=0.15, confidence=1.0, observe_every=3)}), ("random", {})],
+    [
+        ("relevance", {}),
+        ("relevance", {"relevance": RelevanceConfig(drop=0.15, confidence=1.0, observe_every=3)}),
+        ("random", {}),
+    ],
 )
 def test_a_run_that_is_taken_up_again_goes_on_as_if_nothing_had_happened(criterion: str, extra: dict) -> None:
     model = wide()

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 import compressor
 from compressor.errors import InputError, RangeError, UnknownNameError
 from compressor.graph import ChannelGraph, ConsumerInput, Group, Member
-from compressor.relevance.draws import drawn, independently_drawn
-from compressor.relevance.estimators import ESTIMATORS, Estimator, Step
+from compressor.relevance import RelevanceConfig
+from compressor.relevance.draws import independent_draws, stratified_draws
+from compressor.relevance.estimators import ESTIMATORS, BatchRecord, Estimator
 from compressor.relevance.evidence import Evidence
 from compressor.relevance.gates import Gates
 from compressor.relevance.relevance import Relevance
@@ -64,13 +65,13 @@ def watching(estimator: str = "soft", **settings: object) -> tuple[nn.Module, Re
 
 
 def watcher(graph: compressor.ChannelGraph, estimator: str = "soft", **settings: object) -> Relevance:
-    return Relevance(graph, estimator=estimator, **{"observe_every": 1, **settings})
+    return Relevance(graph, RelevanceConfig(estimator=estimator), **{"observe_every": 1, **settings})
 
 
 def observe(model: nn.Module, relevance: Relevance, steps: int, first: int = 0, batch: int = 64) -> None:
     for step in range(first, first + steps):
         relevance.loss(model, *digits_like(batch, seed=step), F.cross_entropy).backward()
-        relevance.update()
+        relevance.step()
 
 
 # -- enumeration
@@ -128,7 +129,7 @@ def shown(
     relevance = watcher(compressor.trace(model.train(), x[:2]), estimator=estimator, drop=drop, seed=seed)
     control, factor, seen = ControlVariate(), RunningMean(4), []
     for step in range(steps):
-        with relevance.observing(len(x)) as observation:
+        with relevance.observe(len(x)) as observation:
             losses = squared_error(model(x), y, reduction="none")
             observation.credit(losses)
         losses.mean().backward()
@@ -137,7 +138,9 @@ def shown(
         if controlled:
             losses, left = control.reduce(losses, squared_error(model(x), y, reduction="none").detach())
         gates = observation.gates.detach()
-        what = Step(losses, left, controlled, losses.mean() * 0, observation.draw, gates, gradients, factor.mean())
+        what = BatchRecord(
+            losses, left, controlled, losses.mean() * 0, observation.draw, gates, gradients, factor.mean()
+        )
         seen.append(ESTIMATORS[estimator].measure(what))
         if learn := ESTIMATORS[estimator].learn:
             factor.add(step, learn(what))
@@ -201,7 +204,7 @@ def spread(estimator: str, **how: object) -> Tensor:
 def test_losses_take_variance_from_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a control variate more, where it makes the losses resolve more."""
     mixed = [spread("mixed"), spread("mixed", noise=2.0), spread("mixed", noise=2.0, controlled=True)]
-    uncorrected = Estimator(ESTIMATORS["soft"].measure, draw=independently_drawn, soft=True)
+    uncorrected = Estimator(ESTIMATORS["soft"].measure, draw=independent_draws, soft=True)
     monkeypatch.setitem(ESTIMATORS, "mixed", uncorrected)
     assert float((mixed[0] / spread("mixed")).max()) < 0.95
     assert float((mixed[1] / spread("mixed", noise=2.0)).max()) < 1.1
@@ -236,8 +239,8 @@ def test_useful_is_above_zero_and_harmful_below(estimator: str, steps: int) -> N
     for _ in range(steps):
         x = torch.randn(64, 4, generator=generator)
         relevance.loss(graph.model, x, x[:, :2].sum(1, keepdim=True), squared_error).backward()
-        relevance.update()
-    p = relevance.p_values()["0"]
+        relevance.step()
+    p = relevance.confidence()["0"]
     assert (p[:2] > 0.99).tolist() == [True, True]
     assert float(p[2]) < 0.01
     assert 0.01 < float(p[3]) < 0.99
@@ -264,7 +267,7 @@ def test_equally_useful_channels_are_useful_although_their_losses_do_not_differ(
     for _ in range(100):
         x = torch.randn(64, 64)
         relevance.loss(model, x, x.sum(1, keepdim=True), squared_error).backward()
-        relevance.update()
+        relevance.step()
     contrast = torch.tensor(relevance.record()["0"]["r"])
     assert 0 < 2 * float(contrast.mean()) < float(relevance.scores()["0"].mean())
 
@@ -282,7 +285,7 @@ def test_the_level_of_the_loss_does_not_matter(estimator: str) -> None:
             relevance.loss(
                 graph.model, x, y, lambda o, t, reduction, up=level: squared_error(o, t, reduction) + up
             ).backward()
-            relevance.update()
+            relevance.step()
         found.append(relevance.scores()["0"])
     assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-3)
 
@@ -325,11 +328,11 @@ def test_without_any_effect_few_channels_pass() -> None:
         model, relevance = watching("loss", seed=seed)
         generator = torch.Generator().manual_seed(seed)
         for _ in range(30):
-            with relevance.observing(32) as observation:
+            with relevance.observe(32) as observation:
                 model(digits_like(32)[0])
                 observation.credit(torch.randn(32, generator=generator))
-            relevance.update()
-        p = torch.cat(list(relevance.p_values().values()))
+            relevance.step()
+        p = torch.cat(list(relevance.confidence().values()))
         passed, seen = passed + int((p > 0.99).sum()), seen + len(p)
     assert (seen, passed <= 5) == (96, True)
 
@@ -340,9 +343,9 @@ def test_hard_scores_are_effects_although_who_is_not_drawn_is_replaced_by_anothe
     evidence = Evidence(ESTIMATORS["loss"], torch.zeros(4, dtype=torch.int64), 10)
     one, none = torch.tensor(1.0), torch.zeros(70, 4)
     for step in range(1500):
-        draw = drawn(torch.zeros(14, dtype=torch.int64), 2, 70, dice)
+        draw = stratified_draws(torch.zeros(14, dtype=torch.int64), 2, 70, dice)
         losses = draw[:, :4].float() @ effects
-        evidence.add(step, Step(losses, one, False, one, draw, none, none, none[0]), 1.0, dice)
+        evidence.add(step, BatchRecord(losses, one, False, one, draw, none, none, none[0]), 1.0, dice)
     assert evidence.ranking() == pytest.approx(effects, abs=0.02)
     distance = evidence.relevance() - evidence.dummies().mean(0)
     assert distance == pytest.approx(effects * 14 / 13, abs=0.02)
@@ -355,7 +358,7 @@ def test_the_share_rises_in_the_warm_up() -> None:
     model, relevance = watching(drop=0.5, warmup=4)
     shares = []
     for step in range(6):
-        with relevance.observing(400) as observation:
+        with relevance.observe(400) as observation:
             pass
         shares.append(float(observation.draw.float().mean()))
         observe(model, relevance, 1, first=step)
@@ -372,7 +375,7 @@ def test_on_one_step_in_so_many_samples_draw_and_the_others_train_as_they_would(
         loss, plain = relevance.loss(model, x, y, F.cross_entropy), F.cross_entropy(model(x), y)
         gated.append(not torch.equal(loss, plain))
         loss.backward()
-        relevance.update()
+        relevance.step()
     assert gated == [step % 3 == 0 for step in range(7)]
     assert (relevance.steps, relevance._batches) == (7, 3)
     assert relevance.required_steps(64) == 3 * watching(estimator, drop=0.5)[1].required_steps(64)
@@ -386,7 +389,7 @@ def test_steps_without_draws_count_in_the_half_life() -> None:
         for step in range(12):
             if step % 4 == 0 or every == 4:
                 relevance.loss(model, *digits_like(seed=step - step % 4), F.cross_entropy).backward()
-                relevance.update()
+                relevance.step()
         evidence.append(relevance)
     assert evidence[0].scores()["3"] == pytest.approx(evidence[1].scores()["3"], rel=1e-5)
 
@@ -397,9 +400,9 @@ def test_undecided_channels_are_drawn_twice_as_often(trained: nn.Module, estimat
         compressor.trace(copy.deepcopy(trained), digits_like(2)[0]), estimator=estimator, half_life=1e9, drop=0.25
     )
     observe(relevance._graph.model, relevance, 60)
-    decided = {name: p > 0.99 for name, p in relevance.p_values().items()}
+    decided = {name: p > 0.99 for name, p in relevance.confidence().items()}
     assert 0 < int(torch.cat(list(decided.values())).sum()) < 24
-    with relevance.observing(4000) as observation:
+    with relevance.observe(4000) as observation:
         pass
     often = observation.draw[:, :24].float().mean(0)
     assert often[relevance._relevant] == pytest.approx(torch.full_like(often[relevance._relevant], 0.125), abs=0.02)
@@ -410,7 +413,9 @@ def test_undecided_channels_are_drawn_twice_as_often(trained: nn.Module, estimat
 
 
 def test_the_published_method_draws_all_channels_alike(trained: nn.Module) -> None:
-    relevance = watcher(compressor.trace(copy.deepcopy(trained), digits_like(2)[0]), estimator="source", delta=0.01)
+    relevance = watcher(
+        compressor.trace(copy.deepcopy(trained), digits_like(2)[0]), estimator="source", confidence=0.01
+    )
     observe(relevance._graph.model, relevance, 20)
     assert bool(relevance._relevant.any())
     assert bool((relevance._rate() == 1).all())
@@ -436,7 +441,7 @@ def test_a_channel_that_was_drawn_less_often_is_less_certain() -> None:
         ({"estimator": "loss", "drop": 0.5}, 64, 1),
         ({"estimator": "source", "drop": 0.5}, 64, 41),
         ({"estimator": "soft", "drop": 0.1}, 8, 14),  # 111.6 samples
-        ({"estimator": "soft", "drop": 0.5, "delta": 1.0}, 1, 1),  # no test, nothing to resolve
+        ({"estimator": "soft", "drop": 0.5, "confidence": 1.0}, 1, 1),  # no test, nothing to resolve
     ],
 )
 def test_the_steps_that_resolve_anything(settings: dict, batch: int, steps: int) -> None:
@@ -449,10 +454,10 @@ def test_the_steps_that_resolve_anything(settings: dict, batch: int, steps: int)
 @pytest.mark.parametrize("estimator", NAMES)
 def test_everything_that_is_known_has_its_shape(estimator: str) -> None:
     model, relevance = watching(estimator)
-    before = [relevance.scores(), relevance.p_values()]
+    before = [relevance.scores(), relevance.confidence()]
     assert all(float(values.abs().sum()) in (0.0, 4.0, 8.0) for each in before for values in each.values())
     observe(model, relevance, 4)
-    for values in (relevance.scores(), relevance.p_values()):
+    for values in (relevance.scores(), relevance.confidence()):
         assert {name: (tuple(v.shape), v.dtype) for name, v in values.items()} == {
             "0": ((8,), torch.float32),
             "3": ((16,), torch.float32),
@@ -502,7 +507,7 @@ def test_a_scaled_or_accumulated_loss_gives_the_same_relevance(estimator: str) -
         for step in range(0, 4, 2):
             for part in (step, step + 1):
                 (factor * relevance.loss(model, *digits_like(seed=part), F.cross_entropy)).backward()
-            relevance.update()
+            relevance.step()
         assert (relevance.steps, relevance._batches) == (2, 4)
         found.append(relevance.scores()["3"])
     assert found[1:] == [pytest.approx(found[0], rel=1e-4, abs=1e-6)] * 2
@@ -513,7 +518,7 @@ def test_overflow_in_one_step_leaves_no_trace() -> None:
     observe(model, relevance, 2)
     before = relevance.scores()
     (relevance.loss(model, *digits_like(), F.cross_entropy) * math.inf).backward()
-    relevance.update()
+    relevance.step()
     after = relevance.scores()
     assert all(after[name] == pytest.approx(scores, rel=1e-4) for name, scores in before.items())
 
@@ -559,13 +564,13 @@ def test_statistics_follow_a_cut(estimator: str) -> None:
     model, relevance = watching(estimator)
     graph = relevance._graph
     observe(model, relevance, 6)
-    scores, p, means = relevance.scores(), relevance.p_values(), relevance.means()
+    scores, p, means = relevance.scores(), relevance.confidence(), relevance.means()
     keep = {"0": torch.tensor([1, 4, 6])}
     compressor.cut(graph, keep)
     relevance.narrow(keep, graph)
     assert relevance.scores()["0"] == pytest.approx(scores["0"][keep["0"]], rel=2e-3)  # among fewer, drawn a bit apart
     assert torch.equal(relevance.scores()["3"], scores["3"])
-    assert torch.equal(relevance.p_values()["0"], p["0"][keep["0"]])
+    assert torch.equal(relevance.confidence()["0"], p["0"][keep["0"]])
     assert torch.equal(relevance.means()["3.weight"], means["3.weight"][keep["0"]])
     observe(model, relevance, 2, first=6)
     assert {name: len(each) for name, each in relevance.scores().items()} == graph.sizes()
@@ -575,17 +580,17 @@ def test_statistics_follow_a_cut(estimator: str) -> None:
 def test_statistics_go_on_without_a_group_that_was_frozen(estimator: str) -> None:
     model, relevance = watching(estimator)
     observe(model, relevance, 3)
-    scores, p = relevance.scores(), relevance.p_values()
+    scores, p = relevance.scores(), relevance.confidence()
     relevance._graph.freeze(["0"], "a test")
     relevance.narrow({}, relevance._graph)
     assert relevance.scores().keys() == {"3"}
     assert relevance.scores()["3"] == pytest.approx(scores["3"], abs=1e-6)
-    assert relevance.p_values()["3"] == pytest.approx(p["3"], abs=1e-6)
+    assert relevance.confidence()["3"] == pytest.approx(p["3"], abs=1e-6)
     state = relevance.state_dict()
     resumed = watcher(compressor.trace(model, digits_like(2)[0]), estimator=estimator)
     resumed.load_state_dict(state)
     assert resumed._graph.sizes() == {"3": 16}
-    assert torch.equal(resumed.p_values()["3"], relevance.p_values()["3"])
+    assert torch.equal(resumed.confidence()["3"], relevance.confidence()["3"])
     observe(model, resumed, 1)
 
 
@@ -608,8 +613,8 @@ def test_groups_that_no_module_shows_are_frozen() -> None:
         ({"estimator": "sofd"}, UnknownNameError, "unknown relevance estimator 'sofd': did you mean 'soft'"),
         ({"drop": 0.0}, RangeError, r"drop = 0.0 is out of range: give drop in \(0, 0\.5\]"),
         ({"drop": 0.6}, RangeError, "drop = 0.6"),
-        ({"delta": 0.0}, RangeError, r"delta = 0\.0 is out of range: give delta in \(0, 1\]"),
-        ({"delta": 1.01}, RangeError, "delta = 1.01"),
+        ({"confidence": 0.0}, RangeError, r"delta = 0\.0 is out of range: give delta in \(0, 1\]"),
+        ({"confidence": 1.01}, RangeError, "delta = 1.01"),
         (
             {"observe_every": 0},
             RangeError,
@@ -627,12 +632,12 @@ def test_settings_out_of_range(settings: dict, error: type, message: str) -> Non
 
 def test_update_needs_a_batch_and_a_backward_pass() -> None:
     model, relevance = watching()
-    with pytest.raises(InputError, match=r"update\(\) came without a batch"):
-        relevance.update()
+    with pytest.raises(InputError, match=r"step\(\) came without a batch"):
+        relevance.step()
     before = copy.deepcopy(relevance.state_dict()["evidence"])
     relevance.loss(model, *digits_like(), F.cross_entropy)
-    with pytest.raises(InputError, match=r"update\(\) came before backward\(\)"):
-        relevance.update()
+    with pytest.raises(InputError, match=r"step\(\) came before backward\(\)"):
+        relevance.step()
     for name, sums in relevance.state_dict()["evidence"].items():
         assert torch.equal(sums["weights"], before[name]["weights"])
     observe(model, relevance, 1)
@@ -646,7 +651,7 @@ def test_losses_without_gradients_are_refused_where_gradients_are_read(estimator
     model, relevance = watching("loss")
     with torch.no_grad():
         relevance.loss(model, *digits_like(), F.cross_entropy)
-    relevance.update()
+    relevance.step()
 
 
 def test_a_control_variate_leaves_the_model_and_its_random_state_alone() -> None:

@@ -39,15 +39,14 @@ def made(
 ) -> tuple[nn.Module, torch.optim.Optimizer, SparseTraining]:
     model = model or wide()
     optimizer = OPTIMIZERS[kind](model.parameters())
-    how = {"budget": compressor.Budget(0.6), "total_steps": 40, "collect": 5, **how}
-    training = SparseTraining(
-        model, X, criterion, optimizer=optimizer, **how, config=SparseConfig(granularity=granularity)
-    )
+    how = {"budget": compressor.Budget(0.6), "total_steps": 40, "prune_every": 5, **how}
+    config = SparseConfig(granularity, how.pop("allocation", None))
+    training = SparseTraining(model, X, criterion, optimizer=optimizer, config=config, **how)
     return model, optimizer, training
 
 
 def steps(training: SparseTraining, optimizer: torch.optim.Optimizer, numbers: range) -> Iterator[dict | None]:
-    """Take steps as a loop of one's own does; gives what every `update` gives, before gradients are cleared."""
+    """Take steps as a loop of one's own does; yields what every `step` returns, before gradients are cleared."""
     for number in numbers:
         x, y = batches(40)[number]
         training.loss(x, y, F.cross_entropy).backward()
@@ -85,12 +84,12 @@ def test_masked_weights_and_their_state_are_zero_after_every_step(criterion: str
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_masked_step_is_the_step_of_masked_gradients(criterion: str, granularity: str) -> None:
     """The oracle masks every gradient before the optimizer sees it, and never touches weights or state again."""
-    model, optimizer, training = made(criterion, granularity, shake(wide()).float(), collect=4)
+    model, optimizer, training = made(criterion, granularity, shake(wide()).float(), prune_every=4)
     list(steps(training, optimizer, range(4)))  # masks changed in the last of them
     oracle = copy.deepcopy(model)
     other = OPTIMIZERS["sgd"](oracle.parameters())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    zeros = training._units.zeros()
+    zeros = training.units.zeros()
     for number, _ in zip(range(4, 7), steps(training, optimizer, range(4, 7)), strict=True):
         x, y = batches(40)[number]
         F.cross_entropy(oracle(x), y).backward()
@@ -109,7 +108,7 @@ def test_rewiring_leaves_kept_weights_alone_and_begins_new_ones_at_zero(criterio
     for _ in range(4):
         next(x)
     seen: dict[str, dict] = {}
-    enforce = training._units.enforce
+    enforce = training.units.enforce
 
     def watched() -> None:
         enforce()
@@ -118,7 +117,7 @@ def test_rewiring_leaves_kept_weights_alone_and_begins_new_ones_at_zero(criterio
             seen["state"] = {name: [v.clone() for v in state_of(model, optimizer, name)] for name in training.masks}
             seen["grad"] = {n: p.grad.abs().clone() for n, p in model.named_parameters()}
 
-    monkeypatch.setattr(training._units, "enforce", watched)
+    monkeypatch.setattr(training.units, "enforce", watched)
     event = next(x)
     assert event is not None
     assert event["changed"] > 0
@@ -155,11 +154,11 @@ def test_magnitude_only_ever_switches_off_and_what_is_smallest(granularity: str)
 def test_a_weight_that_is_zero_but_on_does_not_change_places_with_one_that_is_off(allocation: str) -> None:
     model = wide()
     training = made("magnitude", "weight", model, allocation=allocation)[2]
-    training._units.switch(training._thinned(0.5))
+    training.units.set_masks(training.units.dropped(0.5))
     before = training.masks
     for parameter in model.parameters():
         parameter.data.zero_()
-    after = training._thinned(0.8)
+    after = training.units.dropped(0.8)
     assert not any((after[name] & ~before[name]).any() for name in after)
     assert sum(int((~mask).sum()) for mask in after.values()) == math.ceil(0.6 * 0.8 * 10592)
 
@@ -167,8 +166,8 @@ def test_a_weight_that_is_zero_but_on_does_not_change_places_with_one_that_is_of
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_magnitude_switches_nothing_on_again_when_a_schedule_turns_back(granularity: str) -> None:
     training = made("magnitude", granularity)[2]
-    training._units.switch(training._thinned(1.0))
-    assert same(training._thinned(0.3), training.masks)
+    training.units.set_masks(training.units.dropped(1.0))
+    assert same(training.units.dropped(0.3), training.masks)
 
 
 @pytest.mark.parametrize("allocation", ["global", "erk", "uniform"])
@@ -176,7 +175,7 @@ def test_magnitude_keeps_the_largest_weights_of_the_model_or_of_each_layer(alloc
     model = wide()
     training = made("magnitude", "weight", model, allocation=allocation)[2]
     weights = {name: parameter.detach().abs() for name, parameter in model.named_parameters() if name in training.masks}
-    masks = training._thinned(1.0)
+    masks = training.units.dropped(1.0)
     least = {name: float(weights[name][mask].min()) for name, mask in masks.items()}
     most = {name: float(weights[name][~mask].max()) for name, mask in masks.items() if not mask.all()}
     shares = [float((~mask).float().mean()) for mask in masks.values()]
@@ -243,7 +242,7 @@ def test_channels_side_by_side_in_one_consumer_are_masked_each_for_itself() -> N
         config=SparseConfig(granularity="channel"),
     )
     off = {"a": [1, 2], "b": [0, 4], "c": [3], "fc": [5]}
-    training._units.switch({name: _without(mask, off[name]) for name, mask in training.masks.items()})
+    training.units.set_masks({name: _without(mask, off[name]) for name, mask in training.masks.items()})
     graph = compressor.trace(copy.deepcopy(model), x[:1])
     compressor.cut(graph, {name: mask.nonzero().flatten() for name, mask in training.masks.items()})
     assert relative_error(graph.model(x), model(x)) <= 1e-12
@@ -261,7 +260,7 @@ def test_a_channel_that_grows_changes_nothing_at_first() -> None:
     new = {name: mask & ~masks[name] for name, mask in training.masks.items()}
     assert any(mask.any() for mask in new.values())
     expected = model.eval()(x)
-    training._units.switch({name: mask & masks[name] for name, mask in training.masks.items()})
+    training.units.set_masks({name: mask & masks[name] for name, mask in training.masks.items()})
     assert torch.equal(model(x), expected)
 
 
@@ -337,8 +336,8 @@ def test_masks_on_weights_leave_such_groups_whole_however_empty() -> None:
     masks = {name: mask.clone() for name, mask in training.masks.items()}
     for name in ("q", "k", "v", "wide", "idle"):
         masks[f"{name}.weight"][2] = False
-    training._units.switch(masks)
-    training._units.cut()
+    training.units.set_masks(masks)
+    training.units.cut()
     assert {name: after for name, (_, after) in training.result().widths.items()} == {
         "q": 6, "v": 5, "wide": 10, "idle": 6,
     }  # fmt: skip
@@ -394,7 +393,7 @@ def emptied(padding: int) -> tuple[nn.Module, SparseTraining]:
     masks["10.weight"][:, 0] = False
     masks["3.weight"][2] = False
     masks["3.weight"][3, [0, 2, 3, 5]] = False
-    training._units.switch(masks)
+    training.units.set_masks(masks)
     return model, training
 
 
@@ -403,7 +402,7 @@ def test_channels_without_weight_are_cut_and_their_constants_folded_exactly() ->
     model, training = emptied(padding=0)
     x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
     expected = model(x)
-    training._units.cut()
+    training.units.cut()
     assert training.graph.sizes() == {"0": 4, "3": 3, "8": 6}
     assert relative_error(model(x), expected) <= 1e-12
     assert {name: tuple(mask.shape) for name, mask in training.masks.items()} == {
@@ -428,7 +427,7 @@ def test_with_padding_a_constant_is_folded_but_for_the_border() -> None:
     x = torch.randn(6, 3, 8, 8, dtype=torch.float64)
     kept, dense = [0, 1, 4], model[:5]
     expected = dense(x)[:, kept]
-    training._units.cut()
+    training.units.cut()
     assert relative_error(dense(x)[..., 1:-1, 1:-1], expected[..., 1:-1, 1:-1]) <= 1e-12
     assert relative_error(dense(x), expected) > 1e-6
 
@@ -437,8 +436,8 @@ def test_the_last_channel_of_a_group_is_never_cut() -> None:
     model, training = emptied(padding=0)
     masks = {name: mask.clone() for name, mask in training.masks.items()}
     masks["0.weight"][:] = False
-    training._units.switch(masks)
-    training._units.cut()
+    training.units.set_masks(masks)
+    training.units.cut()
     assert all(size >= 1 for size in training.graph.sizes().values())
     assert model(torch.randn(2, 3, 8, 8, dtype=torch.float64)).shape == (2, 4)
 
@@ -527,12 +526,20 @@ def test_the_same_seed_draws_the_same_and_another_seed_another() -> None:
         ({"granularity": "chanel"}, UnknownNameError, "unknown granularity 'chanel': did you mean 'channel'"),
         ({"allocation": "erc"}, UnknownNameError, "unknown allocation 'erc': did you mean 'erk'"),
         ({"allocation": "global"}, InputError, "rigl begins at random, so there is nothing to rank"),
-        ({"round_to": 8}, InputError, "round_to has no effect on single weights"),
+        ({"round_to": 8}, InputError, "round_to has no effect with granularity 'weight'"),
         ({"budget": compressor.Budget(0.5, "macs")}, InputError, "a budget of macs cannot be met by single weights"),
-        ({"schedule": compressor.OneShot(0.5)}, InputError, "a schedule has no effect with rigl"),
-        ({"total_steps": 100, "collect": 80}, InputError, "rigl changes its masks every 80 steps until 75% of 100"),
+        (
+            {"schedule": compressor.OneShot(0.5)},
+            InputError,
+            "schedule has no effect with rigl, which is sparse from the beginning",
+        ),
+        ({"total_steps": 100, "prune_every": 80}, InputError, "rigl changes its masks every 80 steps until 75% of 100"),
         ({"total_steps": 0}, RangeError, "total_steps = 0 is out of range"),
-        ({"criterion": "set", "collect": None}, InputError, "set changes its masks once an epoch: give collect"),
+        (
+            {"criterion": "set", "prune_every": None},
+            InputError,
+            "set changes its masks once an epoch: give prune_every",
+        ),
     ],
 )
 def test_bad_arguments_say_what_to_type(how: dict, error: type, message: str) -> None:
@@ -544,7 +551,7 @@ def test_bad_arguments_say_what_to_type(how: dict, error: type, message: str) ->
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_an_optimizer_that_does_not_hold_the_weights_is_refused(granularity: str) -> None:
     model, other = wide(), wide()
-    message = r"no optimizer holds '\d.weight', so .*make the optimizer from model.parameters\(\) of this very model"
+    message = r"the optimizer does not hold '\d.weight'.*make it from model.parameters\(\) of the very model"
     with pytest.raises(InputError, match=message):
         SparseTraining(
             model,
@@ -562,13 +569,13 @@ def test_a_model_with_nothing_to_mask_is_refused(granularity: str) -> None:
         made("rigl", granularity, model)
 
 
-def test_update_needs_the_gradients_of_the_step() -> None:
-    _, optimizer, training = made("rigl", "weight", collect=1)
+def test_step_needs_the_gradients_of_the_step() -> None:
+    _, optimizer, training = made("rigl", "weight", prune_every=1)
     training.loss(*batches(1)[0], F.cross_entropy).backward()
     optimizer.step()
     optimizer.zero_grad()
     with pytest.raises(
-        InputError, match=r"update\(\) found no gradients: call it after backward\(\) and before zero_grad"
+        InputError, match=r"step\(\) found no gradients: call it after backward\(\) and before zero_grad"
     ):
         training.step()
 
@@ -580,5 +587,5 @@ def test_limits_say_which_groups_lose_channels(criterion: str) -> None:
     list(steps(training, optimizer, range(40)))
     assert training.result().reached
     assert training.result().widths["0"] == (32, 32)
-    with pytest.raises(InputError, match="limits has no effect on single weights"):
+    with pytest.raises(InputError, match="limits has no effect with granularity 'weight'"):
         made(criterion, "weight", limits=limits)

@@ -81,7 +81,7 @@ def test_options_that_are_left_open_are_as_published() -> None:
         ({"criterion": "rigl", "scope": "global"}, InputError, "--scope has no effect with --criterion rigl"),
         ({"criterion": "set", "round-to": 4}, InputError, "--round-to has no effect with --granularity weight"),
         ({"criterion": "set", "measure": "macs"}, InputError, "--measure has no effect with --granularity weight"),
-        ({"criterion": "set", "delta": 0.9}, InputError, "--delta has no effect with --criterion set"),
+        ({"criterion": "set", "confidence": 0.9}, InputError, "--confidence has no effect with --criterion set"),
         ({"criterion": "l1", "granularity": "weight"}, InputError, "--granularity has no effect with --criterion l1"),
         ({"allocation": "erk"}, InputError, "--allocation has no effect with --criterion relevance"),
     ],

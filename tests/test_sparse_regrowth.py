@@ -95,15 +95,15 @@ def test_magnitude_follows_the_schedule_to_its_end() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (("rigl", 100, None, None), InputError, r"every 100 steps until 75% of 100 are.*give collect = 5"),
+        (("rigl", 100, None, None), InputError, r"every 100 steps until 75% of 100 are.*give prune_every = 5"),
         (("set", 10, 10, None), InputError, "set changes its masks every 10 steps until 100% of 10 are over, so never"),
-        (("set", 10, None, None), InputError, r"set changes its masks once an epoch: give collect=len\(loader\)"),
-        (("rigl", 1000, None, Cubic(0, 1)), InputError, "a schedule has no effect with rigl"),
-        (("magnitude", 10, None, lambda progress: 0.5), InputError, "never asks for the whole budget"),
+        (("set", 10, None, None), InputError, r"set changes its masks once an epoch: give prune_every=len\(loader\)"),
+        (("rigl", 1000, None, Cubic(0, 1)), InputError, "schedule has no effect with rigl"),
+        (("magnitude", 10, None, lambda progress: 0.5), InputError, "the schedule asks for 50% of the budget, which is never reached"),
         (("rigl", 0, None, None), RangeError, "total_steps = 0 is out of range"),
-        (("rigl", 10, 0, None), RangeError, "collect = 0 is out of range"),
+        (("rigl", 10, 0, None), RangeError, "prune_every = 0 is out of range"),
     ],
 )  # fmt: skip
-def test_a_timetable_without_a_change_is_refused(arguments: tuple, error: type, message: str) -> None:
+def test_a_schedule_without_a_change_is_refused(arguments: tuple, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         mask_schedule(*arguments)

@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from compressor.errors import RangeError
-from compressor.relevance.draws import drawn, independently_drawn, strata, thinned
+from compressor.relevance.draws import independent_draws, strata, stratified_draws, subsample_blocks
 from compressor.relevance.statistics import (
     ControlVariate,
     Increment,
     RunningMean,
     best_factor,
-    contrast,
+    confidence,
     corrected_effect,
     finite_effect,
-    p_values,
+    half_squared_gradient,
+    loss_contrast,
     rank_correlation,
     required_samples,
-    squared_slope,
 )
 
 double = {"dtype": torch.float64}
@@ -48,7 +48,7 @@ def test_strata_split_every_group_evenly(sizes: list[int], count: int, seed: int
 
 
 def test_a_block_of_samples_draws_every_channel_once() -> None:
-    draw = drawn(torch.zeros(11, dtype=torch.int64), 4, 10, generator())
+    draw = stratified_draws(torch.zeros(11, dtype=torch.int64), 4, 10, generator())
     assert draw.shape == (10, 11)
     assert draw[:4].sum(0).tolist() == [1] * 11
     assert draw[4:8].sum(0).tolist() == [1] * 11
@@ -59,36 +59,36 @@ def test_every_channel_is_drawn_equally_often() -> None:
     """Also where neither the channels nor the samples can be dealt out evenly."""
     dice, times = generator(), torch.zeros(5)
     for _ in range(2000):
-        times += drawn(torch.zeros(5, dtype=torch.int64), 3, 1, dice)[0]
+        times += stratified_draws(torch.zeros(5, dtype=torch.int64), 3, 1, dice)[0]
     assert times / 2000 == pytest.approx(torch.full((5,), 1 / 3), abs=0.04)
 
 
 def test_other_channels_are_drawn_along_in_every_block() -> None:
     """No two channels go together throughout a batch: in one block as by chance, not in all blocks or none."""
-    draw = drawn(torch.zeros(40, dtype=torch.int64), 4, 400, generator()).double()
+    draw = stratified_draws(torch.zeros(40, dtype=torch.int64), 4, 400, generator()).double()
     together = (draw.T @ draw / 100).fill_diagonal_(0.25)
     assert float(together.max()) < 0.45
     assert float(together.min()) > 0.05
 
 
 def test_independent_draws_take_every_channel_once_a_block_whatever_the_others_do() -> None:
-    draw = independently_drawn(torch.zeros(40, dtype=torch.int64), 4, 4000, generator())
+    draw = independent_draws(torch.zeros(40, dtype=torch.int64), 4, 4000, generator())
     assert draw[:4].sum(0).tolist() == [1] * 40
     assert draw.sum(0).tolist() == [1000] * 40
     alike = torch.corrcoef(draw.T.double()).fill_diagonal_(0.0)
     assert float(alike.abs().max()) < 0.08
-    stratified = torch.corrcoef(drawn(torch.zeros(8, dtype=torch.int64), 4, 4000, generator()).T.double())
+    stratified = torch.corrcoef(stratified_draws(torch.zeros(8, dtype=torch.int64), 4, 4000, generator()).T.double())
     assert float(stratified.fill_diagonal_(0.0).sum(0).mean()) == pytest.approx(-1.0, abs=0.01)  # one in, one out
 
 
 def test_thinned_channels_sit_out_whole_blocks() -> None:
-    draw = drawn(torch.zeros(6, dtype=torch.int64), 4, 4000, generator())
+    draw = stratified_draws(torch.zeros(6, dtype=torch.int64), 4, 4000, generator())
     rate = torch.tensor([1.0, 1.0, 1.0, 0.5, 0.25, 0.0])
-    less = thinned(draw, 4, rate, generator())
+    less = subsample_blocks(draw, 4, rate, generator())
     assert not bool((less & ~draw).any())
     assert torch.equal(less[:, :3], draw[:, :3])
     assert less.sum(0) / 1000 == pytest.approx(rate, abs=0.05)
-    assert thinned(draw, 4, torch.ones(6), generator()) is draw
+    assert subsample_blocks(draw, 4, torch.ones(6), generator()) is draw
 
 
 # -- what one step says
@@ -96,7 +96,7 @@ def test_thinned_channels_sit_out_whole_blocks() -> None:
 
 def test_contrast_is_the_difference_of_the_two_means() -> None:
     losses, out = torch.randn(40, **double), torch.rand(40, 6) < 0.3
-    increment = contrast(losses, 1 - out.double())
+    increment = loss_contrast(losses, 1 - out.double())
     for channel in range(6):
         expected = losses[out[:, channel]].mean() - losses[~out[:, channel]].mean()
         assert float(increment.totals[channel] / increment.weights[channel]) == pytest.approx(float(expected))
@@ -104,14 +104,14 @@ def test_contrast_is_the_difference_of_the_two_means() -> None:
 
 def test_contrast_is_the_regression_slope_for_gates_between_0_and_1() -> None:
     losses, gates = torch.randn(40, **double), torch.rand(40, 1, **double)
-    increment = contrast(losses, gates)
+    increment = loss_contrast(losses, gates)
     slope = stats.linregress(gates[:, 0].numpy(), losses.numpy()).slope
     assert float(increment.totals / increment.weights) == pytest.approx(-slope)
 
 
 def test_contrast_does_not_see_the_level_of_the_losses() -> None:
     losses, gates = torch.randn(16, **double), (torch.rand(16, 3) < 0.5).double()
-    assert contrast(losses + 100, gates).totals == pytest.approx(contrast(losses, gates).totals)
+    assert loss_contrast(losses + 100, gates).totals == pytest.approx(loss_contrast(losses, gates).totals)
 
 
 def test_finite_effect_averages_over_the_samples_that_drew() -> None:
@@ -122,19 +122,19 @@ def test_finite_effect_averages_over_the_samples_that_drew() -> None:
 
 
 def test_squared_slope_is_half_the_mean_square() -> None:
-    increment = squared_slope(torch.tensor([[1.0, -2.0], [3.0, 2.0]]))
+    increment = half_squared_gradient(torch.tensor([[1.0, -2.0], [3.0, 2.0]]))
     assert (increment.totals / increment.weights).tolist() == [2.5, 2.0]
 
 
 def test_signed_dummies_have_no_mean_and_the_increments_size() -> None:
-    dummies = Increment(torch.tensor([1.0, -3.0]), torch.ones(2)).signed(10, generator())
+    dummies = Increment(torch.tensor([1.0, -3.0]), torch.ones(2)).with_random_signs(10, generator())
     assert dummies.totals.shape == (10, 2)
     assert dummies.totals.sum(0).tolist() == [0.0, 0.0]
     assert dummies.totals.abs().tolist() == [[1.0, 3.0]] * 10
 
 
 def uniform_draws(channels: int, batch: int, dice: torch.Generator) -> torch.Tensor:
-    draw = independently_drawn(torch.zeros(channels, dtype=torch.int64), 4, batch, dice)
+    draw = independent_draws(torch.zeros(channels, dtype=torch.int64), 4, batch, dice)
     return torch.where(draw, torch.rand(batch, channels, generator=dice, **double), 1.0)
 
 
@@ -188,7 +188,7 @@ def test_a_control_variate_keeps_the_contrast_and_takes_the_variance() -> None:
         known, out = 3 * torch.randn(64, generator=dice), torch.rand(64, 1, generator=dice) < 0.3
         losses = 5 + 2 * known + out[:, 0] * 1.0 + 2 * torch.randn(64, generator=dice)
         reduced, left = control.reduce(losses, known)
-        found.append((contrast(reduced, 1 - out.float()).mean(), contrast(losses, 1 - out.float()).mean()))
+        found.append((loss_contrast(reduced, 1 - out.float()).mean(), loss_contrast(losses, 1 - out.float()).mean()))
     with_, without = torch.tensor(found)[10:].T
     assert float(with_.mean()) == pytest.approx(1.0, abs=0.1)
     assert float(with_.var() / without.var()) == pytest.approx(0.1, abs=0.03)
@@ -249,11 +249,11 @@ def test_running_mean_narrows_and_resumes() -> None:
 def test_p_values_are_the_sources_formula() -> None:
     relevance, dummies = torch.randn(5, **double), torch.randn(30, 5, **double)
     expected = stats.norm.cdf((relevance - dummies.mean(0)).numpy() / dummies.numpy().std(0, ddof=1))
-    assert p_values(relevance, dummies).tolist() == pytest.approx(expected.tolist())
+    assert confidence(relevance, dummies).tolist() == pytest.approx(expected.tolist())
 
 
 def test_p_values_of_channels_that_never_differ_say_nothing() -> None:
-    assert p_values(torch.tensor([0.0, 1.0, -1.0]), torch.zeros(10, 1)).tolist() == [0.5, 1.0, 0.0]
+    assert confidence(torch.tensor([0.0, 1.0, -1.0]), torch.zeros(10, 1)).tolist() == [0.5, 1.0, 0.0]
 
 
 def observed(steps: int, count: int, loss_of, channels: int = 100, dummies: int = 100, batch: int = 70, seed: int = 0):
@@ -261,9 +261,9 @@ def observed(steps: int, count: int, loss_of, channels: int = 100, dummies: int 
     dice, mean = generator(seed), RunningMean(channels + dummies)
     group_of = torch.zeros(channels + dummies, dtype=torch.int64)
     for step in range(steps):
-        draw = drawn(group_of, count, batch, dice)
+        draw = stratified_draws(group_of, count, batch, dice)
         losses = loss_of(step, draw) + torch.randn(batch, generator=dice)
-        mean.add(step, contrast(losses, 1 - draw.float()))
+        mean.add(step, loss_contrast(losses, 1 - draw.float()))
     return mean.mean()[:channels], mean.mean()[channels:]
 
 
@@ -271,7 +271,7 @@ def observed(steps: int, count: int, loss_of, channels: int = 100, dummies: int 
 def test_null_calibration_with_drawn_dummies(count: int) -> None:
     """Channels without effect pass at delta 0.99 in 0.5 % to 2 % of the cases, whatever the share that is drawn."""
     passed = [
-        (p_values(r, q.unsqueeze(1)) > 0.99).float().mean().item()
+        (confidence(r, q.unsqueeze(1)) > 0.99).float().mean().item()
         for r, q in (observed(12, count, lambda step, draw: 0.0, seed=seed) for seed in range(60))
     ]
     assert 0.005 < sum(passed) / len(passed) < 0.02
@@ -286,8 +286,8 @@ def test_null_calibration_with_signed_dummies() -> None:
         for step in range(30):
             increment = Increment(scale * torch.randn(2000, generator=dice), torch.ones(2000))
             mean.add(step, increment)
-            dummies.add(step, increment.signed(100, dice))
-        passed.append((p_values(mean.mean(), dummies.mean()) > 0.99).float().mean().item())
+            dummies.add(step, increment.with_random_signs(100, dice))
+        passed.append((confidence(mean.mean(), dummies.mean()) > 0.99).float().mean().item())
     assert 0.005 < sum(passed) / len(passed) < 0.02
 
 

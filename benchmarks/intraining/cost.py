@@ -48,7 +48,9 @@ class Side:
         self.x = torch.randn(BATCH, 3, 32, 32, device=DEVICE)
         self.y = torch.randint(10, (BATCH,), device=DEVICE)
         self.optimizer = SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
-        self.relevance = Relevance(graph, estimator=estimator, observe_every=observe_every) if estimator else None
+        self.relevance = (
+            Relevance(graph, RelevanceConfig(estimator=estimator, observe_every=observe_every)) if estimator else None
+        )
 
     def steps(self, count: int) -> float:
         """Take so many steps; give the seconds."""

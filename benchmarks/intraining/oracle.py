@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import compressor
+from compressor.relevance import RelevanceConfig
 from compressor.relevance.estimators import ESTIMATORS, Step
 from compressor.relevance.relevance import Relevance
 from compressor.relevance.statistics import ControlVariate, RunningMean
@@ -117,7 +118,7 @@ def run(estimator: str, controlled: bool, steps: int, seed: int) -> tuple[Tensor
     """Return the mean over all steps, `(4,)`, and the variance of single steps, `(4,)`, in units of the loss."""
     model, x, y = task()
     how = ESTIMATORS[estimator]
-    relevance = Relevance(compressor.trace(model, x[:2]), estimator=estimator, drop=DROP, seed=seed)
+    relevance = Relevance(compressor.trace(model, x[:2]), RelevanceConfig(estimator=estimator, drop=DROP), seed=seed)
     control, factor, level, found = ControlVariate(), RunningMean(4), 0.0, []
     ungated = losses(torch.ones(4, dtype=torch.float64), towards_mean=False)
     for step in range(steps):

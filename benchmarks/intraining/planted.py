@@ -16,6 +16,7 @@ from compressor.budget.costs import CostModel
 from compressor.budget.selection import Budget, select
 from compressor.criteria.registry import score
 from compressor.criteria.snapshot import Snapshot
+from compressor.relevance import RelevanceConfig
 from compressor.relevance.estimators import ESTIMATORS
 from compressor.relevance.relevance import Relevance
 from compressor.surgery.compensation import input_means
@@ -104,7 +105,9 @@ def ranking(name: str, model: nn.Module, seed: int) -> tuple[dict[str, Tensor], 
     """Return the scores after so many steps of training, the graph, and the least reliability of a group, if known."""
     graph = compressor.trace(model, torch.zeros(1, 3, 16, 16))
     model.train()
-    relevance = Relevance(graph, estimator=name, half_life=STEPS, seed=seed) if name in ESTIMATORS else None
+    relevance = (
+        Relevance(graph, RelevanceConfig(estimator=name, half_life=STEPS), seed=seed) if name in ESTIMATORS else None
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
     for x, y in batches(seed + 100, STEPS):
         loss = relevance.loss(model, x, y, F.cross_entropy) if relevance else F.cross_entropy(model(x), y)

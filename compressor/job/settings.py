@@ -280,7 +280,7 @@ class Settings:
         if is_sparse(self.criterion):
             sparse = self.sparse()
             opened["granularity"] = sparse.granularity
-            opened["allocation"] = sparse.allocation_for(self.criterion)  # type: ignore[arg-type]
+            opened["allocation"] = sparse.allocation_for(self.criterion)
             return opened
         if self.compensate is None:
             opened["compensate"] = COMPENSATIONS[0]

@@ -59,8 +59,8 @@ class Evidence:
 
     def _dummy_increment(self, measured: Increment, generator: torch.Generator) -> Increment:
         """Return what the dummies add: those that were drawn along, or channels' own increments with random signs."""
-        # A gate that reaches no weight has a gradient of 0, so a soft dummy cannot be drawn: it is a channel of the same
-        # size whose effect has no sign.
+        # A gate that reaches no weight has a gradient of 0, so a soft dummy cannot be drawn: it is a channel's own
+        # increment without its sign.
         if self._estimator.soft:
             return measured.with_random_signs(self._dummies_each, generator)
         # NOTE: Hard dummies come from the same draw as the channels. Drawn apart, at another rate or another moment,
@@ -70,7 +70,7 @@ class Evidence:
         return Increment(measured.totals[drawn_along].view(shape), measured.weights[drawn_along].view(shape))
 
     def factor(self, controlled: bool) -> Tensor:
-        """Return by how much losses are to correct gradients, `(N,)`: what they resolve depends on a control variate."""
+        """Return by how much losses are to correct gradients, `(N,)`; more where there is a control variate."""
         if "factor" not in self._means:
             return torch.zeros_like(self._group_of, dtype=torch.float32)
         return self._means["factor"].halves()[int(controlled)]

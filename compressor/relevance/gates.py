@@ -29,7 +29,8 @@ def observable(group: Group) -> bool:
 
 
 def _consumer_inputs(group: Group) -> list[ConsumerInput]:
-    """Return the inputs of consumers alone. A depthwise convolution hands its channels on: they would be gated twice."""
+    """Return the inputs of consumers alone."""
+    # A depthwise convolution shows its channels at its input too, but hands them on: they would be gated twice.
     consumers = {member.tensor for member in group.of_role("consumer")}
     return [each for each in group.inputs if each.weight in consumers]
 

@@ -27,7 +27,7 @@ PLAIN = frozenset((nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))  # they use thei
 
 
 def may_reuse_memory(module: nn.Module) -> bool:
-    """Return whether nobody but a plain layer sees its input and the gradient by it, so that memory can be used again."""
+    """Return whether only a plain layer sees its input and the gradient by it, so that memory can be used again."""
     # NOTE: One hook of each kind is ours. Subclasses may do with their input what they like.
     foreign = len(module._forward_pre_hooks) > 1 or len(module._forward_hooks) > 1
     backward = module._backward_hooks or module._backward_pre_hooks
@@ -92,7 +92,7 @@ class Gate:
         def unpack(saved: Tensor | None) -> Tensor:
             if saved is not None:
                 return saved
-            # An in-place operation on h (a ReLU after it) is silent here: autograd looks after what it saved, not after h.
+            # NOTE: Autograd watches what it saved, and it saved nothing: an in-place operation on h would go unnoticed.
             if h._version != unchanged:
                 raise RuntimeError("the input of a gated module was modified in place before its backward pass")
             with torch.no_grad():
@@ -119,10 +119,8 @@ class Gate:
         return gradient.mul_(gate) if self._in_workspace(gradient) else gradient * gate
 
     def by_gate(self, h: Tensor, gradient: Tensor) -> Tensor:
-        """Return the gradient by every gate, `(B, D)`: the sum over space of `gradient * h`, or `gradient * (h - mean)`.
-
-        On a CPU a few samples at a time, so that the product stays in the cache.
-        """
+        """Return the gradient by every gate, `(B, D)`: the sum over space of `gradient * (h - mean)`."""
+        # On a CPU a few samples at a time, so that the product stays in the cache.
         at_once = max(1, CACHED // max(1, h[0].numel())) if h.device.type == "cpu" else len(h)
         centre = None if self.mean is None else _along(self.mean, h, self.dim)
         parts = []

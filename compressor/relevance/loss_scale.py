@@ -65,7 +65,7 @@ class LossScale:
         level, per_sample = self._level, self._estimator.per_sample
         # Against the mean of the batches before: a mean that holds this batch would take a part of its excess away.
         excess = torch.where(level.weights[0] > 0, losses.mean() - level.mean(), 0.0)
-        # Where the batch is one observation, the deviation is that of batch means; the first one has none to differ from.
+        # Where a batch is one observation, the deviation is that of batch means; the first has nothing to differ from.
         centred = losses - losses.mean() if per_sample else excess.expand(1)
         freedom = len(losses) - 1 if per_sample else (level.weights[0] > 1).to(losses)
         level.add(number, Increment(losses.mean(), torch.ones_like(excess)), decay)

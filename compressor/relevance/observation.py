@@ -20,8 +20,8 @@ def preserve_buffers_and_rng(model: nn.Module) -> Iterator[None]:
 
     What runs next draws the same dropout, so that its losses differ by the gates alone.
     """
-    # The model stays in training mode, or BatchNorm would normalise by other numbers than it does under the gates. So its
-    # running statistics move, and are put back.
+    # The model stays in training mode, or BatchNorm would normalise by other numbers than it does under the gates. Its
+    # running statistics then move, and are put back.
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
     try:

@@ -91,7 +91,7 @@ def loss_contrast(losses: Tensor, gates: Tensor) -> Increment:
 
 
 def finite_effect(gradients: Tensor, draw: Tensor) -> Increment:
-    """Return what the losses would rise by if a channel went: `A_j`, the mean of `-dl_i/du_ij` over samples that drew it.
+    """Return what the loss would rise by without a channel: `A_j`, the mean of `-dl_i/du_ij` over samples that drew it.
 
     With gates `u ~ U(0, 1)` that is `loss(out) - loss(in)` in expectation, without bias.
 
@@ -272,7 +272,7 @@ def confidence(relevance: Tensor, dummies: Tensor) -> Tensor:
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:
-    """Return Spearman's rank correlation of two rankings `(C,)`: ties share their mean rank; 0 where one is constant."""
+    """Return Spearman's rank correlation of two rankings `(C,)`; ties share their mean rank, 0 where one is constant."""
     pair = [ranking.detach().cpu().numpy() for ranking in (first, second)]
     # A constant ranking orders nothing. Scipy says "not a number" to it, with a warning.
     if any((ranking == ranking[0]).all() for ranking in pair):

@@ -1,8 +1,7 @@
 from .allocation import ALLOCATIONS as ALLOCATIONS
-from .regrowth import METHODS as METHODS
-from .training import GRANULARITIES as GRANULARITIES
-from .training import SparseTraining as SparseTraining
 from .config import Allocation as Allocation
 from .config import Granularity as Granularity
 from .config import Method as Method
 from .config import SparseConfig as SparseConfig
+from .regrowth import METHODS as METHODS
+from .training import SparseTraining as SparseTraining

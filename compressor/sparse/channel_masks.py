@@ -7,6 +7,7 @@ nothing at first, like a single weight that grows.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import NoReturn
@@ -15,22 +16,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor.budget import Budget, CostModel, select
-from compressor.errors import BudgetError, CutError, InputError
+from compressor.budget import Budget, CostModel, SelectionOptions, select
+from compressor.errors import BudgetError, InputError
 from compressor.graph import ChannelGraph, Group
 from compressor.sparse.allocation import relative_density
-from compressor.sparse.units import MaskedUnits, Masks, grad_magnitude, require_trained
-from compressor.surgery import cut
+from compressor.sparse.config import Allocation
+from compressor.sparse.units import MaskedUnits, Masks, grad_magnitude
+from compressor.surgery import cut, require_held, retry_without_refused
+
+logger = logging.getLogger(__name__)
 
 
 class ChannelMasks(MaskedUnits):
     """Which channels are on, `(C,)` by group.
 
     Args:
-        graph, optimizers, budget, copies: as for `MaskedUnits`. Groups whose channels cannot be switched are frozen, with the
-            reason.
+        graph, optimizers, budget, copies: as for `MaskedUnits`. Groups whose channels cannot be masked at their
+            consumers are frozen, with the reason.
         allocation: "erk" or "uniform" say how sparse each group is; "global" ranks all channels together.
-        round_to: groups that lose channels end with a multiple of this.
+        round_to: groups that lose channels end with a multiple of this, as in `SelectionOptions`.
         shares: by group, the share of its own channels that is off, whatever the budget.
 
     Raises:
@@ -42,16 +46,18 @@ class ChannelMasks(MaskedUnits):
         graph: ChannelGraph,
         optimizers: Sequence[Optimizer],
         budget: Budget,
-        allocation: str,
-        round_to: int,
+        allocation: Allocation,
+        round_to: int | None,
         shares: Mapping[str, float],
         copies: Sequence[nn.Module],
     ) -> None:
         super().__init__(graph, optimizers, budget, copies)
-        self._allocation, self._round_to, self._shares = allocation, round_to, shares
-        _freeze_fixed(graph)
+        self._is_erk = allocation == "erk"
+        self._options = SelectionOptions("local" if allocation == "uniform" else "global", round_to)
+        self._shares = shares
+        _freeze_unmaskable(graph)
         consumers = [member.tensor for group in graph.groups for member in group.of_role("consumer")]
-        require_trained(consumers, graph.model, self._optimizers)
+        require_held(graph.model, self._optimizers, consumers)
         self._all_on()
 
     def _all_on(self) -> None:
@@ -80,22 +86,21 @@ class ChannelMasks(MaskedUnits):
             group.name: torch.linalg.vector_norm(group.rows(tensors, "consumer"), dim=1) for group in self.graph.groups
         }
 
-    def best(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
-        """Return the masks that meet the due share of the budget, as `compressor.selection.select` does.
+    def topk_masks(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
+        """Return the masks that meet the due share of the budget, as `compressor.budget.select` does.
 
         Raises:
             BudgetError: no choice of channels can meet it.
         """
-        erk, due = self._allocation == "erk", Budget(self._budget.sparsity * share, self._budget.measure)
+        due = self._budget.scaled(share)
         selection = select(
             self.graph,
-            self._erk_places(scores) if erk else scores,
+            self._erk_places(scores) if self._is_erk else scores,
             due,
             costs=CostModel(self.graph),
-            scope="local" if self._allocation == "uniform" else "global",
-            round_to=self._round_to,
+            options=self._options,
             shares={name: mine * share for name, mine in self._shares.items() if name in self.masks},
-            normalise=not erk,
+            normalise=not self._is_erk,
         )
         if not selection.reached:
             raise BudgetError(due.measure, due.sparsity, selection.removed, selection.blocked)
@@ -132,38 +137,35 @@ class ChannelMasks(MaskedUnits):
                 zeros[member.tensor] = zeros[member.tensor] | where if member.tensor in zeros else where
         return {name: where for name, where in zeros.items() if where.any()}
 
-    def settle(self) -> None:
+    def freeze_uncuttable(self) -> None:
         """Try to cut half of every group and take it back; groups that refuse are frozen.
 
         Raises:
             BudgetError: without them it cannot be met.
         """
-        while True:
+
+        def attempt() -> None:
             half = {name: torch.arange((size + 1) // 2) for name, size in self.graph.sizes().items()}
-            try:
-                with suppress(_TakenBack):
-                    cut(self.graph, half, self._optimizers, check=_take_back, copies=self._copies)
-                break
-            except CutError as refusal:
-                self._go_without(refusal)
-        self.best(self.values())
+            with suppress(_TakenBack):
+                cut(self.graph, half, self._optimizers, check=_take_back, copies=self._copies)
+
+        retry_without_refused(self.graph, attempt, self._forget)
+        self.topk_masks(self.values())
 
     def cut(self) -> None:
         """Remove the channels that are off. A group that refuses stays whole: its channels are switched on again."""
-        while True:
-            try:
-                cut(self.graph, _kept(self.masks), self._optimizers, copies=self._copies)
-                break
-            except CutError as refusal:
-                self._go_without(refusal)
-        self._all_on()
-        self.switch(self.masks)
 
-    def _go_without(self, refusal: CutError) -> None:
-        if not refusal.groups:
-            raise refusal
-        self.graph.freeze(refusal.groups, refusal.reason)
-        self.masks = {name: mask for name, mask in self.masks.items() if name not in refusal.groups}
+        def attempt() -> None:
+            cut(self.graph, _kept(self.masks), self._optimizers, copies=self._copies)
+
+        retry_without_refused(self.graph, attempt, self._forget)
+        self._all_on()
+        self.set_masks(self.masks)
+
+    def _forget(self, names: Sequence[str]) -> None:
+        """Take the masks of refused groups away; their channels are on from now on."""
+        logger.info("channels of %s are switched on for good", ", ".join(names))
+        self.masks = {name: mask for name, mask in self.masks.items() if name not in names}
 
 
 class _TakenBack(Exception):
@@ -174,14 +176,14 @@ def _take_back() -> NoReturn:
     raise _TakenBack
 
 
-def _freeze_fixed(graph: ChannelGraph) -> None:
+def _freeze_unmaskable(graph: ChannelGraph) -> None:
     """Freeze the groups whose channels cannot be switched at their consumers.
 
     Raises:
         InputError: no group is left.
     """
     parameters = dict(graph.model.named_parameters())
-    reasons = {group.name: _why_fixed(group, parameters) for group in graph.groups}
+    reasons = {group.name: _why_unmaskable(group, parameters) for group in graph.groups}
     for name, reason in reasons.items():
         if reason:
             graph.freeze([name], reason)
@@ -192,7 +194,7 @@ def _freeze_fixed(graph: ChannelGraph) -> None:
         )
 
 
-def _why_fixed(group: Group, parameters: Mapping[str, nn.Parameter]) -> str:
+def _why_unmaskable(group: Group, parameters: Mapping[str, nn.Parameter]) -> str:
     """Say why the channels of a group cannot be switched at their consumers; nothing if they can."""
     consumers = [member.tensor for member in group.of_role("consumer")]
     if not group.exact:

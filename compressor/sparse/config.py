@@ -35,7 +35,7 @@ class SparseConfig:
         if self.allocation is not None and self.allocation not in get_args(Allocation):
             raise UnknownNameError("allocation", self.allocation, get_args(Allocation))
 
-    def allocation_for(self, method: Method) -> Allocation:
+    def allocation_for(self, method: str) -> Allocation:
         """Return the allocation of a method; its usual one where none was chosen.
 
         Raises:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 
-from compressor.budget import Cubic, Schedule
-from compressor.errors import InputError, RangeError
+from compressor.budget import USUAL_SCHEDULE, Schedule, step_of_whole_budget, usual_period
+from compressor.errors import IdleArgumentError, InputError, RangeError
 from compressor.sparse.regrowth import METHODS, Regrowth
 
 
@@ -46,14 +46,10 @@ class GradualSchedule(MaskSchedule):
     """
 
     def __init__(self, total_steps: int, every: int | None = None, schedule: Schedule | None = None) -> None:
-        self.every, self._total = every or max(1, total_steps // 20), total_steps
-        self._schedule = schedule or Cubic(0.1, 0.65)
-        ends = (step for step in range(1, total_steps + 1) if self.share(step) >= 1)
-        self.last = next(ends, 0)
-        if not self.last:
-            raise InputError(
-                "the schedule never asks for the whole budget: give one that is 1 at the end, Cubic(0.1, 0.65) say"
-            )
+        self.every = every or usual_period(total_steps)
+        self._total = total_steps
+        self._schedule = schedule or USUAL_SCHEDULE
+        self.last = step_of_whole_budget(self._schedule, total_steps)
 
     def share(self, step: int) -> float:
         """Return the part of the budget that is due at a step."""
@@ -75,14 +71,16 @@ class DropGrowSchedule(MaskSchedule):
 
     def __init__(self, name: str, how: Regrowth, total_steps: int, every: int | None = None) -> None:
         if not (every or how.every):
-            raise InputError(f"{name} changes its masks once an epoch: give collect=len(loader), the steps of an epoch")
+            raise InputError(
+                f"{name} changes its masks once an epoch: give prune_every=len(loader), the steps of an epoch"
+            )
         self._how, self._end = how, how.until * total_steps
         self.every = every or how.every or 1
         self.last = (math.ceil(self._end) - 1) // self.every * self.every
         if self.last < 1:
             raise InputError(
                 f"{name} changes its masks every {self.every} steps until {how.until:.0%} of {total_steps} are over, "
-                f"so never: train for longer, or give collect = {max(1, total_steps // 20)}"
+                f"so never: train for longer, or give prune_every = {usual_period(total_steps)}"
             )
 
     def share(self, step: int) -> float:
@@ -91,18 +89,18 @@ class DropGrowSchedule(MaskSchedule):
 
 
 def mask_schedule(criterion: str, total_steps: int, every: int | None, schedule: Schedule | None) -> MaskSchedule:
-    """Return the mask_schedule of a method of `METHODS`.
+    """Return the schedule of a method of `METHODS`.
 
     Raises:
         RangeError: a number of steps below 1.
-        InputError: a schedule that has no effect, or a mask_schedule without a single change.
+        InputError: a schedule that has no effect, or one without a single change.
     """
-    for name, value in (("total_steps", total_steps), ("collect", every)):
+    for name, value in (("total_steps", total_steps), ("prune_every", every)):
         if value is not None and value < 1:
             raise RangeError(name, value, "1, 2, 3, ... steps")
     how = METHODS[criterion]
     if how is None:
         return GradualSchedule(total_steps, every, schedule)
     if schedule:
-        raise InputError(f"a schedule has no effect with {criterion}, which is sparse from the beginning: leave it out")
+        raise IdleArgumentError("schedule", f"{criterion}, which is sparse from the beginning")
     return DropGrowSchedule(criterion, how, total_steps, every)

@@ -7,14 +7,13 @@ stay dense, and say which unit would help if it were on.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor.budget import Budget
-from compressor.errors import InputError
 from compressor.graph import ChannelGraph, named_model_tensors
 from compressor.surgery import require_alike
 
@@ -31,7 +30,7 @@ class MaskedUnits(ABC):
         copies: models with the same tensors that get the same zeros and cuts, as for `compressor.cut`.
 
     Attributes:
-        masks: by name of a layer (or group), bool, True where a unit is on. Change them by `switch` alone.
+        masks: by name of a layer (or group), bool, True where a unit is on. Change them by `set_masks` alone.
     """
 
     def __init__(
@@ -51,7 +50,7 @@ class MaskedUnits(ABC):
         """Return the magnitude of the loss's gradient by each unit, on or off, of the masks' shapes."""
 
     @abstractmethod
-    def best(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
+    def topk_masks(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
         """Return the masks that meet that share of the budget and leave those units on that score highest.
 
         Raises:
@@ -63,7 +62,7 @@ class MaskedUnits(ABC):
         """Return by parameter, where the masks want zeros: bool, broadcastable to its shape."""
 
     @abstractmethod
-    def settle(self) -> None:
+    def freeze_uncuttable(self) -> None:
         """Find out which channels cannot go and freeze them, before anything is switched off.
 
         Raises:
@@ -90,7 +89,12 @@ class MaskedUnits(ABC):
         least = {name: torch.finfo(value.dtype).tiny for name, value in values.items()}
         return {name: torch.where(self.masks[name], values[name].abs() + least[name], 0.0) for name in values}
 
-    def switch(self, masks: Mapping[str, Tensor]) -> None:
+    def dropped(self, share: float) -> Masks:
+        """Return masks that meet that share of the budget by dropping alone: what is off stays off."""
+        wanted = self.topk_masks(self.magnitudes(), share)
+        return {name: mask & wanted[name] for name, mask in self.masks.items()}
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Take other masks, and write the zeros that they want."""
         self.masks = dict(masks)
         self._zeros = self.zeros()
@@ -101,6 +105,8 @@ class MaskedUnits(ABC):
         """Write zeros wherever a unit is off: in the weights, their copies and what optimizers keep for them."""
         parameters = dict(self.graph.model.named_parameters())
         copies = [dict(copy.named_parameters()) for copy in self._copies]
+        # NOTE: Momentum that stays where a unit is off would push the weight away from zero again in the next step, and
+        # a unit that grows later would begin with the direction of long ago.
         for name, where in self._zeros.items():
             for weights in (parameters, *copies):
                 weights[name].masked_fill_(where, 0)
@@ -115,19 +121,3 @@ def grad_magnitude(parameter: nn.Parameter) -> Tensor:
     if parameter.grad is None:
         return torch.zeros_like(parameter)
     return parameter.grad.detach().abs().nan_to_num(nan=0.0)
-
-
-def require_trained(names: Iterable[str], model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
-    """Refuse optimizers that do not hold all parameters of these names.
-
-    Raises:
-        InputError: one that none of them holds.
-    """
-    parameters = dict(model.named_parameters())
-    held = {id(each) for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]}
-    for name in names:
-        if id(parameters[name]) not in held:
-            raise InputError(
-                f"no optimizer holds {name!r}, so it would keep its momentum where it is masked: "
-                "make the optimizer from model.parameters() of this very model, or freeze it (requires_grad = False)"
-            )

@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor.budget import Budget
-from compressor.errors import CutError, InputError
+from compressor.errors import InputError
 from compressor.graph import ChannelGraph
 from compressor.sparse.allocation import ALLOCATIONS, counts_off
+from compressor.sparse.config import Allocation
 from compressor.sparse.empty import without_weight
 from compressor.sparse.regrowth import lowest
-from compressor.sparse.units import MaskedUnits, Masks, grad_magnitude, require_trained
-from compressor.surgery import cut, input_means, removed_channels
+from compressor.sparse.units import MaskedUnits, Masks, grad_magnitude
+from compressor.surgery import cut, input_means, removed_channels, require_held, retry_without_refused
 
 
 class WeightMasks(MaskedUnits):
     """Which single weights are on.
 
     Args:
-        graph, optimizers, budget, copies: as for `MaskedUnits`; the budget is a share of all weights that can be masked.
+        graph, optimizers, budget, copies: as for `MaskedUnits`; the budget is a share of all maskable weights.
         allocation: "erk" or "uniform" say how sparse each layer is; "global" ranks all weights together.
 
     Raises:
@@ -37,13 +38,13 @@ class WeightMasks(MaskedUnits):
         graph: ChannelGraph,
         optimizers: Sequence[Optimizer],
         budget: Budget,
-        allocation: str,
+        allocation: Allocation,
         copies: Sequence[nn.Module],
     ) -> None:
         super().__init__(graph, optimizers, budget, copies)
         self._allocation = allocation
         self._weights = maskable(graph.model)
-        require_trained(self._weights, graph.model, self._optimizers)
+        require_held(graph.model, self._optimizers, self._weights)
         self.masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self._weights.items()}
 
     def values(self) -> dict[str, Tensor]:
@@ -54,7 +55,7 @@ class WeightMasks(MaskedUnits):
         """Return the magnitude of each weight's gradient."""
         return {name: grad_magnitude(weight) for name, weight in self._weights.items()}
 
-    def best(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
+    def topk_masks(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
         """Return the masks that leave exactly the due share of all weights off, those that score lowest."""
         due = Budget(self._budget.sparsity * share)
         whole = sum(mask.numel() for mask in self.masks.values())
@@ -70,27 +71,29 @@ class WeightMasks(MaskedUnits):
         """Return where weights are off."""
         return {name: ~mask for name, mask in self.masks.items()}
 
-    def settle(self) -> None:
+    def freeze_uncuttable(self) -> None:
         """Look whether the allocation is possible at all."""
-        self.best(self.values())
+        self.topk_masks(self.values())
 
     def cut(self) -> None:
         """Remove the channels that no weight writes or no weight reads.
 
         What a channel without a writing weight still is, a constant made by biases, is folded into the next bias.
         """
-        while keep := self._to_keep():
-            stays = _stays(self.graph, keep)
-            try:
+
+        def attempt() -> Mapping[tuple[str, int], Tensor]:
+            # A refused group leaves the graph, so what is empty is looked up anew: its channels count as in use then.
+            keep = self._to_keep()
+            positions = _kept_positions(self.graph, keep)
+            if keep:
+                # NOTE: Every example gives the same means, as what is empty is a constant whatever comes in.
                 means = input_means(self.graph, [self.graph.example_inputs])
                 cut(self.graph, keep, self._optimizers, means, copies=self._copies)
-            except CutError as refusal:
-                if not refusal.groups:
-                    raise
-                self.graph.freeze(refusal.groups, refusal.reason)
-                continue
-            self.switch({name: _narrowed(mask, name, stays) for name, mask in self.masks.items()})
-            return
+            return positions
+
+        positions = retry_without_refused(self.graph, attempt)
+        if positions:
+            self.set_masks({name: _narrowed(mask, name, positions) for name, mask in self.masks.items()})
 
     def _to_keep(self) -> dict[str, Tensor]:
         empty = without_weight(self.graph, self.masks)
@@ -124,7 +127,7 @@ def _split(side_by_side: Tensor, like: Masks) -> Masks:
     return {name: part.view_as(mask) for (name, mask), part in zip(like.items(), parts, strict=True)}
 
 
-def _stays(graph: ChannelGraph, keep: Mapping[str, Tensor]) -> dict[tuple[str, int], Tensor]:
+def _kept_positions(graph: ChannelGraph, keep: Mapping[str, Tensor]) -> dict[tuple[str, int], Tensor]:
     """Return, for every tensor dimension that a cut narrows, which positions stay: bool."""
     tensors = dict(graph.model.named_parameters())
     stays: dict[tuple[str, int], Tensor] = {}

@@ -31,4 +31,4 @@ def require_held(model: nn.Module, optimizers: Iterable[Optimizer], names: Itera
     asked = list(parameters if names is None else names)
     missing = [name for name in asked if id(parameters[name]) not in held]
     if missing and (names is not None or len(missing) == len(asked)):
-        raise OptimizerError(missing, len(asked))
+        raise OptimizerError(missing, any_would_do=names is None)
