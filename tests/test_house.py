@@ -1,4 +1,4 @@
-"""The house: rooms import from lower rooms only what these hand out; docs/design.md shows it; only the command line prints."""
+"""The house: a room takes from lower rooms what they hand out, as docs/design.md shows; only the command line prints."""
 
 from __future__ import annotations
 

@@ -64,8 +64,8 @@ def watching(estimator: str = "soft", **settings: object) -> tuple[nn.Module, Re
     return model, watcher(compressor.trace(model, digits_like(2)[0]), estimator=estimator, **settings)
 
 
-def watcher(graph: compressor.ChannelGraph, estimator: str = "soft", **settings: object) -> Relevance:
-    return Relevance(graph, RelevanceConfig(estimator=estimator), **{"observe_every": 1, **settings})
+def watcher(graph: compressor.ChannelGraph, estimator: str = "soft", seed: int = 0, **settings: object) -> Relevance:
+    return Relevance(graph, RelevanceConfig(estimator, **{"observe_every": 1, **settings}), seed=seed)
 
 
 def observe(model: nn.Module, relevance: Relevance, steps: int, first: int = 0, batch: int = 64) -> None:
@@ -377,7 +377,7 @@ def test_on_one_step_in_so_many_samples_draw_and_the_others_train_as_they_would(
         loss.backward()
         relevance.step()
     assert gated == [step % 3 == 0 for step in range(7)]
-    assert (relevance.steps, relevance._batches) == (7, 3)
+    assert (relevance.steps, relevance.state_dict()["batches"]) == (7, 3)
     assert relevance.required_steps(64) == 3 * watching(estimator, drop=0.5)[1].required_steps(64)
 
 
@@ -399,14 +399,16 @@ def test_undecided_channels_are_drawn_twice_as_often(trained: nn.Module, estimat
     relevance = watcher(
         compressor.trace(copy.deepcopy(trained), digits_like(2)[0]), estimator=estimator, half_life=1e9, drop=0.25
     )
-    observe(relevance._graph.model, relevance, 60)
+    observe(relevance.graph.model, relevance, 60)
+    relevant = relevance.state_dict()["sampler"]["relevant"]
     decided = {name: p > 0.99 for name, p in relevance.confidence().items()}
     assert 0 < int(torch.cat(list(decided.values())).sum()) < 24
     with relevance.observe(4000) as observation:
         pass
     often = observation.draw[:, :24].float().mean(0)
-    assert often[relevance._relevant] == pytest.approx(torch.full_like(often[relevance._relevant], 0.125), abs=0.02)
-    assert often[~relevance._relevant] == pytest.approx(torch.full_like(often[~relevance._relevant], 0.25), abs=0.02)
+    relevant = torch.cat(list(decided.values()))
+    assert often[relevant] == pytest.approx(torch.full_like(often[relevant], 0.125), abs=0.02)
+    assert often[~relevant] == pytest.approx(torch.full_like(often[~relevant], 0.25), abs=0.02)
     undecided = relevance.undecided()
     assert not any(bool((undecided[name] & decided[name]).any()) for name in decided)
     assert relevance.record()["3"]["undecided"] == int(undecided["3"].sum())
@@ -416,22 +418,28 @@ def test_the_published_method_draws_all_channels_alike(trained: nn.Module) -> No
     relevance = watcher(
         compressor.trace(copy.deepcopy(trained), digits_like(2)[0]), estimator="source", confidence=0.01
     )
-    observe(relevance._graph.model, relevance, 20)
-    assert bool(relevance._relevant.any())
-    assert bool((relevance._rate() == 1).all())
+    observe(relevance.graph.model, relevance, 20)
+    assert any(bool((p > 0.01).any()) for p in relevance.confidence().values())
+    draws = []
+    for _ in range(2000):
+        with relevance.observe(1) as observation:
+            draws.append(observation.draw[0, :24])
+    often = torch.stack(draws).float().mean(0)
+    assert often == pytest.approx(torch.full_like(often, 0.05), abs=0.025)
 
 
 def test_a_channel_that_was_drawn_less_often_is_less_certain() -> None:
     """Its dummies, drawn at the full rate, are spread as if they had been drawn as seldom."""
-    _, relevance = watching("loss")
-    evidence = relevance._evidence
-    sums = evidence._means
-    sums["dummies"].totals += torch.randn(100, 2)
-    sums["dummies"].weights += 1.0
-    sums["relevance"].weights[0] += torch.tensor([1.0, 0.25] * 12)
+    evidence = Evidence(ESTIMATORS["loss"], torch.tensor([0] * 8 + [1] * 16), dummies=100)
+    sums = evidence.state_dict()
+    sums["dummies"]["totals"] += torch.randn(100, 2)
+    sums["dummies"]["weights"] += 1.0
+    sums["relevance"]["weights"][0] += torch.tensor([1.0, 0.25] * 12)
+    evidence.load_state_dict(sums)
     spread = evidence.dummies().std(0)
     assert spread[1::2] == pytest.approx(2 * spread[::2], rel=1e-4)
-    assert evidence.dummies().mean(0)[:8].tolist() == pytest.approx([float(sums["dummies"].mean()[:, 0].mean())] * 8)
+    middle = float((sums["dummies"]["totals"].sum(0) / sums["dummies"]["weights"].sum(0))[:, 0].mean())
+    assert evidence.dummies().mean(0)[:8].tolist() == pytest.approx([middle] * 8, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -469,8 +477,8 @@ def test_everything_that_is_known_has_its_shape(estimator: str) -> None:
     }
     assert all(-1 <= value <= 1 for value in relevance.reliability().values())
     record = json.loads(json.dumps(relevance.record(), allow_nan=False))
-    assert set(record["3"]) == {"r", "p", "n", "dummies_mean", "dummies_spread", "undecided", "reliability"}
-    assert (len(record["3"]["r"]), len(record["0"]["p"])) == (16, 8)
+    assert set(record["3"]) == {"r", "confidence", "n", "dummies_mean", "dummies_spread", "undecided", "reliability"}
+    assert (len(record["3"]["r"]), len(record["0"]["confidence"])) == (16, 8)
     assert relevance.steps == 4
 
 
@@ -508,7 +516,7 @@ def test_a_scaled_or_accumulated_loss_gives_the_same_relevance(estimator: str) -
             for part in (step, step + 1):
                 (factor * relevance.loss(model, *digits_like(seed=part), F.cross_entropy)).backward()
             relevance.step()
-        assert (relevance.steps, relevance._batches) == (2, 4)
+        assert (relevance.steps, relevance.state_dict()["batches"]) == (2, 4)
         found.append(relevance.scores()["3"])
     assert found[1:] == [pytest.approx(found[0], rel=1e-4, abs=1e-6)] * 2
 
@@ -562,7 +570,7 @@ def test_the_state_is_a_copy_that_loads_without_code(tmp_path) -> None:
 @pytest.mark.parametrize("estimator", NAMES)
 def test_statistics_follow_a_cut(estimator: str) -> None:
     model, relevance = watching(estimator)
-    graph = relevance._graph
+    graph = relevance.graph
     observe(model, relevance, 6)
     scores, p, means = relevance.scores(), relevance.confidence(), relevance.means()
     keep = {"0": torch.tensor([1, 4, 6])}
@@ -581,15 +589,15 @@ def test_statistics_go_on_without_a_group_that_was_frozen(estimator: str) -> Non
     model, relevance = watching(estimator)
     observe(model, relevance, 3)
     scores, p = relevance.scores(), relevance.confidence()
-    relevance._graph.freeze(["0"], "a test")
-    relevance.narrow({}, relevance._graph)
+    relevance.graph.freeze(["0"], "a test")
+    relevance.narrow({}, relevance.graph)
     assert relevance.scores().keys() == {"3"}
     assert relevance.scores()["3"] == pytest.approx(scores["3"], abs=1e-6)
     assert relevance.confidence()["3"] == pytest.approx(p["3"], abs=1e-6)
     state = relevance.state_dict()
     resumed = watcher(compressor.trace(model, digits_like(2)[0]), estimator=estimator)
     resumed.load_state_dict(state)
-    assert resumed._graph.sizes() == {"3": 16}
+    assert resumed.graph.sizes() == {"3": 16}
     assert torch.equal(resumed.confidence()["3"], relevance.confidence()["3"])
     observe(model, resumed, 1)
 
@@ -613,8 +621,8 @@ def test_groups_that_no_module_shows_are_frozen() -> None:
         ({"estimator": "sofd"}, UnknownNameError, "unknown relevance estimator 'sofd': did you mean 'soft'"),
         ({"drop": 0.0}, RangeError, r"drop = 0.0 is out of range: give drop in \(0, 0\.5\]"),
         ({"drop": 0.6}, RangeError, "drop = 0.6"),
-        ({"confidence": 0.0}, RangeError, r"delta = 0\.0 is out of range: give delta in \(0, 1\]"),
-        ({"confidence": 1.01}, RangeError, "delta = 1.01"),
+        ({"confidence": 0.0}, RangeError, r"confidence = 0\.0 is out of range: give confidence in \(0, 1\]"),
+        ({"confidence": 1.01}, RangeError, "confidence = 1.01"),
         (
             {"observe_every": 0},
             RangeError,
@@ -630,7 +638,7 @@ def test_settings_out_of_range(settings: dict, error: type, message: str) -> Non
         watching(**settings)
 
 
-def test_update_needs_a_batch_and_a_backward_pass() -> None:
+def test_step_needs_a_batch_and_a_backward_pass() -> None:
     model, relevance = watching()
     with pytest.raises(InputError, match=r"step\(\) came without a batch"):
         relevance.step()
@@ -660,14 +668,18 @@ def test_a_control_variate_leaves_the_model_and_its_random_state_alone() -> None
     other = copy.deepcopy(model)
     x, y = digits_like()
     relevance = watcher(compressor.trace(model, x[:2]), estimator="mixed", warmup=9)  # at first nothing is drawn
+    outputs: list[Tensor] = []
+    handle = model.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
     torch.manual_seed(4)
     loss = relevance.loss(model, x, y, F.cross_entropy)
     after = torch.rand(1)
+    handle.remove()
     torch.manual_seed(4)
     assert torch.equal(F.cross_entropy(other(x), y), loss)
     assert torch.equal(torch.rand(1), after)
     assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
-    assert torch.equal(relevance._pending[0].ungated, relevance._pending[0].losses)
+    ungated, gated = outputs
+    assert torch.equal(ungated, gated)
 
 
 def test_a_loss_must_be_one_per_sample() -> None:
@@ -699,9 +711,9 @@ def test_a_cut_that_is_not_the_one_of_the_graph_is_refused() -> None:
     observe(model, relevance, 1)
     before = relevance.state_dict()["sizes"]
     with pytest.raises(InputError, match="keep leaves 2 channels of group '0', the graph has 8"):
-        relevance.narrow({"0": torch.tensor([0, 1])}, relevance._graph)
+        relevance.narrow({"0": torch.tensor([0, 1])}, relevance.graph)
     with pytest.raises(InputError, match="group '0' was not watched before the cut"):
-        watcher(judged_without_first()).narrow({}, relevance._graph)
+        watcher(judged_without_first()).narrow({}, relevance.graph)
     assert relevance.state_dict()["sizes"] == before
 
 

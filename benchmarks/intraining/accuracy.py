@@ -23,7 +23,7 @@ from compressor.relevance.estimators import ESTIMATORS
 from compressor.sparse import SparseConfig
 from compressor.sparse.regrowth import METHODS
 from compressor.sparse.training import SparseTraining
-from compressor.training import models
+from compressor.training import load_data, models
 from compressor.training.config import TrainingConfig
 from compressor.training.data.sources import Data
 from compressor.training.data.splits import split

@@ -62,7 +62,7 @@ def from_torch_pruning(importance: Callable[[Any], Tensor | None]) -> Callable[[
 
 
 def named_importance(name: str) -> Callable[[Group, Snapshot], Tensor]:
-    """Return the criterion for a class of `torch_pruning.importance` with default arguments: `tp:GroupTaylorImportance`.
+    """Return the criterion for `tp:` and a class of `torch_pruning.importance`, with default arguments.
 
     Raises:
         UnknownNameError: there is no such class.

@@ -29,7 +29,7 @@ class ChannelGraph:
         frozen: dimensions that cannot be cut, each with its reason.
         params, macs: terms whose sum is the number of parameters, and of multiply-adds for the example inputs.
         offsets: by weight name, where the mean of a removed input channel can be folded.
-        notes: what the user should know: a fall-back to real tensors, an operation without a rule, what was frozen later.
+        notes: what the user should know: a fall-back to real tensors, an operation without a rule, what froze later.
         table: all members of all groups as arrays; a graph made by hand, which nobody cuts, has an empty one.
         recording: every operation of the trace, against which a cut is verified.
     """

@@ -272,7 +272,7 @@ def confidence(relevance: Tensor, dummies: Tensor) -> Tensor:
 
 
 def rank_correlation(first: Tensor, second: Tensor) -> float:
-    """Return Spearman's rank correlation of two rankings `(C,)`; ties share their mean rank, 0 where one is constant."""
+    """Return Spearman's rank correlation of two rankings `(C,)`; ties share their mean rank; 0 if one is constant."""
     pair = [ranking.detach().cpu().numpy() for ranking in (first, second)]
     # A constant ranking orders nothing. Scipy says "not a number" to it, with a warning.
     if any((ranking == ranking[0]).all() for ranking in pair):

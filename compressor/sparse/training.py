@@ -44,14 +44,15 @@ class SparseTraining:
             every epoch but the last, 0.3 of what is on is dropped, by sign, the nearest to zero, and as much grows at
             random. "rigl" begins so too; every 100 steps until 75 % of the training the smallest are dropped, 0.3 at
             first and less and less along half a cosine, and those with the largest gradients grow.
-        budget: what is off at the end, a `Budget` or a share of the parameters: on weights, a share of all weights of convolutions and Linears; on channels, the
-            share of params, macs or channels that the model loses when those that are off are cut.
+        budget: what is off at the end; a number is a share of the parameters. On weights, the share of all weights of
+            convolutions and Linears; on channels, the share of params, macs or channels that the model loses when those
+            that are off are cut.
         schedule: with "magnitude", the share of the budget that is due; by default cubic, from 10 % to 65 %.
         optimizer: one or several that hold the masked weights.
         total_steps: how many times `step` will be called in all.
         config: what is masked, and how sparsity differs between layers.
-        prune_every: steps between two changes of the masks. By default 100 with "rigl", a twentieth of the training with
-            "magnitude"; "set" needs the steps of an epoch.
+        prune_every: steps between two changes of the masks. By default 100 with "rigl", a twentieth of the training
+            with "magnitude"; "set" needs the steps of an epoch.
         round_to: on channels, as in `compressor.budget.SelectionOptions`.
         limits: on channels, as for `compressor.prune`.
         copies: models that get the same zeros and lose the same channels, as for `compressor.cut`.

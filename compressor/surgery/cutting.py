@@ -74,7 +74,7 @@ def cut(
     if not kept:
         return
     transaction = Transaction(graph.model, list(copies), as_list(optimizer))
-    # A class is what the recording knows of a channel; besides those of groups it has frozen ones, which no cut removes.
+    # A class is what the recording knows a channel by; it has others beside those of groups, which no cut removes.
     removed, removed_classes = graph.table.removed(kept), _removed_classes(graph, kept)
     try:
         # The fold comes first: it reads the removed channels' weights, which are gone afterwards.
@@ -143,8 +143,8 @@ def _verified(graph: ChannelGraph, removed: BoolArray) -> Recording:
     recording = graph.recording
     after = recording.without(removed)
     modules = dict(graph.model.named_modules())
-    # NOTE: Blocks of one kind fail alike. All of them are changed, or refused, at the first failure: a network of twelve
-    # blocks would otherwise be verified twelve times.
+    # NOTE: Blocks of one kind fail alike. All of them are changed, or refused, at the first failure: a network of
+    # twelve blocks would otherwise be verified twelve times.
     first: dict[str, tuple[Mismatch, list[int]]] = {}
     while True:
         try:

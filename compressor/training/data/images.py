@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,7 +91,6 @@ def opened(path: Path) -> Iterator[Any]:
 
 def decode(path: Path, size: tuple[int, int]) -> Tensor:
     """Read one image as `(3, H, W)` uint8: short side to the size, then the centre."""
-    import numpy as np
     from PIL import Image, ImageOps
 
     with opened(path) as image:
