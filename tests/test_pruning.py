@@ -15,7 +15,15 @@ from torch.nn import functional as F
 
 import compressor
 import compressor.graph
-from compressor.errors import BudgetError, InputError, PeriodError, RangeError, ScoreError, UnknownNameError
+from compressor.errors import (
+    BudgetError,
+    IdleArgumentError,
+    InputError,
+    PeriodError,
+    RangeError,
+    ScoreError,
+    UnknownNameError,
+)
 from compressor.relevance import RelevanceConfig
 
 X = torch.randn(1, 3, 8, 8, dtype=torch.float64)
@@ -343,8 +351,12 @@ def test_a_schedule_that_was_given_and_resolves_nothing_is_refused() -> None:
 
 def test_no_time_is_needed_by_criteria_that_do_not_observe() -> None:
     model = wide()
-    pruner = compressor.Pruner(model, X.float(), "l1", optimizer=sgd(model), total_steps=3, prune_every=1)
-    pruner.require_time(1)
+    pruner = compressor.Pruner(model, X.float(), "l1", optimizer=sgd(model), total_steps=3, prune_every=1, round_to=1)
+    pruner.require_time(1)  # with relevance, batches of one sample need 41 steps at least
+    for inputs, targets in batches(3):
+        pruner.loss(inputs, targets, F.cross_entropy).backward()
+        pruner.step()
+    assert pruner.result().reached
 
 
 @pytest.mark.parametrize(
@@ -436,3 +448,28 @@ def test_verified_cuts_while_training_are_the_same_cuts(criterion: str) -> None:
         assert events
         states.append(everything(model, optimizer))
     assert same(*states)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rund_to": 4}, TypeError, "unexpected keyword argument 'rund_to'"),
+        ({"relevance": RelevanceConfig()}, IdleArgumentError, "relevance has no effect with criterion 'l1': leave one"),
+        ({"scope": "globl"}, UnknownNameError, "unknown scope 'globl': did you mean 'global'"),
+        ({"round_to": 0}, RangeError, "round_to = 0 is out of range"),
+        ({"compensate": "means"}, UnknownNameError, "unknown compensation 'means': did you mean 'mean'"),
+    ],
+)
+def test_a_pruner_refuses_at_once_what_it_cannot_follow(arguments: dict, error: type, message: str) -> None:
+    model = wide()
+    with pytest.raises(error, match=message):
+        compressor.Pruner(model, X.float(), "l1", optimizer=sgd(model), total_steps=9, **arguments)
+
+
+def test_what_refused_its_cut_stands_in_the_notes_and_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "compressor")
+    result = compressor.prune(Baked().double(), X, budget=0.9)
+    (note,) = result.notes
+    assert note.startswith("group a stays as it is: aten.view in the model does not follow the cut")
+    assert note in caplog.messages
+    assert any(message.startswith("the budget is not reached: ") for message in caplog.messages)

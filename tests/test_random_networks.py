@@ -172,5 +172,8 @@ def test_pruning_reaches_the_budget_or_says_why_not(names: list[str], seed: int)
     result = compressor.prune(
         model, torch.randn(1, 3, 4, 4, dtype=torch.float64), budget=compressor.Budget(0.3, "channels")
     )
-    assert result.reached or result.blocked
+    before, after = result.channels
+    assert result.reached == (after <= before - 0.3 * before)
+    assert result.reached == (not result.blocked)
+    assert result.params[1] == sum(parameter.numel() for parameter in model.parameters())
     assert model(torch.randn(2, 3, 4, 4, dtype=torch.float64)).shape == (2, 3)

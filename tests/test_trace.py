@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressor
-from compressor.errors import TraceError
+from compressor.errors import TraceError, no_axis_rule
+
+X = torch.randn(1, 3, 32, 32)
 
 
 def members(graph, name: str) -> set[tuple[str, int, str]]:
@@ -262,3 +264,45 @@ def test_a_model_without_parameters_has_no_groups() -> None:
     graph = compressor.trace(nn.ReLU(), torch.randn(1, 3, 4, 4))
     assert (graph.groups, graph.frozen, graph.params, graph.macs) == ((), (), (), ())
     compressor.cut(graph, {})
+
+
+class Unruly(nn.Module):
+    """One operation that the graph has no rule for, between two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.renorm(self.a(x), 2, 1, 1.0))
+
+
+def test_an_operation_without_a_rule_says_how_to_teach_it(caplog: pytest.LogCaptureFixture) -> None:
+    graph = compressor.trace(Unruly(), torch.randn(1, 3, 4, 4))
+    message = no_axis_rule("aten.renorm", "", (1, 4, 4, 4))
+    assert 'compressor.RULES["aten.renorm"] = my_rule' in message
+    assert message in graph.notes
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [("WARNING", message)]
+    assert "a" not in graph.sizes()
+    assert any("aten.renorm in the model: no axis rule" in each.reason for each in graph.frozen)
+
+
+def test_a_graph_after_a_cut_is_that_of_the_cut_model() -> None:
+    model = torchvision.models.resnet18(num_classes=10)
+    graph = compressor.trace(model, X)
+    compressor.cut(graph, {group.name: range(0, group.size, 2) for group in graph.groups})
+    fresh = compressor.trace(model, X)
+    assert graph.sizes() == fresh.sizes()
+    for mine, theirs in zip(graph.groups, fresh.groups, strict=True):
+        assert [(m.tensor, m.dim, m.role) for m in mine.members] == [(m.tensor, m.dim, m.role) for m in theirs.members]
+        assert all(torch.equal(a.positions, b.positions) for a, b in zip(mine.members, theirs.members, strict=True))
+    assert graph.recording.sizes == fresh.recording.sizes
+
+
+def test_what_is_frozen_later_is_logged_and_noted(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "compressor")
+    graph = compressor.trace(torchvision.models.resnet18(num_classes=10), X)
+    graph.freeze(["layer1.0.conv1"], "a test")
+    note = "group layer1.0.conv1 stays as it is: a test"
+    assert graph.notes[-1] == note
+    assert caplog.messages[-1] == note

@@ -28,8 +28,9 @@ from compressor.training.data.images import Resident
 from compressor.training.data.sources import Data
 from compressor.training.data.splits import Split
 from compressor.training.evaluation import evaluate, recalibrate
+from compressor.training.history import History
 from compressor.training.hooks import PlainStep
-from compressor.training.loop import History, train
+from compressor.training.loop import train
 from compressor.training.optimizers import learning_rate
 
 CONFIG = TrainingConfig(epochs=4, batch_size=8, lr=0.1, label_smoothing=0.1)

@@ -107,7 +107,8 @@ def _examples(example_inputs: Any, check_inputs: Any) -> list[Any]:
     if check_inputs is None:
         return [random_like(example_inputs)]
     batch_size(check_inputs, "check_inputs")
-    asked, given = _kinds(example_inputs), _kinds(check_inputs)
+    asked = _kinds(example_inputs)
+    given = _kinds(check_inputs)
     if asked != given:
         raise InputError(f"check_inputs hold {given}, and example_inputs {asked}: give examples of the same kind")
     return [random_like(example_inputs), check_inputs]
@@ -166,6 +167,7 @@ def _exported(model: nn.Module, inputs: Any, names: list[str], opset: int) -> An
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's warnings, logs and dumps of graphs to itself; what goes wrong is in its exception."""
+    # Its warnings are about its own translation; whether that is right is what the gate finds out.
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -173,6 +175,7 @@ def _quiet() -> Iterator[None]:
 
 def _refuse_surprises(name: str, exported: Any, opset: int) -> None:
     """Refuse what the exporter goes on with: a fixed batch size, and an opset that it cannot write."""
+    # A number where the batch should be a name: some view() or expand() in the model fixed it.
     if any(isinstance(tensor.shape[0], int) for tensor in exported.graph.inputs):
         instead = "write x.flatten(1) or x.view(x.shape[0], ...) for x.view(2, ...)"
         raise ExportError(name, "its code fixes the batch size", instead)

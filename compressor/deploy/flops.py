@@ -54,7 +54,8 @@ class _ByKeyword(nn.Module):
 
     def __init__(self, model: nn.Module, names: list[str]) -> None:
         super().__init__()
-        self.model, self.names = model, names
+        self.model = model
+        self.names = names
 
     def forward(self, *inputs: Tensor) -> Any:
         return self.model(**dict(zip(self.names, inputs, strict=True)))

@@ -82,6 +82,7 @@ def compare(
         RangeError: a batch size or a number of threads below 1.
     """
     _check_comparison(models, onnx_files, batch_sizes, device, threads)
+    # An equal share for each place: whatever one does not use is not another's, so that all are as exact.
     share_s = budget_s / (len(batch_sizes) * (2 if onnx_files else 1))
     comparisons = []
     with ExitStack() as stack:

@@ -28,7 +28,8 @@ def open_session(path: Path, device: str = "cpu", *, threads: int = 1, tf32: boo
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors only; it writes to stderr, past Python's logging
     # Idle threads must not spin between two calls: they would slow down whatever is measured in turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -14,19 +14,20 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from compressor._utils import as_arguments
 from compressor.errors import failed_axis_rule, no_axis_rule
 from compressor.graph.axes import BROADCAST, unlabeled
+from compressor.graph.calls import Call, comparable_args, memory_order, partition_tensors, tensors_in
 from compressor.graph.context import Axes, Origin, Rule, TensorInfo, TraceContext
 from compressor.graph.environment import decomposed_attention, module_names, preserve_module_state
 from compressor.graph.meta_kernels import META_KERNELS
@@ -40,17 +41,6 @@ logger = logging.getLogger(__name__)
 
 _CONSTANT_NUMEL = 1 << 20  # constants up to here keep their data: tables of positions, masks
 _COMPARED_NUMEL = 64  # constants up to here are compared by value after a cut: a factor such as width ** -0.5
-
-
-class Call(NamedTuple):
-    """One call of an operation: its arguments that are no tensors, its tensors, where they came from, their axes."""
-
-    func: Any
-    op: str
-    non_tensor_args: tuple[Any, ...]
-    inputs: list[Tensor]
-    origins: tuple[Origin, ...]
-    input_axes: tuple[Axes, ...]
 
 
 @dataclass(eq=False)
@@ -93,7 +83,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ):
             result = self.model(*args, **kwargs)
         self.context.op = self.context.module = ""
-        for tensor in _tensors_in(result):
+        for tensor in tensors_in(result):
             self.context.freeze(self.context.axes(tensor), "model output")
         for note in self.context.notes.values():
             logger.warning(note)
@@ -305,7 +295,7 @@ def _depends_on_data(call: Call) -> bool:
 
 
 def _tensor_record(log: OpLog, axes: Axes, tensor: Tensor) -> TensorRecord:
-    return TensorRecord(log.slots(axes), tuple(tensor.shape), tensor.dtype, _memory_order(tensor))
+    return TensorRecord(log.slots(axes), tuple(tensor.shape), tensor.dtype, memory_order(tensor))
 
 
 def _has_known_memory(record: TensorRecord) -> bool:
@@ -320,51 +310,6 @@ def _has_known_sizes(axes: Axes, tensor: Tensor) -> bool:
     return all(size == 1 or axis is not BROADCAST for axis, size in zip(axes, tensor.shape, strict=True))
 
 
-def _memory_order(tensor: Tensor) -> tuple[int, ...] | None:
-    """Return the dimensions from the slowest to the fastest in memory, or None where there are gaps or overlaps."""
-    if tensor.is_contiguous():
-        return tuple(range(tensor.dim()))
-    strides = tensor.stride()
-    order = tuple(sorted(range(tensor.dim()), key=lambda dim: -strides[dim]))
-    expected = 1
-    for dim in reversed(order):
-        if tensor.shape[dim] != 1 and strides[dim] != expected:
-            return None
-        expected *= tensor.shape[dim]
-    return order
-
-
-def comparable_args(op: str, others: list[Any], tensors: list[Tensor]) -> tuple[Any, ...]:
-    """Return an operation's arguments that are no tensors, as they stay when channels are removed."""
-    # A depthwise convolution has as many blocks as channels: after a cut the number is another, and means the same.
-    if op == "aten.convolution" and others[-1] == tensors[0].shape[1] > 1:
-        return (*others[:-1], "channels")
-    return tuple(others)
-
-
-def partition_tensors(value: Any) -> tuple[list[Tensor], list[Any]]:
-    """Return the tensors among an operation's arguments or results, and everything else, each in order."""
-    tensors: list[Tensor] = []
-    others: list[Any] = []
-    _collect(value, tensors, others)
-    return tensors, others
-
-
-def _collect(value: Any, tensors: list[Tensor], others: list[Any]) -> None:
-    # By hand: torch's pytree takes several times as long, and this runs twice for every operation.
-    if isinstance(value, Tensor):
-        tensors.append(value)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            _collect(each, tensors, others)
-    elif isinstance(value, dict):
-        for key, each in value.items():
-            others.append(key)
-            _collect(each, tensors, others)
-    else:
-        others.append(value)
-
-
 class _SizeAttributes:
     """Tells whether the running module has an attribute of this value: then a size in its code may follow a cut."""
 
@@ -377,12 +322,3 @@ class _SizeAttributes:
         if name not in self._values:
             self._values[name] = integer_attributes(self._modules[name])
         return value in self._values[name]
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Return every tensor in a model's result, whatever container or object holds it."""
-    for leaf in tree_flatten(value)[0]:
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif hasattr(leaf, "__dict__"):
-            yield from _tensors_in(dict(vars(leaf)))

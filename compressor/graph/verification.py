@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.graph.calls import Call, comparable_args, partition_tensors
 from compressor.graph.channel_graph import ChannelGraph
 from compressor.graph.context import Axes
-from compressor.graph.recorder import Call, Recorder, comparable_args, partition_tensors
+from compressor.graph.recorder import Recorder
 from compressor.graph.recording import OpRecord, Recording, TensorRecord
 from compressor.graph.replay import Mismatch, ReplayContext, compare
 

@@ -88,7 +88,9 @@ def nodes(graph: ChannelGraph) -> list[Node]:
     places = _places(graph)
     parameters = dict(graph.model.named_parameters())
     owners: dict[str, list[str]] = defaultdict(list)
+    # In the order of use, not of `named_parameters()`: the picture reads from the input down to the output.
     for tensor in graph.recording.log.parameters:
+        # Buffers only where a group lives on them; a batch counter has no channels to show.
         if tensor in parameters or tensor in places.members or tensor in places.frozen:
             owners[tensor.rpartition(".")[0]].append(tensor)
     return [_node(places, row) for tensors in owners.values() for row in _rows(places, tensors)]
@@ -98,11 +100,13 @@ def wires(rows: Sequence[Node]) -> list[Wire]:
     """Return the wires of the groups, the short ones next to the nodes, none on top of another."""
     taps: dict[str, list[Tap]] = defaultdict(list)
     for number, node in enumerate(rows):
+        # A BatchNorm stands right below its convolution: a tap at each would only double the dots.
         if not node.slim:
             for side in _SIDES:
                 for group in node.groups(side):
                     taps[group].append(Tap(number, side))
     spans = {group: _span(mine) for group, mine in taps.items()}
+    # Short ones take the inner lanes, where they cross the fewest others; ties go by place, so that the text is stable.
     by_length = sorted(spans, key=lambda group: (spans[group][1] - spans[group][0], spans[group]))
     lanes: list[list[tuple[int, int]]] = []
     return [Wire(group, _free_lane(lanes, spans[group]), tuple(taps[group])) for group in by_length]
@@ -132,6 +136,7 @@ def _places(graph: ChannelGraph) -> _Places:
 
 def _rows(places: _Places, tensors: Sequence[str]) -> list[list[str]]:
     """Return the tensors of a module's rows, the one that is drawn in front. Vectors go where their groups are."""
+    # One matrix a row: an attention module owns several, each with sides of its own.
     wide = [tensor for tensor in tensors if len(places.shapes[tensor]) > 1]
     rows = [[tensor] for tensor in wide or tensors[:1]]
     for tensor in tensors:
@@ -162,9 +167,12 @@ def _dims(shape: Sequence[int], roles: Mapping[int, Role]) -> tuple[int, int]:
     """Return the dimension of the input side and that of the output side: one and the same where channels only pass."""
     taken = next((dim for dim, role in roles.items() if role == "consumer"), None)
     made = next((dim for dim, role in roles.items() if role == "producer"), None)
+    # Depthwise kernels and BatchNorms have followers only: what comes in along a dimension goes out along it.
     if taken is None and made is None and (roles or len(shape) < 2 or shape[1] == 1):
         passing = min(roles, default=0)
         return passing, passing
+    # One side is known from its role, and the other is the other of the first two dimensions; a transposed convolution
+    # has its inputs first, so that the order of dimensions alone would mix them up.
     if made is None:
         made = 1 if taken == 0 and len(shape) > 1 else 0
     return (1 if made == 0 and len(shape) > 1 else 0) if taken is None else taken, made
@@ -173,11 +181,12 @@ def _dims(shape: Sequence[int], roles: Mapping[int, Role]) -> tuple[int, int]:
 def _stripes(places: _Places, tensor: str, dim: int) -> tuple[Stripe, ...]:
     """Return the shares of a dimension, one for each group, in the order of their first positions."""
     mine = [(group, member) for group, member in places.members.get(tensor, ()) if member.dim == dim]
+    # The owner of every position; -1 stays where nothing can be cut. A scalar counts as one position.
     owner = np.full(places.shapes[tensor][dim] if places.shapes[tensor] else 1, -1)
     for number, (_, member) in enumerate(mine):
         owner[member.positions.numpy().ravel()] = number
     found, first, counts = np.unique(owner, return_index=True, return_counts=True)
-    names = [*(group for group, _ in mine), None]
+    names = [*(group for group, _ in mine), None]  # None is last, where an index of -1 finds it
     return tuple(Stripe(names[found[place]], int(counts[place])) for place in np.argsort(first).tolist())
 
 

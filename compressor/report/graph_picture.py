@@ -80,9 +80,12 @@ class _Page:
     """
 
     def __init__(self, rows: Sequence[Node], lines: Sequence[Wire], legend: Legend) -> None:
-        self._rows, self._wires, self._legend = rows, lines, legend
+        self._rows = rows
+        self._wires = lines
+        self._legend = legend
         letters = max((len(shown(node.name)) + len(_shape(node)) for node in rows), default=10)
         lanes = max((wire.lane + 1 for wire in lines), default=0)
+        # Many lanes stand closer, but never so close that two lines of 1.8 pixels touch.
         self._pitch = min(11.0, max(4.5, 220 / max(lanes, 1)))
         self.tops = list(accumulate((_height(node) + _GAP for node in rows), initial=_TOP))
         self.right = _LEFT + 28 + LETTER * letters
@@ -91,6 +94,7 @@ class _Page:
     def marks(self) -> Iterator[Markup]:
         """Draw everything, what lies below first."""
         yield from self._blocks()
+        # The outer lanes first: where an inner one crosses their horizontals, it lies above them.
         for wire in sorted(self._wires, key=lambda wire: -wire.lane):
             yield self._wire(wire)
         yield from self._bundles()
@@ -132,7 +136,9 @@ class _Page:
             left, width = self._sides(node)
             thick = _edge(node)
             for stripes, y in ((node.inputs, top), (node.outputs, top + _height(node) - thick)):
-                whole, begin = sum(stripe.share for stripe in stripes), left
+                whole = sum(stripe.share for stripe in stripes)
+                begin = left
+                # A BatchNorm hands its channels through: one edge tells all.
                 for stripe in () if node.slim and y == top else stripes:
                     length = width * stripe.share / whole
                     stroke = f"M{pixels(begin)} {pixels(y)}h{pixels(length)}v{thick}h-{pixels(length)}z"
@@ -153,12 +159,14 @@ class _Page:
 
     def _meets(self, tap: Tap) -> float:
         """Return the height at which a wire meets a box: the middle of an edge."""
-        node, top = self._rows[tap.row], self.tops[tap.row]
+        node = self._rows[tap.row]
+        top = self.tops[tap.row]
         return top + (_edge(node) / 2 if tap.side == "input" else _height(node) - _edge(node) / 2)
 
     def _wire(self, wire: Wire) -> Markup:
         """Draw the vertical of a group, and the horizontals to boxes on whose side it is alone."""
-        across, colour = pixels(self._lane(wire.lane)), self._legend.colour[wire.group]
+        across = pixels(self._lane(wire.lane))
+        colour = self._legend.colour[wire.group]
         heights = [self._meets(tap) for tap in wire.taps]
         alone = [tap for tap in wire.taps if len(self._rows[tap.row].groups(tap.side)) == 1]
         strokes = f"M{across} {pixels(min(heights))}V{pixels(max(heights))}"
@@ -177,7 +185,8 @@ class _Page:
 
     def _ends(self, taps: Iterable[Tap], colour: str) -> Markup:
         """Draw an arrow into every input and a dot at every output."""
-        arrow, dot = "M{0} {1}l8 -3.6v7.2z", "M{0} {1}a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z"
+        arrow = "M{0} {1}l8 -3.6v7.2z"
+        dot = "M{0} {1}a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z"
         marks = (
             (arrow if tap.side == "input" else dot).format(pixels(self.right), pixels(self._meets(tap))) for tap in taps
         )

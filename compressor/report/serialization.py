@@ -25,6 +25,7 @@ _FREE = ("settings", "machine")  # whatever JSON can say; null is null there
 
 def to_json(report: Report) -> str:
     """Return the text of `report.json`: one object, `format` and `version` first; NaN and infinities become null."""
+    # First in the file, so that a reader of any version finds them, whatever comes after.
     content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(report)}
     return msgspec.json.format(msgspec.json.encode(content), indent=1).decode() + "\n"
 
@@ -55,6 +56,7 @@ def from_json(text: str | bytes, source: str) -> Report:
 
 
 def _decoded(text: str | bytes, source: str) -> Any:
+    # As plain values first, not as a `Report` at once: the version decides how the rest is to be read.
     try:
         return msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:

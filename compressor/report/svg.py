@@ -23,6 +23,7 @@ _NOT_XML = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 def element(tag: str, *children: str, **attributes: Value) -> Markup:
     """Return one element with its attributes in the order in which they were given, and its children inside."""
+    # `Markup.format` escapes what it is given, be it an attribute's value or a text.
     written = Markup("").join(
         Markup(' {}="{}"').format(name.rstrip("_").replace("_", "-"), _value(value))
         for name, value in attributes.items()

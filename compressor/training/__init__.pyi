@@ -8,11 +8,11 @@ from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .evaluation import in_mode as in_mode
 from .evaluation import recalibrate as recalibrate
+from .history import History as History
 from .hooks import HookFactory as HookFactory
 from .hooks import LossFunction as LossFunction
 from .hooks import PlainStep as PlainStep
 from .hooks import StepHook as StepHook
-from .loop import History as History
 from .loop import require_scores as require_scores
 from .loop import train as train
 from .models import ModelSpec as ModelSpec

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -24,35 +24,13 @@ from compressor.training.config import TrainingConfig
 from compressor.training.data.images import Progress
 from compressor.training.data.sources import Data
 from compressor.training.evaluation import evaluate, in_mode
+from compressor.training.history import History
 from compressor.training.hooks import HookFactory, PlainStep
 from compressor.training.optimizers import learning_rate, make_optimizer
 
 logger = logging.getLogger(__name__)
 
 Log = Callable[[Mapping[str, Any]], None]
-
-
-@dataclass(frozen=True)
-class History:
-    """What happened in a training, in order; a resumed one has the records from before as well.
-
-    Attributes:
-        records: one a finished epoch, with `epoch` (from 1), `step`, `train_loss`, `validation_accuracy` in `[0, 1]`,
-            `validation_loss`, `lr` (of the last step), `seconds` and `params`; and the hook's events between them, with
-            `event`, `epoch` and `step`.
-    """
-
-    records: tuple[dict[str, Any], ...]
-
-    @property
-    def epochs(self) -> tuple[dict[str, Any], ...]:
-        """The records of epochs."""
-        return tuple(record for record in self.records if "event" not in record)
-
-    @property
-    def events(self) -> tuple[dict[str, Any], ...]:
-        """The hook's events."""
-        return tuple(record for record in self.records if "event" in record)
 
 
 def train(
