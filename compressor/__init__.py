@@ -1,7 +1,7 @@
 """compressor makes trained networks physically smaller: fewer channels, not zeros.
 
     graph = compressor.trace(model, example_inputs)
-    result = compressor.prune(model, example_inputs, criterion="l1", sparsity=0.6)
+    result = compressor.prune(model, example_inputs, criterion="l1", budget=0.6)
     compressor.save(model, "small.safetensors")
 
 Names are imported when they are first used, so that `import compressor` (and `compress --help`) stays fast.
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from compressor.deploy import export_onnx, load, save
     from compressor.graph import RULES, ChannelGraph, Group, trace
     from compressor.pruning import Pruner, prune
-    from compressor.sparse import SparseTraining
+    from compressor.relevance import RelevanceConfig
+    from compressor.sparse import SparseConfig, SparseTraining
     from compressor.surgery import cut
 
 _HOME = {
@@ -33,7 +34,9 @@ _HOME = {
     "PruneResult": "budget",
     "Pruner": "pruning",
     "RULES": "graph",
+    "RelevanceConfig": "relevance",
     "Snapshot": "criteria",
+    "SparseConfig": "sparse",
     "SparseTraining": "sparse",
     "cut": "surgery",
     "export_onnx": "deploy",
@@ -55,7 +58,9 @@ __all__ = [
     "OneShot",
     "PruneResult",
     "Pruner",
+    "RelevanceConfig",
     "Snapshot",
+    "SparseConfig",
     "SparseTraining",
     "cut",
     "export_onnx",

@@ -82,7 +82,8 @@ def _takes_every_option(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameter(item: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
-    name, help_ = "--" + item.name.replace("_", "-"), item.metadata
+    name = "--" + item.name.replace("_", "-")
+    help_ = item.metadata
     usual = "" if kind is bool else f" Default: {help_['shown'] or item.default}."
     name += f"/--no-{item.name}" if item.default is True else ""
     kind = list[str] if item.name == "sparsity" else kind  # one number, and PATTERN=NUMBER as often as one likes
@@ -257,7 +258,8 @@ def inspect_(
         network, shape = job.saved.loaded(Path(model), factory, image_size)
     else:
         side = image_size or 224
-        network, shape = training.models.build(model, classes=classes, stem=stem, seed=0), (3, side, side)
+        network = training.models.build(model, classes=classes, stem=stem, seed=0)
+        shape = (3, side, side)
     channels = graph.trace(network, torch.zeros(1, *shape))
     if svg:
         with atomic_write(svg) as part:

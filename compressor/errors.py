@@ -49,7 +49,9 @@ class UnknownNameError(InputError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str], hint: str = "") -> None:
         known = sorted(known)
-        self.kind, self.name, self.known = kind, name, tuple(known)
+        self.kind = kind
+        self.name = name
+        self.known = tuple(known)
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         listed = ", ".join(known) if len(known) <= 20 else ", ".join(known[:20]) + ", ..."
         advice = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known: {listed or 'none'}"
@@ -65,7 +67,9 @@ class RangeError(InputError):
     """
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
-        self.name, self.value, self.allowed = name, value, allowed
+        self.name = name
+        self.value = value
+        self.allowed = allowed
         super().__init__(f"{name} = {value} is out of range: give {name} in {allowed}")
 
 
@@ -78,7 +82,8 @@ class ScoreError(InputError):
     """
 
     def __init__(self, group: str, reason: str, instead: str) -> None:
-        self.group, self.reason = group, reason
+        self.group = group
+        self.reason = reason
         super().__init__(f"no usable scores for group {group!r}: {reason}; {instead}")
 
 
@@ -95,7 +100,8 @@ class IdleArgumentError(InputError):
     """
 
     def __init__(self, name: str, beside: str) -> None:
-        self.name, self.beside = name, beside
+        self.name = name
+        self.beside = beside
         super().__init__(f"{name} has no effect with {beside}: leave one of them out")
 
 
@@ -108,7 +114,8 @@ class OptimizerError(InputError):
     """
 
     def __init__(self, missing: Sequence[str], any_would_do: bool) -> None:
-        self.missing, self.any_would_do = tuple(missing), any_would_do
+        self.missing = tuple(missing)
+        self.any_would_do = any_would_do
         none = f"holds none of the model's {len(missing)} parameters ({missing[0]!r}, ...)"
         what = none if any_would_do else f"does not hold {missing[0]!r}"
         super().__init__(
@@ -126,7 +133,8 @@ class PeriodError(InputError):
     """
 
     def __init__(self, what: str, steps: int, needed: int, batch_size: int, instead: str) -> None:
-        self.steps, self.needed = steps, needed
+        self.steps = steps
+        self.needed = needed
         super().__init__(
             f"{what} = {steps} step{'s' * (steps != 1)} cannot resolve anything: with batches of {batch_size} it takes "
             f"{needed} to tell from chance even a channel that saves a whole standard deviation of the loss; {instead}"
@@ -147,7 +155,9 @@ class TraceError(CompressorError):
     """
 
     def __init__(self, model: str, shapes: str, where: str, cause: BaseException) -> None:
-        self.model, self.shapes, self.where = model, shapes, where
+        self.model = model
+        self.shapes = shapes
+        self.where = where
         at = f" at module {where!r}" if where else ""
         super().__init__(
             f"{model} does not run on the example inputs {shapes}{at}: {type(cause).__name__}: {cause}; "
@@ -164,7 +174,8 @@ class CutError(CompressorError):
     """
 
     def __init__(self, reason: str, groups: Sequence[str] = ()) -> None:
-        self.reason, self.groups = reason, tuple(groups)
+        self.reason = reason
+        self.groups = tuple(groups)
         names = f" (group {', '.join(self.groups)})" if groups else ""
         super().__init__(f"cut refused{names}: {reason}; nothing was changed")
 
@@ -189,8 +200,12 @@ class BudgetError(CompressorError):
     """
 
     def __init__(self, measure: str, asked: float, best: float, blocked: Sequence[str]) -> None:
-        self.measure, self.asked, self.best, self.blocked = measure, asked, best, tuple(blocked)
-        why, reachable = "".join(f"\n  - {line}" for line in blocked), int(best * 1000) / 1000
+        self.measure = measure
+        self.asked = asked
+        self.best = best
+        self.blocked = tuple(blocked)
+        why = "".join(f"\n  - {line}" for line in blocked)
+        reachable = int(best * 1000) / 1000
         less = f"at most {best:.1%} can go; ask for a sparsity of {reachable:g} or less"
         advice = less if reachable else "nothing can go"
         super().__init__(
@@ -208,7 +223,9 @@ class TrainingError(CompressorError):
     """
 
     def __init__(self, loss: float, epoch: int, lr: float) -> None:
-        self.loss, self.epoch, self.lr = loss, epoch, lr
+        self.loss = loss
+        self.epoch = epoch
+        self.lr = lr
         super().__init__(
             f"the loss became {loss} in epoch {epoch}: training diverged at lr = {lr:g}; try {lr / 3:.1g} or less"
         )
@@ -227,7 +244,8 @@ class ExportError(CompressorError):
     """
 
     def __init__(self, model: str, reason: str, instead: str) -> None:
-        self.model, self.reason = model, reason
+        self.model = model
+        self.reason = reason
         super().__init__(f"{model} cannot be exported to ONNX: {reason}; {instead}")
 
 
@@ -240,7 +258,8 @@ class ParityError(CompressorError):
     """
 
     def __init__(self, reason: str, kept: str) -> None:
-        self.reason, self.kept = reason, kept
+        self.reason = reason
+        self.kept = kept
         super().__init__(
             f"the ONNX file is not the model: {reason}; it is kept as {kept}, other files are as they were. "
             "Another opset may do: export_onnx(..., opset=20)"

@@ -26,7 +26,7 @@ from compressor.sparse.training import SparseTraining
 from compressor.training import load_data, models
 from compressor.training.config import TrainingConfig
 from compressor.training.data.sources import Data
-from compressor.training.data.splits import split
+from compressor.training.data.splits import stratified_split
 from compressor.training.evaluation import evaluate
 from compressor.training.hooks import PlainStep
 from compressor.training.loop import train
@@ -74,7 +74,7 @@ def data(name: str) -> Data:
     whole = load_data(f"imagefolder:{CIFAR}" if CIFAR.is_dir() else "cifar10", image_size=32)
     if DEVICE == "cuda":
         return whole
-    return replace(whole, train=split(whole.train, 0.9, 0, whole.classes)[0])
+    return replace(whole, train=stratified_split(whole.train, 0.9, 0, whole.classes)[0])
 
 
 def network(classes: int, seed: int) -> nn.Module:

@@ -56,7 +56,8 @@ def unwrap_compiled(model: nn.Module) -> nn.Module:
 @contextmanager
 def tf32_disabled() -> Iterator[None]:
     """Let a GPU multiply float32 in full; with ten bits of each factor no outputs agree to a few digits."""
-    cudnn, cublas = torch.backends.cudnn, torch.backends.cuda.matmul
+    cudnn = torch.backends.cudnn
+    cublas = torch.backends.cuda.matmul
     before = cudnn.allow_tf32, cublas.allow_tf32
     cudnn.allow_tf32 = cublas.allow_tf32 = False
     try:

@@ -64,7 +64,8 @@ class Limits:
 
     def _wanted(self, graph: ChannelGraph, whole: set[str], kept: Mapping[str, set[str]]) -> dict[str, float]:
         """Return the share of every group that a pattern gives one, if the patterns agree."""
-        wanted, shares = _matched(graph, "sparsity", self.sparsity), dict[str, float]()
+        wanted = _matched(graph, "sparsity", self.sparsity)
+        shares = dict[str, float]()
         for name in graph.sizes():
             patterns = {self.sparsity[pattern]: pattern for pattern in _matching(name, wanted)}
             rivals = [f"sparsity {pattern}={share:g}" for share, pattern in patterns.items()]

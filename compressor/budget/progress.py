@@ -85,7 +85,8 @@ class PruningProgress:
         return [name for name, size in self._sizes().items() if name not in self.graph.sizes() and size > 1]
 
     def _counts(self) -> dict[str, int]:
-        costs, sizes = CostModel(self.graph), self.graph.sizes()
+        costs = CostModel(self.graph)
+        sizes = self.graph.sizes()
         return {
             "params": costs.params(sizes),
             "macs": costs.macs(sizes),

@@ -150,7 +150,8 @@ def _gone(queue: IntArray, groups: int, fits: Callable[[IntArray], bool], *, ref
         return np.bincount(part, minlength=groups)
 
     front = bisect_left(range(len(queue)), True, key=lambda n: fits(count(queue[:n])))
-    gone, waiting = count(queue[:front]), queue[:front][::-1]
+    gone = count(queue[:front])
+    waiting = queue[:front][::-1]
     while refill and len(waiting) and fits(gone):
         back = bisect_left(range(len(waiting)), True, key=lambda n: not fits(gone - count(waiting[: n + 1])))
         gone = gone - count(waiting[:back])

@@ -111,7 +111,8 @@ def _their_group(group: Group, modules: Mapping[str, nn.Module]) -> tuple[Any, i
     for name, member, positions in layers:
         kind = ops.module2type(modules[name])
         if kind in PrunerBox:
-            pruner, node = PrunerBox[kind], Node(modules[name], None, name)
+            pruner = PrunerBox[kind]
+            node = Node(modules[name], None, name)
             prune = pruner.prune_in_channels if member.role == "consumer" else pruner.prune_out_channels
             indices, roots = _in_order(positions, unit)
             theirs.add_dep(Dependency(prune, prune, node, node), indices)

@@ -34,7 +34,8 @@ class HeadwiseAttention(nn.MultiheadAttention):
         """Return the attended values and, if asked, the weights; arguments and shapes as in `nn.MultiheadAttention`."""
         if is_causal and attn_mask is None:
             raise RuntimeError("is_causal is a hint about attn_mask: pass attn_mask with it")
-        batched, time_first = query.dim() == 3, not self.batch_first
+        batched = query.dim() == 3
+        time_first = not self.batch_first
         q, k, v = (_batch_first(x, batched, time_first) for x in self._projected(query, key, value))
         k, v = self._extended(k, self.bias_k), self._extended(v, self.bias_v)
         q, k, v = (torch.unflatten(x, -1, (-1, self.head_dim)).transpose(1, 2) for x in (q, k, v))

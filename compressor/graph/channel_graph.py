@@ -83,7 +83,8 @@ class ChannelGraph:
         exact = {group.name: group.exact for group in self.groups}
         table = self.table.without(removed)
         groups = table.groups([exact.get(name, True) for name in table.names])
-        self.table, self.recording = table, recording
+        self.table = table
+        self.recording = recording
         self.groups = tuple(group for group in groups if group.name in exact)
 
 

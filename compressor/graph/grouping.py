@@ -85,7 +85,8 @@ class _LabelledAxes:
     def __init__(self, context: TraceContext, classes: Classes) -> None:
         dims = [Place(dim.tensor, dim.dim, context.roles.get(dim, "follower")) for dim in context.parameter_dims]
         self.places = (*dims, *(Place(site.weight, site.dim, None) for site in context.sites))
-        self.members, self.parameter_dims = len(self.places), len(dims)
+        self.members = len(self.places)
+        self.parameter_dims = len(dims)
         arrays = [*context.parameter_dims.values(), *(site.axis for site in context.sites)]
         self.index = {id(array): number for number, array in enumerate(arrays)}
         # The size of an activation's axis can be no parameter's: of a concatenation, or of space that is flattened.

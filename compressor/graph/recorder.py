@@ -256,7 +256,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         context = self.context
         reason = f"its axis rule failed ({problem})" if problem else "no axis rule for this operation"
         for tensor in inputs:
-            axes, shape = context.axes(tensor), tuple(tensor.shape)
+            axes = context.axes(tensor)
+            shape = tuple(tensor.shape)
             context.freeze(axes, f"{reason}, input shape {shape}")
             if any(isinstance(axis, np.ndarray) for axis in axes):  # else nothing is lost, and nothing to be said
                 where = (context.op, context.module, shape)
@@ -314,7 +315,8 @@ class _SizeAttributes:
     """Tells whether the running module has an attribute of this value: then a size in its code may follow a cut."""
 
     def __init__(self, modules: Mapping[str, nn.Module], context: TraceContext) -> None:
-        self._modules, self._context = modules, context
+        self._modules = modules
+        self._context = context
         self._values: dict[str, set[int]] = {}
 
     def __call__(self, value: int) -> bool:

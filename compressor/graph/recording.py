@@ -201,7 +201,8 @@ class Recording:
             after: the recording after the cut.
             kind: returns the kind of a module by its name.
         """
-        record, ordinals = self.log.records[index], self._ordinals
+        record = self.log.records[index]
+        ordinals = self._ordinals
         same = [
             other
             for other, candidate in enumerate(self.log.records)

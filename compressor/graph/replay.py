@@ -41,7 +41,9 @@ class ReplayLabels(Labels):
 
     def __init__(self, recording: Recording, current_index: Callable[[], int]) -> None:
         super().__init__()
-        self._recording, self._current_index, self._position = recording, current_index, 0
+        self._recording = recording
+        self._current_index = current_index
+        self._position = 0
 
     def _next(self, sizes: Sequence[int]) -> list[Axis]:
         journal = self._recording.log.journal

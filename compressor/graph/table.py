@@ -136,7 +136,8 @@ class Table:
         before = np.concatenate([[0], np.cumsum(positions)])
         found: dict[str, dict[int, torch.Tensor]] = {}
         for index in np.flatnonzero(np.diff(before[self._offsets])).tolist():
-            place, kept = self.places[index], ~positions[self._offsets[index] : self._offsets[index + 1]]
+            place = self.places[index]
+            kept = ~positions[self._offsets[index] : self._offsets[index + 1]]
             if place.role:
                 found.setdefault(place.tensor, {})[place.dim] = torch.from_numpy(np.flatnonzero(kept))
         return found

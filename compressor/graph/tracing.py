@@ -43,7 +43,9 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     Raises:
         TraceError: the model does not run on the example inputs.
     """
-    context, log, notes = TraceContext(), OpLog(meta=True), list[str]()
+    context = TraceContext()
+    log = OpLog(meta=True)
+    notes = list[str]()
     try:
         Recorder(model, context, log).run(example_inputs)
     except Exception as failure:
@@ -80,7 +82,8 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
 
 
 def _run_real(model: nn.Module, example_inputs: Any) -> tuple[TraceContext, OpLog]:
-    context, log = TraceContext(), OpLog(meta=False)
+    context = TraceContext()
+    log = OpLog(meta=False)
     saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         Recorder(model, context, log).run(example_inputs)

@@ -108,7 +108,8 @@ class VerifyingRecorder(Recorder):  # type: ignore[no-untyped-call]
         shape = self.recording.shape(record)
         assert record.memory_order is not None
         # The same order in memory as before, or a later `view` would fail, or succeed, where it did not.
-        strides, stride = [0] * len(shape), 1
+        strides = [0] * len(shape)
+        stride = 1
         for dim in reversed(record.memory_order):
             strides[dim] = stride
             stride *= max(shape[dim], 1)

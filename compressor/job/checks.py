@@ -69,8 +69,10 @@ def require_effects(given: Values, usual: Values) -> None:
 
 def _idle(given: Values) -> dict[str, str]:
     """Return, by option, what makes it idle; nothing where it has an effect."""
-    criterion, data = f"--criterion {given['criterion']}", given["data"]
-    observing, sparse = given["criterion"] == OBSERVING, is_sparse(given["criterion"])
+    criterion = f"--criterion {given['criterion']}"
+    data = given["data"]
+    observing = given["criterion"] == OBSERVING
+    sparse = is_sparse(given["criterion"])
     weights = "--granularity weight" if sparse and given["granularity"] != "channel" else ""
     relevance = ("relevance_estimator", "drop", "observe_every", "confidence", "dummies", "warmup")
     return {

@@ -37,7 +37,8 @@ def finish(
     Raises:
         ExportError, ParityError: a model has no ONNX file that gives its outputs; the models are saved.
     """
-    folder, models = Path(settings.out), {"dense": trained.dense.eval(), "pruned": trained.pruned.eval()}
+    folder = Path(settings.out)
+    models = {"dense": trained.dense.eval(), "pruned": trained.pruned.eval()}
     about = {"data": data.name, "classes": list(data.classes), "image_shape": list(data.image_shape)}
     for name, model in models.items():
         save(model, folder / f"{FILES[name]}.safetensors", extra=about)
@@ -81,7 +82,8 @@ def _images(part: Split) -> Tensor:
 
 def _figures(settings: Settings, data: Data, trained: Trained, name: str, folder: Path) -> report.Figures:
     model, index = (trained.dense, 0) if name == "dense" else (trained.pruned, 1)
-    seen, result = evaluate(model, data.test, device=settings.device), trained.result
+    seen = evaluate(model, data.test, device=settings.device)
+    result = trained.result
     example = torch.zeros(1, *data.image_shape, device=settings.device)
     return report.Figures(
         accuracy=seen.accuracy,
@@ -100,7 +102,8 @@ def _timings(
     settings: Settings, data: Data, models: Mapping[str, nn.Module], folder: Path, on_progress: Progress
 ) -> tuple[tuple[report.Timing, ...], tuple[str, ...]]:
     """Time both models in turns, in PyTorch and onnxruntime; a note says so where the latter cannot use the device."""
-    files, notes = {name: folder / f"{FILES[name]}.onnx" for name in models}, tuple[str, ...]()
+    files = {name: folder / f"{FILES[name]}.onnx" for name in models}
+    notes = tuple[str, ...]()
     compare = partial(
         latency.compare, models, data.image_shape, device=settings.device, threads=torch.get_num_threads()
     )
@@ -108,7 +111,8 @@ def _timings(
     try:
         measured = compare(onnx_files=files)
     except InputError as error:
-        measured, notes = compare(), (str(error),)
+        measured = compare()
+        notes = (str(error),)
     on_progress("latency", 1, 1)
     pairs = [(place, name, times) for place in measured.comparisons for name, times in place.latencies.items()]
     return tuple(_timing(*pair) for pair in pairs), notes

@@ -65,7 +65,8 @@ def timed(
     for file in files:
         if file.suffix not in makers:
             raise InputError(f"{file} is no model file: give one that ends in {' or '.join(makers)}")
-    device, before = usable_device(device), torch.get_num_threads()
+    device = usable_device(device)
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         runners = {str(file): makers[file.suffix](file, batch_size, device, image_size) for file in files}

@@ -90,7 +90,8 @@ class Stages:
 
     def during(self, model: nn.Module) -> Trained:
         """Train the dense model, and another from the same weights that gets smaller on its way."""
-        dense, pruned = copy.deepcopy(model), model
+        dense = copy.deepcopy(model)
+        pruned = model
         pruners: list[Pruner | SparseTraining] = []
 
         def make_pruner(model: nn.Module, optimizer: Optimizer, total_steps: int) -> StepHook:
@@ -105,7 +106,8 @@ class Stages:
         """Train, then go two ways for equally long: with a pruned copy, and with the dense model."""
         settings = self.settings
         self._train(model, "train", settings.epochs)
-        dense, pruned = model, copy.deepcopy(model)
+        dense = model
+        pruned = copy.deepcopy(model)
         result = self._prune(pruned)
         self._train(dense, "dense", settings.finetune_epochs or 0)
         self._train(pruned, "pruned", settings.finetune_epochs or 0, events=[_cut_record(result)])
@@ -227,7 +229,8 @@ class _Recalibrating:
     """A step hook around another that takes BatchNorm statistics anew after every change that the other reports."""
 
     def __init__(self, hook: Pruner | SparseTraining, recalibrate: Callable[[nn.Module], None]) -> None:
-        self._hook, self._recalibrate = hook, recalibrate
+        self._hook = hook
+        self._recalibrate = recalibrate
 
     def loss(self, inputs: Tensor, targets: Tensor, loss_fn: LossFunction) -> Tensor:
         """Return the mean loss, as the other hook does."""

@@ -26,8 +26,11 @@ class Evidence:
     """
 
     def __init__(self, estimator: Estimator, group_of: Tensor, dummies: int) -> None:
-        self._estimator, self._dummies_each = estimator, dummies
-        channels, groups, device = len(group_of), int(group_of.max()) + 1, group_of.device
+        self._estimator = estimator
+        self._dummies_each = dummies
+        channels = len(group_of)
+        groups = int(group_of.max()) + 1
+        device = group_of.device
         self._group_of = group_of
         # What ranks is kept in two halves of the steps: their agreement is the reliability of the ranking.
         self._means = {
@@ -42,7 +45,8 @@ class Evidence:
 
     def add(self, number: int, batch: BatchRecord, decay: float, generator: torch.Generator) -> None:
         """Take in what batch `number` showed; what was shown before counts `decay` times as much from now on."""
-        channels, measured = len(self._group_of), self._estimator.measure(batch)
+        channels = len(self._group_of)
+        measured = self._estimator.measure(batch)
         draws = batch.draw[:, :channels].sum(0).float()
         increments = {
             "relevance": Increment(measured.totals[:channels], measured.weights[:channels]),
@@ -108,7 +112,8 @@ class Evidence:
         if self._estimator.soft:
             return dummies
         # NOTE: Dummies are drawn at the full rate. A channel that was drawn less often is that much less certain.
-        full, own = self._means["dummies"].weights[0].mean(0)[self._group_of], self._means["relevance"].weights.sum(0)
+        full = self._means["dummies"].weights[0].mean(0)[self._group_of]
+        own = self._means["relevance"].weights.sum(0)
         wider = torch.where(own > 0, full / own, 1.0).sqrt()
         centre = dummies.mean(0)
         return centre[self._group_of] + (dummies - centre)[:, self._group_of] * wider

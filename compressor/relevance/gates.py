@@ -72,7 +72,9 @@ class Gates:
         chosen = [_named(graph, name) for name in names]
         _check(chosen)
         self.sizes = {group.name: group.size for group in chosen}
-        self._graph, self.half_life, self.track_every = graph, half_life, track_every
+        self._graph = graph
+        self.half_life = half_life
+        self.track_every = track_every
         self._passes = 0
         self._workspace = Workspace()
         self._sites = _sites(graph.model, chosen)
@@ -154,7 +156,8 @@ class Gates:
         after._passes = self._passes
         for name, site in after._sites.items():
             if name in self._sites:
-                site.total, site.count = self._sites[name].kept(keep), self._sites[name].count
+                site.total = self._sites[name].kept(keep)
+                site.count = self._sites[name].count
         return after
 
     def state_dict(self) -> dict[str, Any]:
@@ -235,7 +238,8 @@ class _Site:
         # At least float32: a decaying sum of half-precision means stops growing after some hundred terms.
         mean = h.mean(others, dtype=torch.promote_types(h.dtype, torch.float32))
         if len(self.total) != len(mean):
-            self.total, self.count = torch.zeros_like(mean), 0.0
+            self.total = torch.zeros_like(mean)
+            self.count = 0.0
         self.total = self.total.to(mean) * decay + mean
         self.count = self.count * decay + 1
 
@@ -260,7 +264,8 @@ def _sites(model: nn.Module, groups: Sequence[Group]) -> dict[str, _Site]:
     for group in groups:
         for each in _consumer_inputs(group):
             site = sites.setdefault(each.module, _Site(model.get_submodule(each.module), each.module, each.dim))
-            site.positions[group.name], site.starts[group.name] = each.positions, start
+            site.positions[group.name] = each.positions
+            site.starts[group.name] = start
             site.weights += [each.weight] if each.weight not in site.weights else []
         start += group.size
     return sites

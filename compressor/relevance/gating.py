@@ -80,8 +80,12 @@ class Gate:
 
     def _saving(self, gated: Tensor, h: Tensor) -> tuple[Any, Any]:
         """Return what packs and unpacks the tensors that the gated layer saves."""
-        layout, version, unchanged = (gated.shape, gated.stride()), gated._version, h._version
-        address, memory, shared = gated.data_ptr(), gated.untyped_storage().data_ptr(), self._in_workspace(h)
+        layout = (gated.shape, gated.stride())
+        version = gated._version
+        unchanged = h._version
+        address = gated.data_ptr()
+        memory = gated.untyped_storage().data_ptr()
+        shared = self._in_workspace(h)
 
         def pack(saved: Tensor) -> Tensor | None:
             if saved.data_ptr() == address and (saved.shape, saved.stride(), saved._version) == (*layout, version):
@@ -107,7 +111,8 @@ class Gate:
 
     def applied(self, h: Tensor) -> Tensor:
         """Return `gate * h`, or `mean + gate * (h - mean)`."""
-        gate, out = _along(self.rows, h, self.dim), self.workspace.like(h) if self._in_workspace(h) else None
+        gate = _along(self.rows, h, self.dim)
+        out = self.workspace.like(h) if self._in_workspace(h) else None
         if self.mean is None:
             return torch.mul(h, gate, out=out)
         # NOTE: lerp with out= takes no centre of another shape.
@@ -151,7 +156,8 @@ class _Gated(torch.autograd.Function):
 def _along(values: Tensor, h: Tensor, dim: int) -> Tensor:
     """View values `(B, D)` or `(D,)` so that they broadcast against `h`, in its precision."""
     shape = [1] * h.dim()
-    shape[0], shape[dim] = (len(values) if values.dim() == 2 else 1), values.shape[-1]
+    shape[0] = len(values) if values.dim() == 2 else 1
+    shape[dim] = values.shape[-1]
     return values.detach().to(h.dtype).view(shape)
 
 

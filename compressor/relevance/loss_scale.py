@@ -46,7 +46,8 @@ class LossScale:
         losses = observation.losses.to(observation.gates.dtype)
         gradients = observation.gradients() if self._estimator.soft else torch.zeros_like(observation.gates)
         excess, unit = self._learn(losses, number, decay)
-        residual, controlled = torch.ones_like(unit), observation.ungated is not None
+        residual = torch.ones_like(unit)
+        controlled = observation.ungated is not None
         if observation.ungated is not None:
             losses, residual = self._control.reduce(losses, observation.ungated.to(losses), decay)
         return BatchRecord(
@@ -62,7 +63,8 @@ class LossScale:
 
     def _learn(self, losses: Tensor, number: int, decay: float) -> tuple[Tensor, Tensor]:
         """Return the mean loss above its running mean, and one over the running deviation; then the means go on."""
-        level, per_sample = self._level, self._estimator.per_sample
+        level = self._level
+        per_sample = self._estimator.per_sample
         # Against the mean of the batches before: a mean that holds this batch would take a part of its excess away.
         excess = torch.where(level.weights[0] > 0, losses.mean() - level.mean(), 0.0)
         # Where a batch is one observation, the deviation is that of batch means; the first has nothing to differ from.

@@ -50,7 +50,8 @@ class Observation:
     """
 
     def __init__(self, gates: Tensor, draw: Tensor) -> None:
-        self.gates, self.draw = gates, draw
+        self.gates = gates
+        self.draw = draw
         self.losses: Tensor | None = None
         self.ungated: Tensor | None = None
         self.share: Tensor | None = None
@@ -81,7 +82,8 @@ class Observation:
                 "the losses carry no gradients, and this estimator reads gate gradients: leave torch.no_grad(), or use "
                 "the estimator 'loss' or 'source'"
             )
-        self.losses, self.ungated = losses.detach(), None if ungated is None else ungated.detach()
+        self.losses = losses.detach()
+        self.ungated = None if ungated is None else ungated.detach()
         if losses.requires_grad:
             # The loop may scale the loss, divide it for accumulation, or take a sum: whatever it does stands in the
             # gradient by these losses, and is divided out again.

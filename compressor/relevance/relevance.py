@@ -61,7 +61,9 @@ class Relevance:
     """
 
     def __init__(self, graph: ChannelGraph, config: RelevanceConfig | None = None, *, seed: int = 0) -> None:
-        self.graph, self.config, self.steps = graph, config or RelevanceConfig(), 0
+        self.graph = graph
+        self.config = config or RelevanceConfig()
+        self.steps = 0
         self._estimator = ESTIMATORS[self.config.estimator]
         self._schedule = ObservationSchedule.from_config(self.config)
         self._gates = self._watch_groups()
@@ -140,7 +142,8 @@ class Relevance:
         Raises:
             InputError: there was no batch, or no backward pass.
         """
-        pending, self._pending = self._pending, []
+        pending = self._pending
+        self._pending = []
         if not pending and self.draws:
             raise InputError("step() came without a batch: call loss(...) and backward() first")
         for observation in pending:
@@ -148,7 +151,8 @@ class Relevance:
         self.steps += 1
 
     def _add(self, observation: Observation) -> None:
-        decay, factor = self._schedule.decay, self._evidence.factor(observation.ungated is not None)
+        decay = self._schedule.decay
+        factor = self._evidence.factor(observation.ungated is not None)
         batch = self._scale.normalised(observation, self._batches, decay, factor)
         self._evidence.add(self._batches, batch, decay, self._sampler.generator)
         self._batches += 1
@@ -220,7 +224,8 @@ class Relevance:
             half_life: from now on.
         """
         self._schedule.fit(period, batch_size, half_life)
-        self._gates.half_life, self._gates.track_every = self._schedule.half_life_in_batches, self._track_every
+        self._gates.half_life = self._schedule.half_life_in_batches
+        self._gates.track_every = self._track_every
 
     # -- cuts and checkpoints
 
@@ -234,11 +239,14 @@ class Relevance:
         Raises:
             InputError: `keep` does not lead to this graph. Nothing was changed.
         """
-        before, after = self._gates.sizes, self._gates.narrowed(keep, graph)
+        before = self._gates.sizes
+        after = self._gates.narrowed(keep, graph)
         columns, groups = (each.to(self._sampler.group_of.device) for each in kept_columns(before, keep, after.sizes))
         cut = {name for name, kept in keep.items() if len(kept) < before.get(name, 0)}
         warn_if_unreliable(self.reliability(), cut)
-        self.graph, self._gates, self._pending = graph, after, []
+        self.graph = graph
+        self._gates = after
+        self._pending = []
         self._sampler.narrow(columns, after.sizes.values())
         self._evidence.narrow(columns, groups, self._sampler.group_of)
 
@@ -270,7 +278,8 @@ class Relevance:
             if state[name] != value:
                 raise InputError(f"this state is of {name} {state[name]}, not {value}: make Relevance as it was made")
         self.graph.freeze(self._gates.sizes.keys() - sizes.keys(), "frozen before the run was interrupted")
-        self._schedule.half_life, self._schedule.every = state["half_life"], int(state["observe_every"])
+        self._schedule.half_life = state["half_life"]
+        self._schedule.every = int(state["observe_every"])
         # Made anew: gates and sums have the shapes of all groups of the graph, also of those that were just frozen.
         self._gates = self._watch_groups()
         self._sampler.narrow(torch.arange(sum(sizes.values())), sizes.values())
@@ -279,7 +288,9 @@ class Relevance:
         self._scale.load_state_dict(state["loss_scale"])
         self._gates.load_state_dict(state["gates"])
         self._sampler.load_state_dict(state["sampler"])
-        self.steps, self._batches, self._pending = int(state["steps"]), int(state["batches"]), []
+        self.steps = int(state["steps"])
+        self._batches = int(state["batches"])
+        self._pending = []
 
 
 def _rounded(values: Tensor) -> list[float]:

@@ -38,8 +38,10 @@ class ChannelSampler:
     def __init__(
         self, config: RelevanceConfig, sizes: Collection[int], generator: torch.Generator, dtype: torch.dtype
     ) -> None:
-        self.generator, self._dtype = generator, dtype
-        self._estimator, self._count = ESTIMATORS[config.estimator], config.draw_one_in
+        self.generator = generator
+        self._dtype = dtype
+        self._estimator = ESTIMATORS[config.estimator]
+        self._count = config.draw_one_in
         # Soft dummies are not drawn: they are made from the channels' own increments.
         self._dummies = 0 if self._estimator.soft else config.dummies
         self._set_sizes(sizes)
@@ -105,7 +107,8 @@ def kept_columns(
     Raises:
         InputError: `keep` does not lead from the one to the other.
     """
-    names, columns = list(before), []
+    names = list(before)
+    columns = []
     starts = dict(zip(names, itertools.accumulate(before.values(), initial=0), strict=False))
     for name, size in after.items():
         if name not in before:

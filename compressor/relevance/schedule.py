@@ -76,7 +76,8 @@ class ObservationSchedule:
         """
         batches = self._required_batches(batch_size)
         # Never less often than before: a schedule that is fitted twice, by a resumed run say, must stay the same.
-        before, self.every = self.every, max(self._least, min(self.every, period // batches))
+        before = self.every
+        self.every = max(self._least, min(self.every, period // batches))
         self.half_life = half_life
         if self.every != before:
             logger.info(

@@ -122,7 +122,8 @@ def corrected_effect(losses: Tensor, gradients: Tensor, gates: Tensor, factor: T
     """
     draw = gates < 1
     effect = finite_effect(gradients, draw)
-    by_losses, by_gradients = loss_contrast(losses, 1 - draw.to(losses)), finite_effect(gradients * gates, draw)
+    by_losses = loss_contrast(losses, 1 - draw.to(losses))
+    by_gradients = finite_effect(gradients * gates, draw)
     # Where all samples drew a channel, or none, the losses contrast nothing, and X - Y would be -Y instead of noise.
     difference = torch.where(by_losses.weights > 0, by_losses.mean() - by_gradients.mean(), 0.0)
     return Increment(effect.totals + factor * effect.weights * difference, effect.weights)
@@ -264,7 +265,8 @@ def confidence(relevance: Tensor, dummies: Tensor) -> Tensor:
     Returns:
         `(C,)` in `[0, 1]`, larger means more certainly relevant; 1/2 where dummies and channel do not differ at all.
     """
-    above, spread = relevance - dummies.mean(0), dummies.std(0)
+    above = relevance - dummies.mean(0)
+    spread = dummies.std(0)
     # Before anything was observed all is 0: 0 / 0 must say "undecided", and a channel that differs is beyond doubt.
     z = torch.where(spread > 0, above / spread, above.sign() * math.inf)
     probability: Tensor = torch.special.ndtr(z.nan_to_num(0.0, math.inf, -math.inf))

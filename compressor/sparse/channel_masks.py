@@ -125,7 +125,8 @@ class ChannelMasks(MaskedUnits):
 
     def zeros(self) -> dict[str, Tensor]:
         """Return where consumers' weights belong to a channel that is off."""
-        parameters, zeros = self._parameters(), dict[str, Tensor]()
+        parameters = self._parameters()
+        zeros = dict[str, Tensor]()
         for group in self.graph.groups:
             off = (~self.masks[group.name]).cpu()
             for member in group.of_role("consumer"):

@@ -47,7 +47,8 @@ def without_nearest_zero(values: Tensor, mask: Tensor, share: float) -> Tensor:
 
     Source: Mocanu et al. 2018, arXiv 1707.04780.
     """
-    positive, negative = mask & (values > 0), mask & (values < 0)
+    positive = mask & (values > 0)
+    negative = mask & (values < 0)
     return without_lowest(values, positive, share) | without_lowest(-values, negative, share)
 
 

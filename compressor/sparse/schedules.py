@@ -74,7 +74,8 @@ class DropGrowSchedule(MaskSchedule):
             raise InputError(
                 f"{name} changes its masks once an epoch: give prune_every=len(loader), the steps of an epoch"
             )
-        self._how, self._end = how, how.until * total_steps
+        self._how = how
+        self._end = how.until * total_steps
         self.every = every or how.every or 1
         self.last = (math.ceil(self._end) - 1) // self.every * self.every
         if self.last < 1:

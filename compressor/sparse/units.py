@@ -36,8 +36,11 @@ class MaskedUnits(ABC):
     def __init__(
         self, graph: ChannelGraph, optimizers: Sequence[Optimizer], budget: Budget, copies: Sequence[nn.Module]
     ) -> None:
-        self.graph, self.masks, self._budget = graph, Masks(), budget
-        self._optimizers, self._copies = optimizers, copies
+        self.graph = graph
+        self.masks = Masks()
+        self._budget = budget
+        self._optimizers = optimizers
+        self._copies = copies
         require_alike(named_model_tensors(dict(graph.model.named_modules())), copies)
         self._zeros = dict[str, Tensor]()
 

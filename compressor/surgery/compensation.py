@@ -39,7 +39,8 @@ def input_means(graph: ChannelGraph, batches: Iterable[Any]) -> dict[str, Tensor
         InputError: no batch came.
     """
     sums = {seen.weight: _Sum(seen.dim) for group in graph.groups for seen in group.inputs}
-    count, device = 0, device_of(graph.model)
+    count = 0
+    device = device_of(graph.model)
     with ExitStack() as hooks, eval_mode(graph.model):
         for weight, total in sums.items():
             module = graph.model.get_submodule(weight.rpartition(".")[0])

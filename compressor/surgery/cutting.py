@@ -75,7 +75,8 @@ def cut(
         return
     transaction = Transaction(graph.model, list(copies), as_list(optimizer))
     # A class is what the recording knows a channel by; it has others beside those of groups, which no cut removes.
-    removed, removed_classes = graph.table.removed(kept), _removed_classes(graph, kept)
+    removed = graph.table.removed(kept)
+    removed_classes = _removed_classes(graph, kept)
     try:
         # The fold comes first: it reads the removed channels' weights, which are gone afterwards.
         if means:

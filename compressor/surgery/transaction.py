@@ -29,7 +29,8 @@ class Transaction:
     """
 
     def __init__(self, model: nn.Module, copies: Sequence[nn.Module], optimizers: Sequence[Optimizer]) -> None:
-        self._copies, self._optimizers = copies, optimizers
+        self._copies = copies
+        self._optimizers = optimizers
         self._modules = [dict(each.named_modules()) for each in (model, *copies)]
         self.tensors = [named_model_tensors(modules) for modules in self._modules]
         require_alike(self.tensors[0], copies)

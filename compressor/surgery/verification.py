@@ -125,7 +125,8 @@ def _masked(graph: ChannelGraph, gone: Mapping[str, Tensor], means: Means) -> It
     with ExitStack() as hooks:
         for weight, mean in removed_means(graph, gone, means).items():
             constant = constant_output(tensors[weight], mean)
-            module, dim = graph.model.get_submodule(weight.rpartition(".")[0]), 1 - max(tensors[weight].dim() - 1, 1)
+            module = graph.model.get_submodule(weight.rpartition(".")[0])
+            dim = 1 - max(tensors[weight].dim() - 1, 1)
             hooks.callback(module.register_forward_hook(_adding(constant, dim - 1)).remove)
         try:
             # NOTE: Masked copies are put in by `.data`, so that the parameters stay the objects that optimizers hold.

@@ -73,7 +73,8 @@ def _taken(context: TraceContext, x: Tensor, dim: int, index: Tensor) -> Axis:
 
     Numbers that stand elsewhere, or name rows of a parameter, cannot follow a cut: those channels stay.
     """
-    axis, values = context.axes(x)[dim], context.index_values(index)
+    axis = context.axes(x)[dim]
+    values = context.index_values(index)
     if isinstance(axis, np.ndarray) and values is not None and not context.weight(x):
         chosen = axis[values]
         if context.register_index_buffer(index, axis):
@@ -108,7 +109,8 @@ def _indexed(context: TraceContext, x: Tensor, indices: Sequence[Tensor | None])
 
 def _covered(indices: Sequence[Tensor | None]) -> list[tuple[Tensor, list[int]]]:
     """Return each index with the dimensions that it stands for: one, or as many as a mask has."""
-    found, dim = [], 0
+    found = []
+    dim = 0
     for each in indices:
         width = each.dim() if each is not None and _is_mask(each) else 1
         if each is not None:

@@ -91,7 +91,8 @@ def _tiled(axis: Axis, times: int) -> Axis:
 
 
 def _remember_offset(context: TraceContext, w: Tensor, bias: Tensor | None) -> None:
-    weight, target = context.weight(w), context.weight(bias) if bias is not None else None
+    weight = context.weight(w)
+    target = context.weight(bias) if bias is not None else None
     if weight and target:
         context.offsets[weight] = Offset(target, 1)
 
@@ -105,7 +106,9 @@ def deform_conv2d(
         context.freeze(context.axes(to_device)[1:], "moves or weighs the places of a kernel")
         context.tie(context.axes(x)[0], context.axes(to_device)[0])
     context.rectangle(context.axes(x)[1], offset_groups, tie=0)
-    stride, padding, dilation = sizes[:2], sizes[2:4], sizes[4:]
+    stride = sizes[:2]
+    padding = sizes[2:4]
+    dilation = sizes[4:]
     return convolution(context, out, x, w, bias, stride, padding, dilation, False, (0, 0), groups)
 
 

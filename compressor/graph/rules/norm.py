@@ -28,7 +28,8 @@ def batch_norm(context: TraceContext, out: Sequence[Tensor], x: Tensor, *rest: o
 
 
 def _remember_running_mean(context: TraceContext, x: Tensor, rest: tuple[object, ...]) -> None:
-    produced_by, mean = context.info(x).produced_by, rest[2] if len(rest) > 2 else None
+    produced_by = context.info(x).produced_by
+    mean = rest[2] if len(rest) > 2 else None
     # Where the convolution has a bias, that takes the constant: setdefault.
     if produced_by and isinstance(mean, Tensor) and (name := context.weight(mean)):
         context.offsets.setdefault(produced_by, Offset(name, -1))

@@ -111,7 +111,9 @@ def pad(context: TraceContext, out: Tensor, x: Tensor, widths: Sequence[int], *a
     """Add constant positions at the ends; a negative width takes positions away."""
     axes = list(context.axes(x))
     for index in range(len(widths) // 2):
-        dim, before, after = x.dim() - 1 - index, widths[2 * index], widths[2 * index + 1]
+        dim = x.dim() - 1 - index
+        before = widths[2 * index]
+        after = widths[2 * index + 1]
         axis = axes[dim]
         if not isinstance(axis, np.ndarray):
             axes[dim] = axis if before == after == 0 else UNPRUNABLE
@@ -131,7 +133,8 @@ def stack(context: TraceContext, out: Tensor, tensors: Sequence[Tensor], dim: in
 
 def split(context: TraceContext, out: Sequence[Tensor], x: Tensor, sizes: object, dim: int = 0) -> list[Axes]:
     """Cut a tensor into pieces along `dim`. Equal pieces stay equal: position j of each is one channel."""
-    axis, dim = context.axes(x)[dim], dim % x.dim()
+    axis = context.axes(x)[dim]
+    dim = dim % x.dim()
     lengths = [piece.shape[dim] for piece in out]
     if isinstance(axis, np.ndarray) and len(out) > 1:
         # `x.chunk(2)` and `x.split(c // 2)` look the same here; if the length was a number in the code, a cut shows it.
@@ -175,7 +178,8 @@ def slice_(
 ) -> Axes:
     """Take `start:end:step` along `dim`. Equal blocks stay equal; other bounds are fixed numbers, and hold."""
     dim %= x.dim()
-    axis, size = context.axes(x)[dim], x.shape[dim]
+    axis = context.axes(x)[dim]
+    size = x.shape[dim]
     first, last, _ = slice(start, end, 1).indices(size)
     if not isinstance(axis, np.ndarray) or (last - first == size and step == 1):
         return _replaced(context, x, dim, axis, out.shape[dim])
@@ -191,7 +195,8 @@ def slice_(
 
 def _cropped(context: TraceContext, axis: np.ndarray, first: int, last: int) -> np.ndarray:
     """Return a run of an axis. One of several equal blocks ties all of them; any other bound is a fixed number."""
-    size, width = len(axis), last - first
+    size = len(axis)
+    width = last - first
     if width == size:
         return axis
     if width > 1 and size % width == 0 and first % width == 0:
