@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressor
-from compressor.budget import Budget, CostModel, select
+from compressor.budget import Budget, CostModel, SelectionOptions, select
 from compressor.criteria import score
 from compressor.relevance import Relevance
 from compressor.surgery import mask_channels, removed_channels
@@ -50,7 +50,7 @@ def scores(name: str, model: nn.Module, graph: compressor.ChannelGraph, size: in
     if name == "relevance":
         observer = Relevance(graph, seed=0)
         observer.loss(model.train(), x, y, F.cross_entropy).backward()
-        observer.update()
+        observer.step()
         model.zero_grad()
         model.eval()
         return observer.scores()
@@ -70,7 +70,9 @@ def measure(model_name: str, criterion: str, size: int) -> dict[str, object]:
     graph = compressor.trace(model, x)
     traced = time.perf_counter()
     found = scores(criterion, model, graph, size)
-    selection = select(graph, found, Budget(0.5, "channels"), costs=CostModel(graph))
+    selection = select(
+        graph, found, Budget(0.5, "channels"), costs=CostModel(graph), options=SelectionOptions("global", 1)
+    )
     oracle = copy.deepcopy(graph)
     mask_channels(oracle, {name: removed_channels(graph[name], keep) for name, keep in selection.keep.items()})
     before = time.perf_counter()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressor
-from compressor.budget.selection import SCOPES
+from compressor.budget.options import SCOPES
 from compressor.training import PlainStep, TrainingConfig, evaluate, recalibrate, train
 
 NOTE = (

@@ -19,6 +19,7 @@ from torchvision.models.resnet import BasicBlock
 
 import compressor
 from compressor.budget.costs import CostModel
+from compressor.relevance import RelevanceConfig
 from compressor.relevance.estimators import ESTIMATORS
 from compressor.sparse import SparseConfig
 from compressor.sparse.regrowth import METHODS
@@ -43,7 +44,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CRITERIA: dict[str, dict[str, Any]] = {
     "dense": {},
     "random": {},
-    **{f"relevance-{name}": {"criterion": "relevance", "estimator": name, "scope": "global"} for name in ESTIMATORS},
+    **{
+        f"relevance-{name}": {"criterion": "relevance", "relevance": RelevanceConfig(name), "scope": "global"}
+        for name in ESTIMATORS
+    },
     "relevance-gate, local": {"criterion": "relevance"},
     "l1": {},
     "euclidean": {},
@@ -51,7 +55,11 @@ CRITERIA: dict[str, dict[str, Any]] = {
 }
 VARIANTS: dict[str, dict[str, Any]] = {  # what the defaults are chosen from
     "l1, global": {"criterion": "l1", "scope": "global"},
-    "relevance-gate, every step": {"criterion": "relevance", "observe_every": 1, "scope": "global"},
+    "relevance-gate, every step": {
+        "criterion": "relevance",
+        "relevance": RelevanceConfig(observe_every=1),
+        "scope": "global",
+    },
 }
 BY_MACS = (
     "random",
@@ -102,7 +110,9 @@ def hook(
         if criterion == "dense":
             return PlainStep(model, optimizer, total_steps)
         if criterion in METHODS:
-            extra = {"set": {"collect": epoch_steps}, "rigl": {"collect": max(1, total_steps // 20)}}.get(criterion, {})
+            extra = {"set": {"prune_every": epoch_steps}, "rigl": {"prune_every": max(1, total_steps // 20)}}.get(
+                criterion, {}
+            )
             return SparseTraining(
                 model,
                 example,

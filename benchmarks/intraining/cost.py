@@ -64,7 +64,7 @@ class Side:
             loss.backward()
             self.optimizer.step()
             if self.relevance:
-                self.relevance.update()
+                self.relevance.step()
             self.optimizer.zero_grad()
         synchronize()
         return time.perf_counter() - began

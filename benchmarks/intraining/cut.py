@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
 
 import compressor
-from compressor.budget.costs import CostModel
-from compressor.budget.selection import Budget, select
+from compressor.budget import Budget, CostModel, SelectionOptions, select
 from compressor.relevance.relevance import Relevance
 from compressor.training import models
 
@@ -42,9 +41,16 @@ def ours(optimizer_name: str) -> float:
     for _ in range(2):
         relevance.loss(model, X, Y, F.cross_entropy).backward()
         optimizer.step()
-        relevance.update()
+        relevance.step()
     began = time.perf_counter()
-    chosen = select(graph, relevance.scores(), Budget(0.1), costs=CostModel(graph), round_to=8, normalise=False)
+    chosen = select(
+        graph,
+        relevance.scores(),
+        Budget(0.1),
+        costs=CostModel(graph),
+        options=SelectionOptions("global", 8),
+        normalise=False,
+    )
     compressor.cut(graph, chosen.keep, optimizer, relevance.means())
     relevance.narrow(chosen.keep, graph)
     return time.perf_counter() - began

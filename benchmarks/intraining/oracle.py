@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import compressor
 from compressor.relevance import RelevanceConfig
-from compressor.relevance.estimators import ESTIMATORS, Step
+from compressor.relevance.estimators import ESTIMATORS, BatchRecord
 from compressor.relevance.relevance import Relevance
 from compressor.relevance.statistics import ControlVariate, RunningMean
 
@@ -122,7 +122,7 @@ def run(estimator: str, controlled: bool, steps: int, seed: int) -> tuple[Tensor
     control, factor, level, found = ControlVariate(), RunningMean(4), 0.0, []
     ungated = losses(torch.ones(4, dtype=torch.float64), towards_mean=False)
     for step in range(steps):
-        with relevance.observing(SAMPLES) as observation:
+        with relevance.observe(SAMPLES) as observation:
             gated = (model(x) - y).square()[:, 0]
             observation.credit(gated)
         gated.mean().backward()
@@ -133,7 +133,7 @@ def run(estimator: str, controlled: bool, steps: int, seed: int) -> tuple[Tensor
             seen, left = control.reduce(seen, ungated)
         gradients = observation.gradients() if how.soft else observation.gates.detach()
         gates = observation.gates.detach()
-        what = Step(seen, left, controlled, surprise, observation.draw, gates, gradients, factor.mean())
+        what = BatchRecord(seen, left, controlled, surprise, observation.draw, gates, gradients, factor.mean())
         found.append((how.rank or how.measure)(what))
         if how.learn:
             factor.add(step, how.learn(what))

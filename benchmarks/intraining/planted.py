@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressor
-from compressor.budget.costs import CostModel
-from compressor.budget.selection import Budget, select
+from compressor.budget import Budget, CostModel, SelectionOptions, select
 from compressor.criteria.registry import score
 from compressor.criteria.snapshot import Snapshot
 from compressor.relevance import RelevanceConfig
@@ -114,7 +113,7 @@ def ranking(name: str, model: nn.Module, seed: int) -> tuple[dict[str, Tensor], 
         loss.backward()
         optimizer.step()
         if relevance:
-            relevance.update()
+            relevance.step()
         optimizer.zero_grad()
     if relevance:
         return relevance.scores(), graph, {"reliability": min(relevance.reliability().values())}
@@ -146,7 +145,12 @@ def measure(name: str, seed: int) -> Row:
     row: Row = {"criterion": name, "seed": seed, "steps": STEPS, **reliability}
     for scope in ("global", "local"):
         chosen = select(
-            graph, scores, Budget(0.5, "channels"), costs=CostModel(graph), scope=scope, normalise=not watched
+            graph,
+            scores,
+            Budget(0.5, "channels"),
+            costs=CostModel(graph),
+            options=SelectionOptions(scope, 1),
+            normalise=not watched,
         )
         gone = {group.name: set(range(group.size)) - set(chosen.keep[group.name].tolist()) for group in graph.groups}
         hits = sum(len([c for c in gone[group.name] if c >= group.size // 2]) for group in graph.groups)
