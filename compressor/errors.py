@@ -181,7 +181,7 @@ class CutError(CompressorError):
 
 
 class StaleGraphError(CutError):
-    """Even uncut, the model does not run the operations of its trace any more."""
+    """Even uncut, the model does not run the operations of its trace any more, and cannot be traced anew."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(

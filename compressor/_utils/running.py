@@ -7,12 +7,14 @@ dimension of every tensor in it is the batch.
 from __future__ import annotations
 
 import gc
+import random
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_map
@@ -34,9 +36,13 @@ def gc_disabled() -> Iterator[None]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module's flag and the random state are as before."""
+    """Evaluation mode without gradients; afterwards every module's flag and all random states are as before.
+
+    That is torch's, numpy's and Python's own: a model may draw from any of them.
+    """
     training = [(module, module.training) for module in model.modules()]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
+    drawn = random.getstate(), np.random.get_state()
     try:
         model.eval()
         with torch.random.fork_rng(devices), torch.no_grad():
@@ -44,6 +50,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training:
             vars(module)["training"] = flag  # what `module.training = flag` does, less torch's search for parameters
+        random.setstate(drawn[0])
+        np.random.set_state(drawn[1])
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:
@@ -96,8 +104,11 @@ def _place(path: Any) -> str:
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """Return the inputs on a device."""
-    return tree_map(lambda tensor: tensor.to(device), inputs)
+    """Return a copy of the inputs on a device; what is no tensor (a flag, None) stays as it is.
+
+    A copy, because a model may write into its inputs (`x *= 255`), and they are the caller's.
+    """
+    return tree_map(lambda value: value.to(device, copy=True) if isinstance(value, Tensor) else value, inputs)
 
 
 def batch_size(inputs: Any, what: str = "example_inputs") -> int:

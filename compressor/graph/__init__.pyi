@@ -1,5 +1,6 @@
 from .axes import BoolArray as BoolArray
 from .channel_graph import ChannelGraph as ChannelGraph
+from .environment import preserve_module_state as preserve_module_state
 from .group import ConsumerInput as ConsumerInput
 from .group import Extent as Extent
 from .group import Frozen as Frozen

@@ -71,6 +71,24 @@ class ChannelGraph:
         self.params = tuple(_with_constant_sizes(term, sizes) for term in self.params)
         self.macs = tuple(_with_constant_sizes(term, sizes) for term in self.macs)
 
+    def adopt(self, fresh: ChannelGraph) -> list[str]:
+        """Take over a new trace of the same model. Groups that are frozen stay so; writes the graph, not the model.
+
+        Returns:
+            Names of groups that the new trace does not have, or not at the same positions; they are frozen.
+        """
+        common = {each.name for each in self.groups if each.name in fresh.sizes() and _is_same(each, fresh[each.name])}
+        missing = [name for name in self.sizes() if name not in common]
+        self.freeze(missing, "the model, traced anew, ties these channels otherwise")
+        fresh.freeze(fresh.sizes().keys() - common, "frozen before the model was traced anew")
+        self.groups = fresh.groups
+        self.params = fresh.params
+        self.macs = fresh.macs
+        self.offsets = fresh.offsets
+        self.table = fresh.table
+        self.recording = fresh.recording
+        return missing
+
     def narrow(self, removed: BoolArray, recording: Recording) -> None:
         """Describe the model after a cut. Writes the graph, not the model, which must be cut and verified already.
 
@@ -86,6 +104,14 @@ class ChannelGraph:
         self.table = table
         self.recording = recording
         self.groups = tuple(group for group in groups if group.name in exact)
+
+
+def _is_same(first: Group, second: Group) -> bool:
+    """Return whether two groups live at the same positions of the same tensors."""
+    if (first.size, len(first.members)) != (second.size, len(second.members)):
+        return False
+    pairs = zip(first.members, second.members, strict=True)
+    return all((a.tensor, a.dim) == (b.tensor, b.dim) and a.positions.equal(b.positions) for a, b in pairs)
 
 
 def _with_constant_sizes(term: Term, sizes: Mapping[str, int]) -> Term:

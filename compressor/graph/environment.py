@@ -17,9 +17,16 @@ from compressor.graph.sizes import is_torch_module
 
 
 @contextlib.contextmanager
-def preserve_module_state(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Run in evaluation mode, and undo what a model writes into itself: its caches must not keep meta tensors."""
-    own = [vars(module) for module in modules.values() if not is_torch_module(module)]
+def preserve_module_state(model: nn.Module) -> Iterator[None]:
+    """Run in evaluation mode, and undo what a model writes into itself: its caches must not keep meta tensors.
+
+    That includes hooks which a model installs in its first run: the flag that says so is undone too, and the next run
+    would install them twice.
+    """
+    modules = list(model.modules())
+    own = [vars(module) for module in modules if not is_torch_module(module)]
+    hooks = [vars(module)[name] for module in modules for name in _FORWARD_HOOKS]
+    installed = {index: dict(each) for index, each in enumerate(hooks) if each}  # nearly all are empty
     saved = [_SavedContents(each) for each in own]
     # One level deep: caches are dicts and lists of tensors. torch's own modules keep none.
     saved += [
@@ -34,9 +41,16 @@ def preserve_module_state(model: nn.Module, modules: Mapping[str, nn.Module]) ->
     finally:
         for each in saved:
             each.restore()
+        for index, each in enumerate(hooks):
+            if each.keys() != installed.get(index, {}).keys():
+                each.clear()
+                each.update(installed.get(index, {}))
 
 
 _NO_STATE = vars(nn.Module()).keys() - {"_buffers"}
+_FORWARD_HOOKS = tuple(
+    name for name, value in vars(nn.Module()).items() if name.startswith("_forward") and isinstance(value, dict)
+)
 
 
 def _may_hold_tensors(value: Any) -> bool:
@@ -51,15 +65,23 @@ class _SavedContents:
 
     def __init__(self, holder: Any) -> None:
         self._holder: Any = holder if isinstance(holder, dict | list) else vars(holder)
-        self._copy: Any = self._holder.copy()
+        self._copy: Any = dict(self._holder) if isinstance(self._holder, dict) else list(self._holder)
 
     def restore(self) -> None:
-        """Write the contents back, into the same object: others may refer to it."""
-        self._holder.clear()
+        """Write the contents back where they changed, into the same object: others may refer to it."""
+        # NOTE: By the methods of dict and list themselves: a subclass may forbid its own (diffusers' FrozenDict).
         if isinstance(self._copy, dict):
-            self._holder.update(self._copy)
-        else:
-            self._holder.extend(self._copy)
+            if not _is_same(list(self._holder.items()), list(self._copy.items())):
+                dict.clear(self._holder)
+                dict.update(self._holder, self._copy)
+        elif not _is_same(list(enumerate(self._holder)), list(enumerate(self._copy))):
+            list.clear(self._holder)
+            list.extend(self._holder, self._copy)
+
+
+def _is_same(now: list[tuple[Any, Any]], before: list[tuple[Any, Any]]) -> bool:
+    """Return whether keys are equal and values are the very same objects."""
+    return len(now) == len(before) and all(a == c and b is d for (a, b), (c, d) in zip(now, before, strict=True))
 
 
 @contextlib.contextmanager

@@ -76,7 +76,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args, kwargs = as_arguments(tree_map(self._input, example_inputs))
         modules = self._modules
         with (
-            preserve_module_state(self.model, modules),
+            preserve_module_state(self.model),
             decomposed_attention(modules),
             module_names(modules, self.context),
             self,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor._utils import gc_disabled
-from compressor.errors import CutError, InputError, StaleGraphError, UnknownNameError
+from compressor.errors import CutError, InputError, StaleGraphError, TraceError, UnknownNameError
 from compressor.graph import (
     BoolArray,
     ChannelGraph,
@@ -30,6 +30,7 @@ from compressor.graph import (
     is_torch_module,
     replace_size_attributes,
     sync_size_attributes,
+    trace,
     verify_against_recording,
 )
 from compressor.surgery.compensation import constant_output, removed_means
@@ -66,14 +67,35 @@ def cut(
         InputError: indices that are out of range, repeated, or none at all; a copy of another model.
         CutError: the cut model does not do what the trace says it should (a size baked into Python code, say), or an
             optimizer's state cannot follow. The model, the optimizers and the graph are as they were.
-        StaleGraphError: the model does not even run uncut as it did when it was traced.
+        StaleGraphError: the model does not even run uncut any more; what it ran when it was traced is out of date.
     """
     sizes = graph.sizes()
     kept = {name: _checked(sizes, name, indices) for name, indices in keep.items()}
     kept = {name: indices for name, indices in kept.items() if len(indices) < sizes[name]}
     if not kept:
         return
-    transaction = Transaction(graph.model, list(copies), as_list(optimizer))
+    optimizers = as_list(optimizer)
+    models = list(copies)
+    try:
+        _cut_once(graph, kept, optimizers, means, check, models)
+    except CutError as refusal:
+        if not refusal.groups or _is_current(graph):
+            raise
+        missing = [name for name in _trace_anew(graph, refusal) if name in kept]
+        if missing:
+            raise CutError(refusal.reason, missing) from refusal
+        _cut_once(graph, kept, optimizers, means, check, models)
+
+
+def _cut_once(
+    graph: ChannelGraph,
+    kept: Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer],
+    means: Mapping[str, Tensor] | None,
+    check: Callable[[], None] | None,
+    copies: Sequence[nn.Module],
+) -> None:
+    transaction = Transaction(graph.model, copies, optimizers)
     # A class is what the recording knows a channel by; it has others beside those of groups, which no cut removes.
     removed = graph.table.removed(kept)
     removed_classes = _removed_classes(graph, kept)
@@ -91,12 +113,24 @@ def cut(
         if check:
             check()
     # NOTE: BaseException, because Ctrl-C between two tensors must not leave half a cut either.
-    except BaseException as failure:
+    except BaseException:
         transaction.undo()
-        if isinstance(failure, CutError) and failure.groups and not _is_current(graph):
-            raise StaleGraphError(failure.reason) from failure
         raise
     graph.narrow(removed, recording)
+
+
+def _trace_anew(graph: ChannelGraph, refusal: CutError) -> list[str]:
+    """Bring a graph up to date whose model, uncut, does not run any more as it was traced; return what it lost.
+
+    A model that keeps something of a run (a grid for the last image size, an `lru_cache`) takes another way the next
+    time, with the same channels.
+    """
+    logger.info("the model does not run as it was traced, so it is traced anew: %s", refusal.reason)
+    try:
+        fresh = trace(graph.model, graph.example_inputs)
+    except TraceError as failure:
+        raise StaleGraphError(refusal.reason) from failure
+    return graph.adopt(fresh)
 
 
 def _checked(sizes: Mapping[str, int], name: str, indices: Tensor | Sequence[int]) -> Tensor:

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor._utils import as_arguments, device_of, eval_mode, named_tensors, tf32_disabled, to_device
+from compressor._utils import as_arguments, device_of, named_tensors, tf32_disabled, to_device
 from compressor.errors import CutError, TraceError
-from compressor.graph import ChannelGraph
+from compressor.graph import ChannelGraph, preserve_module_state
 from compressor.surgery.compensation import constant_output, removed_means
 from compressor.surgery.cutting import cut, removed_channels
 from compressor.surgery.masks import mask_channels
@@ -54,7 +54,6 @@ def verified_cut(
         TraceError: the model does not run on the inputs.
     """
     exact = {name: kept for name, kept in keep.items() if graph[name].exact}
-    inputs = to_device(inputs, device_of(graph.model))
     try:
         if len(exact) == len(keep):
             _cut_as_masked(graph, keep, inputs, means, optimizer, copies)
@@ -154,9 +153,10 @@ def _adding(constant: Tensor, dim: int) -> Callable[..., Tensor]:
 
 def _run(model: nn.Module, inputs: Any) -> Outputs:
     """Return the floating-point outputs in evaluation mode, each with its place."""
-    arguments, named = as_arguments(inputs)
+    arguments, named = as_arguments(to_device(inputs, device_of(model)))
     try:
-        with eval_mode(model), tf32_disabled():
+        # NOTE: What a model keeps of a run (the grid of anchors of a detector) would make the next one another.
+        with preserve_module_state(model), tf32_disabled():
             outputs = named_tensors(model(*arguments, **named))
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for _, tensor in named_tensors(inputs))
