@@ -39,7 +39,9 @@ def compress(*words: str):
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What lies in a folder, but for the lock of a run."""
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def images(folder: Path, *names: str) -> None:

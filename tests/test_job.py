@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +42,7 @@ def test_the_run_folder_holds_what_it_should_and_nothing_else(finished) -> None:
     settings, made, _ = finished
     folder = Path(settings.out)
     names = {path.name for path in folder.iterdir()}
-    assert names == {*folders.MODELS, *folders.RECORDS, *folders.REPORTS, "checkpoint"}
+    assert names == {*folders.MODELS, *folders.RECORDS, *folders.REPORTS, "checkpoint", ".lock"}
     assert made.files == {name: (folder / name).stat().st_size for name in made.files}
     assert report.read(folder) == made
 
@@ -300,3 +303,48 @@ def test_metrics_of_a_stage_that_is_over_take_the_place_of_what_came_while_it_ra
     metrics.replace_stage([{"epoch": 2, "loss": math.pi}])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines == [{"epoch": 1}, {"epoch": 2, "loss": math.pi}]
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from compressor.job.folder import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_one_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    settings = Settings.from_options({**DURING, "epochs": 1, "out": str(folder)})
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(
+            RunFolderError, match=rf"is in use by process {other.pid} on .*: wait until it ends, or give"
+        ):
+            job.run(settings)
+        other.kill()  # the system gives the lock back, whatever ends a process
+    with folders.locked(folder):
+        assert (folder / ".lock.txt").read_text().startswith(f"process {os.getpid()} on ")
+    assert [each.name for each in folder.iterdir()] == [".lock"]
+    with folders.locked(tmp_path / "a" / "b"):
+        pass
+    assert not (tmp_path / "a").exists()  # made for nothing
+
+
+def test_nothing_cut_is_nothing_gained(tmp_path: Path) -> None:
+    """Without a cut and without fine-tuning, the pruned model is the dense one: both have had the same treatment."""
+    options = {
+        **DURING,
+        "criterion": "l1",
+        "epochs": 1,
+        "finetune-epochs": 0,
+        "sparsity": 0.0,
+        "out": str(tmp_path / "r"),
+    }
+    options.pop("prune-every")
+    made = job.run(Settings.from_options(options))
+    assert made.pruned.accuracy == made.dense.accuracy
+    assert made.pruned.loss == made.dense.loss

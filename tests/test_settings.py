@@ -94,10 +94,10 @@ def test_nothing_is_left_open() -> None:
 @pytest.mark.parametrize(
     ("given_", "folder"),
     [
-        ({}, "runs/resnet18-digits-relevance-0.5"),
-        ({"data": "imagefolder:/some/photos"}, "runs/resnet18-photos-relevance-0.5"),
-        ({"data": "imagefolder:../photos/", "sparsity": 0.25}, "runs/resnet18-photos-relevance-0.25"),
-        ({"model": "my.nets:tiny", "criterion": "l1"}, "runs/my.nets_tiny-digits-l1-0.5"),
+        ({}, "runs/resnet18-digits-relevance-0.5-seed0"),
+        ({"data": "imagefolder:/some/photos"}, "runs/resnet18-photos-relevance-0.5-seed0"),
+        ({"data": "imagefolder:../photos/", "sparsity": 0.25}, "runs/resnet18-photos-relevance-0.25-seed0"),
+        ({"model": "my.nets:tiny", "criterion": "l1"}, "runs/my.nets_tiny-digits-l1-0.5-seed0"),
         ({"out": "here"}, "here"),
     ],
 )

@@ -2,15 +2,19 @@
 
     config.toml  metrics.jsonl  checkpoint/  model.safetensors  model.onnx  dense.safetensors  dense.onnx  report.*
 
-A folder is a run folder if it holds a `config.toml` with the options of a run. Nothing but the names above is
-ever written or removed in it.
+One process at a time works in a run folder: `.lock` is held by the system as long as that process lives, whatever ends
+it, and `.lock.txt` says who that is. A folder is a run folder if it holds a `config.toml` with the options of a run.
+Nothing but the names above is ever written or removed in it.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,8 @@ RECORDS = ("config.toml", "metrics.jsonl")
 REPORTS = ("report.html", "report.md", "report.json")
 _CHECKPOINTS = "checkpoint"
 _FAILED = ("model.failed.onnx", "dense.failed.onnx")
+_LOCK = ".lock"
+_HOLDER = ".lock.txt"
 _FREE = {"out", "download", "device"}  # options that may differ when a run is taken up again
 
 
@@ -49,6 +55,51 @@ def resumed(asked: Mapping[str, Any], source: str = "") -> Settings:
     return Settings.from_options({**kept, **asked, "out": out}, source or f"{out}/config.toml")
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other process out of a run folder, which is made if need be; an empty one is taken away afterwards.
+
+    Raises:
+        RunFolderError: another process works in it, or it cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / _LOCK, timeout=0)
+        lock.acquire()
+        (folder / _HOLDER).write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+    except Timeout as error:
+        raise RunFolderError(
+            f"{folder} is in use by {_holder(folder)}: wait until it ends, or give another --out"
+        ) from error
+    except OSError as error:
+        raise RunFolderError(f"cannot write to {folder}: {error.strerror}; give another --out") from error
+    try:
+        yield
+    finally:
+        (folder / _HOLDER).unlink(missing_ok=True)
+        lock.release()
+        _remove_if_unused(folder, made)
+
+
+def _holder(folder: Path) -> str:
+    try:
+        return (folder / _HOLDER).read_text(encoding="utf-8") or "another process"
+    except OSError:
+        return "another process"
+
+
+def _remove_if_unused(folder: Path, made: Iterable[Path]) -> None:
+    """Take away folders that a run made and, refused, left empty."""
+    if not made or any(each.name != _LOCK for each in folder.iterdir()):
+        return
+    (folder / _LOCK).unlink(missing_ok=True)
+    for each in made:
+        each.rmdir()
+
+
 def require_usable(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse a folder that the run may not use; nothing is changed.
 
@@ -60,7 +111,7 @@ def require_usable(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError("--resume and --overwrite contradict each other: leave one of them out")
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file: give another --out")
-    if resume or not folder.exists() or not any(folder.iterdir()):
+    if resume or not folder.exists() or all(each.name in (_LOCK, _HOLDER) for each in folder.iterdir()):
         return
     if _config(folder) is None:
         raise RunFolderError(f"{folder} is there and is no run folder of compress: give another --out")
@@ -72,9 +123,8 @@ def require_usable(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def start(folder: Path, settings: Settings) -> None:
-    """Make the folder, clear away an earlier run, and write `config.toml`."""
+    """Clear away an earlier run, and write `config.toml`; the folder is there and locked."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
         for name in (*REPORTS, *MODELS, *_FAILED, *RECORDS):
             (folder / name).unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from torch import nn
 
 from compressor import report
 from compressor.graph import trace
-from compressor.job.folder import require_usable, resumed, start
+from compressor.job.folder import locked, require_usable, resumed, start
 from compressor.job.results import finish
 from compressor.job.settings import Settings
 from compressor.job.stages import Progress, Stages
@@ -53,8 +53,16 @@ def run(
     require_usable(folder, resume=resume, overwrite=overwrite)
     if resume:
         resumed(settings.given())
-        if (folder / "report.json").exists():
-            return report.read(folder)
+    with locked(folder):
+        # Once more: what was free a moment ago may be another run's by now.
+        require_usable(folder, resume=resume, overwrite=overwrite)
+        return _run_in(folder, settings, resume, on_progress)
+
+
+def _run_in(folder: Path, settings: Settings, resume: bool, on_progress: Progress) -> report.Report:
+    """Run in a folder that nobody else works in."""
+    if resume and (folder / "report.json").exists():
+        return report.read(folder)
     data = load_data(
         settings.data, seed=settings.seed, download=settings.download, on_progress=partial(on_progress, "reading data")
     )

@@ -146,7 +146,7 @@ class Settings:
 
     seed: int = from_config(TrainingConfig, "seed", "Run", "Seed of everything that draws.")
     device: str = option("auto", "Run", "cpu, cuda, cuda:1, ..., or auto: a GPU if there is one.")
-    out: str = option("", "Run", "The run folder.", "runs/MODEL-DATA-CRITERION-SPARSITY")
+    out: str = option("", "Run", "The run folder.", "runs/MODEL-DATA-CRITERION-SPARSITY-SEED")
 
     def __post_init__(self) -> None:
         """Check, and work out what was left open."""
@@ -293,7 +293,8 @@ class Settings:
         return opened
 
     def _folder(self) -> str:
-        parts = (self.model, self.data.rstrip("/").rpartition("/")[2], self.criterion, f"{self.sparsity:g}")
+        data = self.data.rstrip("/").rpartition("/")[2]
+        parts = (self.model, data, self.criterion, f"{self.sparsity:g}", f"seed{self.seed}")
         return "runs/" + "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", part).strip("._") for part in parts)
 
 

@@ -109,8 +109,11 @@ class Stages:
         dense = model
         pruned = copy.deepcopy(model)
         result = self._prune(pruned)
+        # NOTE: The dense model gets the same treatment, or the pruned one would be ahead by BatchNorm statistics alone.
+        if settings.recalibrate:
+            self._recalibrate(dense)
         self._train(dense, "dense", settings.finetune_epochs or 0)
-        self._train(pruned, "pruned", settings.finetune_epochs or 0, events=[_cut_record(result)])
+        self._train(pruned, "pruned", settings.finetune_epochs or 0, events=_cut_records(result))
         return Trained(dense, pruned, result)
 
     def _train(
@@ -252,8 +255,8 @@ class _Recalibrating:
         self._hook.load_state_dict(state)
 
 
-def _cut_record(result: PruneResult) -> dict[str, Any]:
-    """Return the one cut of a trained model as a record like those of a `Pruner`, also where nothing went."""
+def _cut_records(result: PruneResult) -> list[dict[str, Any]]:
+    """Return the one cut of a trained model as a record like those of a `Pruner`; none where nothing went."""
     before = {name: pair[0] for name, pair in result.widths.items()}
     event = cut_event(result, before, step=0, target=result.asked)
-    return {"epoch": 0, **(event or {"event": "cut", "step": 0, "target": result.asked, "widths": {}})}
+    return [{"epoch": 0, **event}] if event else []
