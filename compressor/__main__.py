@@ -1,5 +1,13 @@
 """`python -m compressor` is `compress`."""
 
+import sys
+from pathlib import Path
+
+# NOTE: Before anything else is imported: Python puts the present folder first here, and one full of downloads may hold a
+# `typer.py`. A factory of the user's own is imported from there when it is named (`training/models.py`).
+if sys.path[:1] in ([""], [str(Path.cwd())]):
+    del sys.path[0]
+
 from compressor.cli import main
 
 main()

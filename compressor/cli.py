@@ -11,7 +11,6 @@ import dataclasses
 import inspect
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,8 +54,7 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line; modules in the present folder can be named as package.module:factory."""
-    sys.path.append(str(Path.cwd()))  # at the end: a file here never hides an installed package
+    """Run the command line."""
     _show_warnings()
     app(prog_name="compress")
 
@@ -281,8 +279,11 @@ def export(
     """Write a saved model as ONNX, and prove with onnxruntime that it gives the same outputs."""
     import torch
 
+    target = out or file.with_suffix(".onnx")
+    if target.suffix != ".onnx":
+        raise InputError(f"--out {target} is not the name of an ONNX file: give one that ends in .onnx")
     model, shape = job.saved.loaded(file, factory, image_size)
-    made = deploy.export_onnx(model, out or file.with_suffix(".onnx"), torch.zeros(1, *shape))
+    made = deploy.export_onnx(model, target, torch.zeros(1, *shape))
     typer.echo(
         f"{made.path}: {report.size(made.size_bytes)}, opset {made.opset}; largest difference from PyTorch "
         f"{made.relative:.1e} of the outputs' scale, {made.images} inputs, {', '.join(made.providers)}"

@@ -145,9 +145,10 @@ def test_options_on_the_line_win_over_the_file(monkeypatch, tmp_path: Path) -> N
 
 def test_resume_takes_the_settings_of_the_run(monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.toml").write_text('criterion = "l1"\nepochs = 7\nlr = 0.1\n')
+    begun = Settings.from_options({"criterion": "l1", "epochs": 7, "lr": 0.1, "out": "run"})
+    (tmp_path / "run" / "config.toml").write_text(begun.toml())
     settings, how = asked(monkeypatch, "--resume", "--out", "run")
-    assert settings == Settings.from_options({"criterion": "l1", "epochs": 7, "lr": 0.1, "out": "run"})
+    assert settings == begun
     assert how["resume"]
 
 
@@ -209,7 +210,7 @@ def damaged_weights(folder: Path) -> None:
 
 def a_run(folder: Path) -> None:
     (folder / "run").mkdir()
-    (folder / "run" / "config.toml").write_text('criterion = "l1"\n')
+    (folder / "run" / "config.toml").write_text(Settings(criterion="l1", out="run").toml())
     (folder / "run" / "model.onnx").write_text("old")
 
 
@@ -266,6 +267,8 @@ BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "inspect": (nothing, "inspect resnet81", "unknown model 'resnet81': did you mean 'resnet18'"),
     "inspect file": (nothing, "inspect none.safetensors", "none.safetensors is missing"),
     "export": (damaged_weights, "export other.safetensors", "other.safetensors is damaged, or no safetensors file"),
+    "export ending": (a_run, "export run/model.safetensors --out run/config.toml", "--out run/config.toml is not the"),
+    "export itself": (a_run, "export run/m.safetensors --out run/m.safetensors", "--out run/m.safetensors is not"),
     "benchmark": (nothing, "benchmark none.onnx", "there is no file none.onnx"),
     "benchmark kind": (a_run, "benchmark run/config.toml", "run/config.toml is no model file"),
     "benchmark damaged": (a_run, "benchmark run/model.onnx", "run/model.onnx is no ONNX file"),
@@ -377,3 +380,26 @@ def test_report_renders_again_what_is_in_the_json(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert result.stdout.split() == ["report.html", "report.md"]
     assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["benchmark", "none.onnx"], ["inspect", "resnet18", "--image-size", "32"]]
+)
+@pytest.mark.parametrize("start", [["-m", "compressor"], [str(Path(sys.executable).with_name("compress"))]])
+def test_no_file_of_the_present_folder_runs(words: list[str], start: list[str], tmp_path: Path) -> None:
+    for name in ("attr", "dill", "pynvml", "lazy_loader", "typer", "json"):
+        (tmp_path / f"{name}.py").write_text(f"open({name!r}, 'w').close()\n")
+    subprocess.run([sys.executable, *start, *words], cwd=tmp_path, check=False, capture_output=True)
+    assert not [each.name for each in tmp_path.iterdir() if not each.suffix]
+
+
+def test_a_factory_that_is_named_is_found_in_the_present_folder(tmp_path: Path) -> None:
+    (tmp_path / "widths.py").write_text("WIDTH = 8\n")
+    (tmp_path / "nets.py").write_text(
+        "from torch import nn\ndef net():\n    from widths import WIDTH\n"
+        "    return nn.Sequential(nn.Conv2d(3, WIDTH, 3), nn.Conv2d(WIDTH, 2, 3))\n"
+    )
+    before = list(sys.path)
+    result = compress("inspect", "nets:net", "--image-size", "16")
+    assert result.exit_code == 0
+    assert sys.path == before

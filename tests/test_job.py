@@ -242,17 +242,25 @@ def test_overwrite_clears_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> N
     settings = Settings.from_options({**DURING, "out": str(tmp_path)})
     folders.start(tmp_path, settings)
     (tmp_path / "checkpoint").mkdir()
-    for name in ("report.json", "model.onnx", "checkpoint/state.pt", "my notes.txt"):
+    (tmp_path / "checkpoint" / "dense").mkdir()
+    mine = ["my notes.txt", "checkpoint/notes.txt"]
+    for name in ("report.json", "model.onnx", "checkpoint/state.pt", "checkpoint/dense/state.pt", *mine):
         (tmp_path / name).write_text("old")
     folders.require_usable(tmp_path, resume=False, overwrite=True)
     folders.start(tmp_path, settings)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.toml", "my notes.txt"]
+    left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["checkpoint/notes.txt", "config.toml", "my notes.txt"]
 
 
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        ({"config.toml": 'criterion = "l1"\n'}, {}, "is there already: --resume goes on with it, --overwrite replaces"),
+        ({"config.toml": Settings().toml()}, {}, "is there already: --resume goes on with it, --overwrite replaces"),
+        (
+            {"config.toml": 'criterion = "l1"\n'},
+            {"overwrite": True},
+            "is no run folder of compress: give another --out",
+        ),
         ({"notes.txt": "mine"}, {}, "is no run folder of compress: give another --out"),
         ({"notes.txt": "mine"}, {"overwrite": True}, "is no run folder of compress: give another --out"),
         ({"config.toml": 'title = "a web site"\n'}, {"overwrite": True}, "is no run folder of compress"),

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from compressor._utils import atomic_write
 from compressor.errors import InputError, RunFolderError
 from compressor.job.options import read_toml
 from compressor.job.settings import Settings, option_kinds
+from compressor.training import CHECKPOINT_FILE
 
 MODELS = ("model.safetensors", "model.onnx", "dense.safetensors", "dense.onnx")
 RECORDS = ("config.toml", "metrics.jsonl")
@@ -30,6 +30,8 @@ _CHECKPOINTS = "checkpoint"
 _FAILED = ("model.failed.onnx", "dense.failed.onnx")
 _LOCK = ".lock"
 _HOLDER = ".lock.txt"
+# Every config.toml of a run has all of these; a file of somebody else's with one of them makes no folder a run.
+_MARK = {"criterion", "model", "stem", "data", "sparsity", "epochs", "batch-size", "lr", "seed", "device", "out"}
 _FREE = {"out", "download", "device"}  # options that may differ when a run is taken up again
 
 
@@ -125,13 +127,24 @@ def require_usable(folder: Path, *, resume: bool, overwrite: bool) -> None:
 def start(folder: Path, settings: Settings) -> None:
     """Clear away an earlier run, and write `config.toml`; the folder is there and locked."""
     try:
-        shutil.rmtree(folder / _CHECKPOINTS, ignore_errors=True)
+        _clear_checkpoints(folder / _CHECKPOINTS)
         for name in (*REPORTS, *MODELS, *_FAILED, *RECORDS):
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
         raise RunFolderError(f"cannot write to {folder}: {error.strerror}; give another --out") from error
     with atomic_write(folder / "config.toml") as part:
         part.write_text(settings.toml(), encoding="utf-8")
+
+
+def _clear_checkpoints(folder: Path) -> None:
+    """Remove the checkpoints of a run, and the folders that are empty then; what else lies there is somebody's own."""
+    for each in sorted(folder.rglob("*"), reverse=True):
+        if each.name == CHECKPOINT_FILE and not each.is_dir():
+            each.unlink()
+        elif each.is_dir() and not any(each.iterdir()):
+            each.rmdir()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def checkpoint(folder: Path, stage: str) -> Path:
@@ -168,4 +181,4 @@ def _config(folder: Path) -> dict[str, Any] | None:
         options = read_toml(folder / "config.toml")
     except InputError:
         return None
-    return options if "criterion" in options and options.keys() <= option_kinds().keys() else None
+    return options if _MARK <= options.keys() <= option_kinds().keys() else None

@@ -1,4 +1,5 @@
 from . import models as models
+from .checkpoint import CHECKPOINT_FILE as CHECKPOINT_FILE
 from .config import RECALIBRATION_IMAGES as RECALIBRATION_IMAGES
 from .config import TrainingConfig as TrainingConfig
 from .data.sources import Data as Data

@@ -21,7 +21,7 @@ from compressor._utils import atomic_write
 from compressor.errors import ArtifactError, InputError
 from compressor.graph import restore_shapes
 
-_FILE = "state.pt"
+CHECKPOINT_FILE = "state.pt"
 _FORMAT = "compressor training checkpoint 1"
 
 Shapes = dict[str, tuple[int, ...]]
@@ -31,7 +31,7 @@ def write(folder: Path, state: Mapping[str, Any]) -> None:
     """Write a checkpoint in place of the one before."""
     folder.mkdir(parents=True, exist_ok=True)
     # Renamed when complete: a run that is killed while it writes resumes from the epoch before.
-    with atomic_write(folder / _FILE) as unfinished:
+    with atomic_write(folder / CHECKPOINT_FILE) as unfinished:
         torch.save({"format": _FORMAT, **state}, unfinished)
 
 
@@ -41,7 +41,7 @@ def read(folder: Path) -> dict[str, Any] | None:
     Raises:
         ArtifactError: the file is damaged, or is something else.
     """
-    path = folder / _FILE
+    path = folder / CHECKPOINT_FILE
     if not path.exists():
         return None
     try:

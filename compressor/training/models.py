@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -179,6 +181,27 @@ def _initialized_like_torchvision(conv: nn.Conv2d) -> nn.Conv2d:
 def _from_import_path(spec: ModelSpec) -> nn.Module:
     if spec.stem != "imagenet" or spec.in_channels != 3:
         raise InputError(f"stem and in_channels have no effect on {spec.factory}: write them into the factory itself")
+    with _present_folder_importable():
+        return _from_factory(spec)
+
+
+@contextmanager
+def _present_folder_importable() -> Iterator[None]:
+    """Let modules of the present folder be imported while a factory runs that the user named.
+
+    The folder comes last, so that a file in it never hides an installed package.
+    """
+    folder = str(Path.cwd())
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.reverse()  # the last one is ours; an equal one before it may be the user's
+        sys.path.remove(folder)
+        sys.path.reverse()
+
+
+def _from_factory(spec: ModelSpec) -> nn.Module:
     factory = _imported(spec.factory)
     arguments = {"num_classes": spec.classes} if _takes_classes(factory) else {}
     if not arguments:
