@@ -326,7 +326,9 @@ def test_groups_whose_channels_cannot_be_switched_are_frozen_with_the_reason() -
     list(steps(training, optimizer, range(40)))
     assert list(training.masks) == ["v"]
     reasons = {each.tensor: each.reason for each in training.graph.frozen}
-    assert reasons["idle.weight"] == "no weight reads these channels, so none can be masked"
+    assert reasons["idle.weight"] == (
+        "nothing reads these channels in evaluation mode, or what does is hidden from the trace"
+    )
     for name in ("q.weight", "norm.weight"):
         assert reasons[name] == "a channel that is off is not one that was cut: others depend on it"
 
@@ -339,7 +341,7 @@ def test_masks_on_weights_leave_such_groups_whole_however_empty() -> None:
     training.units.set_masks(masks)
     training.units.cut()
     assert {name: after for name, (_, after) in training.result().widths.items()} == {
-        "q": 6, "v": 5, "wide": 10, "idle": 6,
+        "q": 6, "v": 5, "wide": 10,
     }  # fmt: skip
 
 

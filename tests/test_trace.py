@@ -256,8 +256,10 @@ def test_what_evaluation_does_not_use_is_said() -> None:
             h = self.a(x)
             return (self.b(h), self.helper(h)) if self.training else self.b(h)
 
-    (note,) = compressor.trace(Helped(), torch.randn(1, 3, 4, 4)).notes
-    assert "2 parameters take no part in evaluation mode (helper.weight, helper.bias)" in note
+    graph = compressor.trace(Helped(), torch.randn(1, 3, 4, 4))
+    assert "2 parameters take no part in evaluation mode (helper.weight, helper.bias)" in graph.notes[0]
+    assert "in training these channels reach parameters that evaluation never runs" in graph.notes[1]
+    assert graph.sizes() == {}
 
 
 def test_a_model_without_parameters_has_no_groups() -> None:

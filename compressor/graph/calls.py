@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any, NamedTuple
 
-from torch import Tensor
-from torch.utils._pytree import tree_flatten
+import numpy as np
+from torch import Tensor, nn
 
 from compressor.graph.context import Axes, Origin
 
@@ -68,9 +69,32 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Return every tensor in a model's result, whatever container or object holds it."""
-    for leaf in tree_flatten(value)[0]:
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif hasattr(leaf, "__dict__"):
-            yield from tensors_in(dict(vars(leaf)))
+    """Yield every tensor in a model's result, whatever container or object holds it; a generator among them runs."""
+    waiting = [value]
+    seen: set[int] = set()
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, Tensor):
+            yield each
+        elif id(each) not in seen and not isinstance(each, _NO_CONTAINERS):
+            seen.add(id(each))
+            waiting += _parts(each)
+
+
+# Of these nobody hides a tensor in; an array has left torch for good.
+_NO_CONTAINERS = (str, bytes, bytearray, int, float, complex, bool, type(None), type, np.ndarray, nn.Module)
+_MOST_PARTS = 10_000  # of an iterable that may have no end
+
+
+def _parts(value: Any) -> list[Any]:
+    """Return what a container or an object holds: values of a mapping, elements, attributes, slots."""
+    if isinstance(value, Mapping):
+        return list(value.values())
+    slots = [name for kind in type(value).__mro__ for name in _names(getattr(kind, "__slots__", ()))]
+    found = [*vars(value).values()] if hasattr(value, "__dict__") else []
+    found += [getattr(value, name) for name in slots if hasattr(value, name)]
+    return found + (list(islice(value, _MOST_PARTS)) if isinstance(value, Iterable) else [])
+
+
+def _names(slots: str | Iterable[str]) -> list[str]:
+    return [slots] if isinstance(slots, str) else list(slots)

@@ -17,11 +17,11 @@ from compressor.graph.sizes import is_torch_module
 
 
 @contextlib.contextmanager
-def preserve_module_state(model: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode, and undo what a model writes into itself: its caches must not keep meta tensors.
+def preserve_module_state(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Run without gradients, and undo what a model writes into itself: its caches must not keep meta tensors.
 
-    That includes hooks which a model installs in its first run: the flag that says so is undone too, and the next run
-    would install them twice.
+    Evaluation mode, unless `training`. Hooks that a model installs in its first run are undone too: so is the flag that
+    says they are there, and the next run would install them twice.
     """
     modules = list(model.modules())
     own = [vars(module) for module in modules if not is_torch_module(module)]
@@ -37,6 +37,8 @@ def preserve_module_state(model: nn.Module) -> Iterator[None]:
     ]
     try:
         with eval_mode(model):
+            if training:
+                model.train()
             yield
     finally:
         for each in saved:

@@ -39,6 +39,7 @@ from compressor.graph.sizes import integer_attributes, named_model_tensors
 
 logger = logging.getLogger(__name__)
 
+NOTHING_FOUND = "met a tensor without elements (give an example on which the model finds something)"
 _CONSTANT_NUMEL = 1 << 20  # constants up to here keep their data: tables of positions, masks
 _COMPARED_NUMEL = 64  # constants up to here are compared by value after a cut: a factor such as width ** -0.5
 
@@ -71,19 +72,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._owned = {id(tensor): name for name, tensor in self.tensors.items()}
         self.context.has_size_attribute = _SizeAttributes(self._modules, self.context)
 
-    def run(self, example_inputs: Any) -> None:
-        """Run the model; what it returns is frozen as its output."""
+    def run(self, example_inputs: Any, training: bool = False) -> None:
+        """Run the model, in evaluation mode unless `training`; what it returns is frozen as its output."""
         args, kwargs = as_arguments(tree_map(self._input, example_inputs))
         modules = self._modules
         with (
-            preserve_module_state(self.model),
+            preserve_module_state(self.model, training),
             decomposed_attention(modules),
             module_names(modules, self.context),
             self,
         ):
-            result = self.model(*args, **kwargs)
+            results = list(tensors_in(self.model(*args, **kwargs)))  # here, as generators are run by being looked at
         self.context.op = self.context.module = ""
-        for tensor in tensors_in(result):
+        for tensor in results:
             self.context.freeze(self.context.axes(tensor), "model output")
         for note in self.context.notes.values():
             logger.warning(note)
@@ -196,6 +197,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         context.op = call.op
         context.count_use(inputs)
         results = partition_tensors(out)[0]
+        self._freeze_empty(inputs)
         returned_axes = len(context.labels.journal)
         axes, understood = self._axes(rule, args, kwargs, out, results, inputs)
         weights = [context.weight(tensor) for tensor in inputs]
@@ -250,6 +252,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             problem = f"{type(failure).__name__}: {failure}"
         self._freeze_all(inputs, problem)
         return [tuple(unlabeled(size) for size in tensor.shape) for tensor in results], False
+
+    def _freeze_empty(self, inputs: list[Tensor]) -> None:
+        """Freeze channels of tensors without elements: what becomes of them did not show in this run."""
+        for tensor in inputs:
+            if tensor.numel() == 0 and any(isinstance(axis, np.ndarray) for axis in self.context.axes(tensor)):
+                self.context.freeze(self.context.axes(tensor), f"{NOTHING_FOUND}, input shape {tuple(tensor.shape)}")
 
     def _freeze_all(self, inputs: list[Tensor], problem: str) -> None:
         """Freeze the channels that reach an operation without a rule, or with one that failed; note it once."""

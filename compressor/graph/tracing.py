@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -55,19 +56,14 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         notes.append(f"ran on real tensors, because without data it failed: {type(failure).__name__}: {failure}")
     classes = context.labels.solve()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if unused := [name for name in shapes if name not in context.parameters]:
-        listed = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
-        notes.append(
-            f"{len(unused)} parameters take no part in evaluation mode ({listed}): no cut narrows them, and parts "
-            "that only training uses may not fit a cut model; build the model without them"
-        )
+    unused = [name for name in shapes if name not in context.parameters]
     for note in notes:
         logger.warning("%s: %s", type(model).__name__, note)
     found = group_channels(context, classes, shapes)
     log.journal = [log.slots(axes) for axes in context.labels.journal]
     log.parameters = {name: log.slots(axes) for name, axes in context.parameters.items()}
     log.indices = {name: log.slot(axis) for name, axis in context.indices.items()}
-    return ChannelGraph(
+    graph = ChannelGraph(
         model=model,
         example_inputs=example_inputs,
         groups=found.groups,
@@ -79,6 +75,61 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         table=found.table,
         recording=Recording.from_log(log, classes.class_ids, found.channels),
     )
+    graph.freeze(
+        _unread(graph), "nothing reads these channels in evaluation mode, or what does is hidden from the trace"
+    )
+    if unused:
+        _freeze_what_training_reads(graph, unused)
+    return graph
+
+
+def _freeze_what_training_reads(graph: ChannelGraph, unused: list[str]) -> None:
+    """Freeze groups whose channels a part reads that only training runs: no cut could narrow that part along.
+
+    Such are auxiliary classifiers (`if self.training: aux(h)`). A run in training mode shows what they read.
+
+    Args:
+        graph: of the run in evaluation mode.
+        unused: parameters that took no part in it.
+    """
+    listed = ", ".join(unused[:5]) + (", ..." if len(unused) > 5 else "")
+    context = TraceContext()
+    note = f"{len(unused)} parameters take no part in evaluation mode ({listed})"
+    try:
+        Recorder(graph.model, context, OpLog(meta=True)).run(graph.example_inputs, training=True)
+    except Exception as failure:
+        # A BatchNorm may want more than one value, say. The graph holds for evaluation all the same.
+        problem = f"{type(failure).__name__}: {failure}"
+        _note(graph, f"{note}; what reads into them in training is not known, as that does not run: {problem}")
+        return
+    _note(graph, f"{note}: no cut narrows them, and channels that they read in training stay")
+    classes = context.labels.solve().class_ids
+    read = [context.parameters[name] for name in unused if name in context.parameters]
+    labels = [axis for axes in read for axis in axes if isinstance(axis, np.ndarray)]
+    tied = np.unique(classes[np.concatenate([*labels, np.empty(0, dtype=np.int64)])])
+    for group in graph.groups:
+        mine = [context.parameters[m.tensor][m.dim] for m in group.members if m.tensor in context.parameters]
+        if any(isinstance(axis, np.ndarray) and np.isin(classes[axis], tied).any() for axis in mine):
+            graph.freeze(
+                [group.name], f"in training these channels reach parameters that evaluation never runs ({listed})"
+            )
+
+
+def _note(graph: ChannelGraph, text: str) -> None:
+    logger.warning("%s: %s", type(graph.model).__name__, text)
+    graph.notes += (text,)
+
+
+def _unread(graph: ChannelGraph) -> list[str]:
+    """Return the groups that no weight reads and nothing mixes: a head whose result only training returns, say.
+
+    Scores converted to a list or to an array have left torch, and what they mean does not show either.
+    """
+    table = graph.table
+    reads = np.array([place.role == "consumer" for place in table.places], dtype=bool)
+    is_read = np.zeros(len(table.names), dtype=bool)
+    is_read[table.group[reads[table.place]]] = True
+    return [each.name for each, read in zip(graph.groups, is_read.tolist(), strict=True) if each.exact and not read]
 
 
 def _run_real(model: nn.Module, example_inputs: Any) -> tuple[TraceContext, OpLog]:

@@ -200,8 +200,6 @@ def _why_unmaskable(group: Group, parameters: Mapping[str, nn.Parameter]) -> str
     consumers = [member.tensor for member in group.of_role("consumer")]
     if not group.exact:
         return "a channel that is off is not one that was cut: others depend on it"
-    if not consumers:
-        return "no weight reads these channels, so none can be masked"
     trains = all(name in parameters and parameters[name].requires_grad for name in consumers)
     return "" if trains else "a weight that reads these channels does not train"
 

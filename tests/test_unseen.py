@@ -1,0 +1,135 @@
+"""What one trace cannot see stays as it is, with a reason: hidden outputs, parts of training alone, nothing found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import compressor
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass(slots=True)
+class Slotted:
+    scores: Tensor
+
+
+class Hiding(nn.Module):
+    """Returns its scores in some wrapping, or as what is no tensor."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 6, 1)
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(self.b(F.relu(self.a(x))))
+
+
+WRAPS: dict[str, Callable[[Tensor], Any]] = {
+    "values of a dict": lambda y: {"y": y}.values(),
+    "a set": lambda y: {y},
+    "a frozenset in a list": lambda y: [frozenset([y])],
+    "a generator": lambda y: (each for each in (y, y + 1)),
+    "a mapping proxy": lambda y: MappingProxyType({"y": y}),
+    "slots": Slotted,
+    "a dict of slots": lambda y: {"out": Slotted(y)},
+    "numpy": lambda y: y.detach().numpy(),
+    "a list of numbers": lambda y: y.tolist(),
+    "an array of an array": lambda y: [{"y": y.detach().numpy().mean(0)}],
+}
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_scores_are_outputs_however_they_are_returned(name: str) -> None:
+    model = Hiding(WRAPS[name]).eval()
+    result = compressor.prune(model, X, "l1", 0.4)
+    assert model.b.out_channels == 6
+    assert model.a.out_channels < 16
+    assert result.reached
+
+
+class Deep(nn.Module):
+    """Deep supervision: `side` runs always, and only training returns it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 16, 3, padding=1)
+        self.out, self.side = nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 1)
+        self.aux: list[Tensor | None] = [None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        self.aux[0] = self.side(h)
+        y = self.out(h)
+        return torch.stack([y, self.aux[0]], 1) if self.training else y
+
+
+class Aux(nn.Module):
+    """An auxiliary classifier: it runs in training alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 12, 1)
+        self.out, self.aux = nn.Conv2d(12, 3, 1), nn.Conv2d(16, 3, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.a(x)
+        y = self.out(F.relu(self.b(F.relu(h))))
+        return (y, self.aux(h)) if self.training else y
+
+
+@pytest.mark.parametrize("kind", [Deep, Aux])
+def test_what_only_training_uses_can_still_be_trained(kind: type[nn.Module]) -> None:
+    model = kind()
+    outputs = [tuple(each.shape) for each in model.train()(X)]
+    result = compressor.prune(model, X, "l1", 0.2, verify=True)
+    assert result.params[1] < result.params[0]
+    assert [tuple(each.shape) for each in model.train()(X)] == outputs
+    assert any("training" in note or "evaluation mode" in note for note in result.notes)
+
+
+def test_a_channel_that_an_auxiliary_part_reads_stays_and_says_why() -> None:
+    graph = compressor.trace(Aux(), X)
+    assert graph.sizes() == {"b": 12}
+    assert any("in training these channels reach parameters" in each.reason for each in graph.frozen)
+
+
+def test_a_training_mode_that_does_not_run_is_said() -> None:
+    class Refusing(Aux):
+        def forward(self, x: Tensor) -> Any:
+            if self.training:
+                raise RuntimeError("no training today")
+            return super().forward(x)
+
+    (note,) = compressor.trace(Refusing(), X).notes
+    assert "does not run: RuntimeError: no training today" in note
+
+
+class Finding(nn.Module):
+    """Looks at the images in which there is something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[x.mean((1, 2, 3)) > 0]
+        return self.c(F.relu(self.b(self.a(x))))
+
+
+def test_what_met_nothing_stays() -> None:
+    model = Finding().eval()
+    result = compressor.prune(model, -torch.rand(2, 3, 8, 8), "l1", 0.3, verify=True)
+    assert not result.reached
+    assert model(torch.rand(2, 3, 8, 8)).shape == (2, 4, 8, 8)
+    assert any("give an example on which the model finds something" in line for line in result.blocked)
+    assert compressor.prune(model, torch.rand(2, 3, 8, 8), "l1", 0.3, verify=True).reached
