@@ -16,6 +16,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 aten = torch.ops.aten
 Rows = list[list[int]]
@@ -58,7 +59,7 @@ class Case:
         groups: by name, the rows of every member; members that are missing here must not exist.
         frozen: besides `a`'s inputs and `b`'s outputs: by tensor dimension, words of the reason.
         inexact: groups for which masking a channel and cutting it may differ; all of them where it says True.
-        whole: whether to trace in inference mode, where PyTorch does not take operations apart before we see them.
+        whole: whether the model runs in inference mode, where we see operations before PyTorch takes them apart.
         real: whether the model must run on real tensors, because a result's shape depends on values.
     """
 
@@ -102,6 +103,17 @@ def image(ops: str, op: Callable[[Tensor], Tensor], a: Rows, b: Rows, **rest: An
     """One group, `a`'s rows to `b`'s rows, of images."""
     made, read = (1 + max(map(max, rows)) for rows in (a, b))
     return Case(ops, conv(made, read, op), IMAGE, {"a": {"a.weight.0": a, "b.weight.1": b}}, **rest)
+
+
+def scaled_by_dot(op: str) -> Case:
+    """The output is multiplied with a product of two parameters, which is a sum over the channels."""
+    net = Net(
+        lambda n, x: n.b(n.a(x)) * getattr(torch, op)(n.a.weight[:, 0], n.s),
+        a=nn.Linear(3, 4, bias=False),
+        s=nn.Parameter(torch.ones(4)),
+        b=nn.Linear(4, 2, bias=False),
+    )
+    return Case(op, net, (7, 3), {"a": {"a.weight.0": I4, "s.0": I4, "b.weight.1": I4}}, inexact=True)
 
 
 def stuck(ops: str, op: Callable[[Tensor], Tensor], read: int, why: str, channels: int = 4) -> Case:
@@ -835,6 +847,26 @@ CONTRACTIONS = {
         DENSE,
         {"o.weight.0": "moves or weighs the places", "o.weight.1": "meets an axis without channels"},
     ),
+    "weight_norm": Case(
+        "_weight_norm_interface",
+        Net(lambda n, x: n.b(n.a(x)), a=weight_norm(nn.Linear(3, 4, bias=False)), b=weight_norm(nn.Linear(4, 2))),
+        (7, 3),
+        {
+            "a": {
+                "a.parametrizations.weight.original0.0": I4,
+                "a.parametrizations.weight.original1.0": I4,
+                "b.parametrizations.weight.original1.1": I4,
+            }
+        },
+        {
+            "a.parametrizations.weight.original1.1": "meets an axis without channels",
+            "b.parametrizations.weight.original0.0": "model output",
+            "b.parametrizations.weight.original1.0": "model output",
+            "b.bias.0": "model output",
+        },
+        inexact=True,
+    ),
+    **{op: scaled_by_dot(op) for op in ("dot", "vdot")},
     "bilinear": Case(
         "_trilinear",
         Net(

@@ -194,7 +194,7 @@ def test_magnitude_keeps_the_largest_weights_of_the_model_or_of_each_layer(alloc
 def test_norms_biases_and_frozen_weights_are_never_masked(criterion: str) -> None:
     model = wide()
     model[3].weight.requires_grad_(False)
-    _, optimizer, training = made(criterion, "weight", model, allocation="erk")
+    _, optimizer, training = made(criterion, "weight", model, allocation="erk", budget=compressor.Budget(0.1))
     frozen = model[3].weight.clone()
     list(steps(training, optimizer, range(10)))
     assert list(training.masks) == ["0.weight", "8.weight"]

@@ -190,6 +190,94 @@ def test_an_optimizer_whose_state_cannot_follow_is_refused() -> None:
     assert same(everything(model, optimizer), before)
 
 
+class Wrapping(torch.optim.Optimizer):
+    """A base optimizer inside, and a copy of every weight, as SAM has them."""
+
+    def __init__(self, params, base, **how):
+        super().__init__(params, how)
+        self.base = base(self.param_groups, **how)
+        self.param_groups = self.base.param_groups
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["old"] = p.detach().clone()
+        self.base.step()
+
+
+def test_the_optimizer_inside_another_is_cut_along() -> None:
+    model = shake(small()).train()
+    optimizer = Wrapping(model.parameters(), torch.optim.Adam, lr=0.1)
+    for keep in (None, {"0": [1, 2]}, {"0": [0]}):
+        if keep:
+            compressor.cut(compressor.trace(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64)), keep, optimizer)
+        model(torch.randn(2, 3, 8, 8, dtype=torch.float64)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weight = model[0].weight
+    assert {optimizer.state[weight]["old"].shape, optimizer.base.state[weight]["exp_avg"].shape} == {weight.shape}
+
+
+class Listing(torch.optim.SGD):
+    """Keeps a list of tensors for a weight, as preconditioned optimizers do."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["factors"] = [torch.eye(size) for size in p.shape]
+
+
+HOPELESS = {
+    "LBFGS": (torch.optim.LBFGS, "LBFGS keeps '"),
+    "Adafactor": (torch.optim.Adafactor, "Adafactor keeps 'row_var' of shape"),
+    "a list": (Listing, "Listing keeps 'factors' of several"),
+}
+
+
+@pytest.mark.parametrize("name", HOPELESS)
+@pytest.mark.parametrize("criterion", ["l1", "rigl"])
+def test_an_optimizer_that_no_cut_can_follow_is_refused_before_the_first_step(name: str, criterion: str) -> None:
+    model = small().double()
+    kind, message = HOPELESS[name]
+    optimizer = kind(model.parameters(), lr=0.1)
+    make = compressor.Pruner if criterion == "l1" else compressor.SparseTraining
+    with pytest.raises(InputError, match=message):
+        make(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64), criterion, 0.3, optimizer=optimizer, total_steps=1000)
+
+
+def test_a_list_in_the_state_is_refused_by_a_single_cut() -> None:
+    model = small().double()
+    optimizer = Listing(model.parameters(), lr=0.1)
+    optimizer.step()
+    graph = compressor.trace(model, torch.zeros(1, 3, 8, 8, dtype=torch.float64))
+    with pytest.raises(CutError, match="Listing keeps 'factors', a list of tensors, for"):
+        compressor.cut(graph, {"0": [1, 2]}, optimizer)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.autocast("cpu"), torch.no_grad()])
+def test_a_cut_inside_of_other_modes_leaves_parameters_that_train(mode) -> None:
+    model, x = small().float(), torch.randn(2, 3, 8, 8)
+    with mode:
+        assert compressor.prune(model, x, "l1", 0.4, verify=True).reached
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model.train()(x).sum().backward()
+
+
+def test_the_order_in_memory_stays() -> None:
+    model = small().double().to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    model(x).sum().backward()
+    optimizer.step()
+    graph = compressor.trace(model, x)
+    compressor.cut(graph, {name: range(1, size, 2) for name, size in graph.sizes().items()}, optimizer)
+    convs = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    for weight in convs:
+        for each in (weight, weight.grad, optimizer.state[weight]["momentum_buffer"]):
+            assert each.is_contiguous(memory_format=torch.channels_last)
+    assert any(not weight.is_contiguous() for weight in convs)
+
+
 @pytest.mark.parametrize(
     ("keep", "error", "message"),
     [

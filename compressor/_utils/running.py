@@ -10,7 +10,7 @@ import gc
 import random
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_map
 
 from compressor.errors import InputError
+
+_PLAIN = torch.contiguous_format
 
 
 @contextmanager
@@ -35,6 +37,20 @@ def gc_disabled() -> Iterator[None]:
 
 
 @contextmanager
+def ambient_modes_disabled() -> Iterator[None]:
+    """Work outside of the caller's `torch.inference_mode` and autocast.
+
+    What is made inside the first can never be trained, and the second makes a model run other operations.
+    """
+    with ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                modes.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module's flag and all random states are as before.
 
@@ -45,13 +61,25 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     drawn = random.getstate(), np.random.get_state()
     try:
         model.eval()
-        with torch.random.fork_rng(devices), torch.no_grad():
+        with torch.random.fork_rng(devices), ambient_modes_disabled(), torch.no_grad():
             yield
     finally:
         for module, flag in training:
             vars(module)["training"] = flag  # what `module.training = flag` does, less torch's search for parameters
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """Return in which order a tensor's dimensions lie in memory, as torch names it.
+
+    By the strides: of a 1x1 kernel torch says that it is laid out both ways, but it computes by the strides.
+    """
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if last is None:
+        return torch.contiguous_format
+    in_format = {each: torch.empty(tensor.shape, device="meta", memory_format=each).stride() for each in (last, _PLAIN)}
+    return last if tensor.stride() == in_format[last] != in_format[_PLAIN] else _PLAIN
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:

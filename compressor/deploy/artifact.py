@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor._utils import memory_format
 from compressor.deploy import model_file
 from compressor.deploy.model_file import Description
 from compressor.errors import ArtifactError, InputError
@@ -57,7 +58,7 @@ def save(
         "spec": dataclasses.asdict(spec) if spec else None,
         "cut": _cut(spec, tensors) if spec else {},
         "attributes": all_numeric_attributes(model),
-        "channels_last": [name for name, tensor in tensors.items() if _is_channels_last(tensor)],
+        "channels_last": [name for name, tensor in tensors.items() if memory_format(tensor) is torch.channels_last],
         "extra": dict(extra or {}),
         "versions": {name: importlib.metadata.version(name) for name in ("compressor", "torch", "torchvision")},
     }
@@ -91,15 +92,6 @@ def _cut(spec: ModelSpec, live: Mapping[str, Tensor]) -> dict[str, tuple[int, ..
             "give another spec, or `del model.compressor_spec` and load it with load(path, factory=...)"
         )
     return {name: shape for name, shape in dense.items() if shape != tuple(live[name].shape)}
-
-
-def _is_channels_last(tensor: Tensor) -> bool:
-    """Compare strides: of a 1x1 kernel torch says that it is laid out both ways, but it computes by the strides."""
-    if tensor.dim() != 4:
-        return False
-    plain = torch.empty(tensor.shape, device="meta")
-    last = torch.empty(tensor.shape, device="meta", memory_format=torch.channels_last)
-    return tensor.stride() == last.stride() != plain.stride()
 
 
 # -- loading

@@ -9,6 +9,7 @@ from .group import Member as Member
 from .group import Offset as Offset
 from .group import Role as Role
 from .group import Term as Term
+from .group import owner as owner
 from .recording import Recording as Recording
 from .replay import Mismatch as Mismatch
 from .rules import RULES as RULES
@@ -20,6 +21,7 @@ from .sizes import numeric_attributes as numeric_attributes
 from .sizes import replace_data as replace_data
 from .sizes import replace_size_attributes as replace_size_attributes
 from .sizes import restore_shapes as restore_shapes
+from .sizes import stored_weight as stored_weight
 from .sizes import sync_size_attributes as sync_size_attributes
 from .table import Table as Table
 from .tracing import trace as trace

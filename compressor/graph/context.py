@@ -17,7 +17,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compressor.graph.axes import BROADCAST, UNPRUNABLE, Axis, IntArray, Labels, unlabeled
-from compressor.graph.group import Offset, Role
+from compressor.graph.group import Offset, Role, owner
 
 Axes = tuple[Axis, ...]
 Origin: TypeAlias = tuple[Any, ...]
@@ -64,12 +65,15 @@ class TensorInfo:
 
     Attributes:
         axes: one entry per dimension.
-        weight: the parameter or buffer it is a view or function of, where it depends on nothing else.
+        weight: the parameter or buffer it is a view or function of, where it depends on no activation. Of several (a
+            weight and its mask) the first parameter.
+        unchanged: whether it has the values of `weight`, in another order perhaps.
         produced_by: the weight whose operation made it, as long as nothing else happened to it.
     """
 
     axes: Axes
     weight: str | None = None
+    unchanged: bool = False
     produced_by: str | None = None
 
 
@@ -90,6 +94,7 @@ class TraceContext:
         indices: by name of a buffer of whole numbers, the axis whose positions they are.
         origins: by `id` of a tensor, where it comes from: an input, a parameter or constant, or an operation.
         notes: what the user should know, by the operation that it is about.
+        buffers: names of the model's tensors that are no parameters.
         op, module: what runs now.
         has_size_attribute: tells whether the running module has a whole number of that value among its attributes.
     """
@@ -106,6 +111,7 @@ class TraceContext:
     indices: dict[str, IntArray] = field(default_factory=dict)
     origins: dict[int, Origin] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    buffers: Collection[str] = ()
     op: str = ""
     module: str = ""
     has_size_attribute: Callable[[int], bool] = field(default=lambda value: False)
@@ -114,6 +120,7 @@ class TraceContext:
     _first_labels: list[int] = field(default_factory=list)
     _dims_in_order: list[ParameterDim] = field(default_factory=list)
     _uses: dict[int, int] = field(default_factory=dict)
+    _weight_uses: Counter[str] = field(default_factory=Counter)
     _recorded_consumers: set[str] = field(default_factory=set)
     _integer_values: dict[int, Tensor] = field(default_factory=dict)
 
@@ -150,6 +157,17 @@ class TraceContext:
         """Return the name of the parameter that a tensor is made of alone, or None for activations and constants."""
         return self.info(tensor).weight
 
+    def main_weight(self, tensors: Sequence[Tensor]) -> str | None:
+        """Return the name of the parameter, or else of the buffer, that tensors are made of alone; None for others."""
+        names = [self.weight(tensor) for tensor in tensors]
+        if not names or not all(names):
+            return None
+        return min(names, key=lambda name: name in self.buffers)
+
+    def is_buffer(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is made of buffers alone: what a model keeps for its weights, such as a mask."""
+        return self.weight(tensor) in self.buffers
+
     def label_parameter(self, tensor: Tensor, name: str, shape: Sequence[int]) -> None:
         """Give labels to every dimension of a parameter or buffer, the first time it is used."""
         axes = tuple(
@@ -157,7 +175,7 @@ class TraceContext:
             for dim, size in enumerate(shape)
         )
         self.parameters[name] = axes
-        self.set_labels(tensor, TensorInfo(axes, weight=name))
+        self.set_labels(tensor, TensorInfo(axes, weight=name, unchanged=True))
 
     def _labelled_dim(self, dim: ParameterDim, size: int) -> IntArray:
         labels = self.parameter_dims[dim] = self.labels.allocate(size)
@@ -259,7 +277,7 @@ class TraceContext:
     def record_consumer(self, weight: str | None, dim: int, axis: Axis) -> None:
         """Note that the module that owns `weight`, and is running now, sees these channels on dimension `dim`."""
         # NOTE: A module with several weights (attention) reads several inputs; its first one is not the whole story.
-        if not weight or weight in self._recorded_consumers or weight != f"{self.module}.weight".removeprefix("."):
+        if not weight or weight in self._recorded_consumers or owner(weight) != (self.module, "weight"):
             return
         if isinstance(axis, np.ndarray):
             self._recorded_consumers.add(weight)
@@ -279,7 +297,16 @@ class TraceContext:
         """Return the offsets, less running means behind a result that something else than the BatchNorm reads too."""
         # A bias reaches all readers of the result; a running mean the BatchNorm alone, and others would differ.
         shared = {weight for weight, result in self.batch_norm_inputs.items() if self._uses.get(id(result), 0) > 1}
-        return {weight: offset for weight, offset in self.offsets.items() if weight not in shared or offset.sign > 0}
+        # A weight that is used twice (two modules share it, or one is called twice) has an input mean at each use.
+        once = {weight: offset for weight, offset in self.offsets.items() if self._weight_uses[weight] == 1}
+        return {weight: offset for weight, offset in once.items() if weight not in shared or offset.sign > 0}
+
+    def set_offset(self, weight: str | None, offset: Offset | None) -> None:
+        """Note a use of a weight, and where a constant on its output can be put, if there is such a place."""
+        if weight:
+            self._weight_uses[weight] += 1
+            if offset:
+                self.offsets[weight] = offset
 
     def count_use(self, tensors: Iterable[Tensor]) -> None:
         """Count one more reader for each of these tensors."""

@@ -24,11 +24,12 @@ def preserve_module_state(model: nn.Module, training: bool = False) -> Iterator[
     says they are there, and the next run would install them twice.
     """
     modules = list(model.modules())
-    own = [vars(module) for module in modules if not is_torch_module(module)]
+    # torch's own modules keep nothing of a run; but a hook may (a weight that is made of others, as weight_norm does).
+    own = [vars(module) for module in modules if not is_torch_module(module) or module._forward_pre_hooks]
     hooks = [vars(module)[name] for module in modules for name in _FORWARD_HOOKS]
     installed = {index: dict(each) for index, each in enumerate(hooks) if each}  # nearly all are empty
     saved = [_SavedContents(each) for each in own]
-    # One level deep: caches are dicts and lists of tensors. torch's own modules keep none.
+    # One level deep: caches are dicts and lists of tensors.
     saved += [
         _SavedContents(value)
         for each in own

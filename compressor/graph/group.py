@@ -17,6 +17,7 @@ Shape letters: C channels of a group; K positions that one channel holds along a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -71,7 +72,21 @@ class ConsumerInput:
     @property
     def module(self) -> str:
         """Qualified name of the module that owns the weight."""
-        return self.weight.rpartition(".")[0]
+        return owner(self.weight)[0]
+
+
+def owner(tensor: str) -> tuple[str, str]:
+    """Return the module that a parameter belongs to, and what it is there.
+
+    A parameter that only goes into a weight counts as the weight: `a.weight_v`, `a.parametrizations.weight.original1`
+    and `a.weight_orig` are the "weight" of "a".
+    """
+    module, _, leaf = re.sub(_PARAMETRIZED, r"\1\2", tensor).rpartition(".")
+    return module, re.sub(r"_(orig|v|g)$", "", leaf)
+
+
+# How torch names what weight_norm, spectral_norm and other parametrizations keep.
+_PARAMETRIZED = r"(^|\.)parametrizations\.(\w+)\.original\d*$"
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from compressor.graph.axes import BoolArray, Classes, IntArray
 from compressor.graph.context import ParameterDim, TraceContext
-from compressor.graph.group import Extent, Frozen, Group, Term
+from compressor.graph.group import Extent, Frozen, Group, Term, owner
 from compressor.graph.table import Place, Table
 
 _EMPTY: IntArray = np.empty(0, dtype=np.int64)
@@ -195,7 +195,7 @@ def _names(context: TraceContext, table: Table) -> tuple[str, ...]:
     order = np.lexsort((place, ~makes[place], group))
     for first in order[np.searchsorted(group[order], np.arange(len(table.sizes)))].tolist():
         tensor = table.places[int(place[first])].tensor
-        base = tensor.rpartition(".")[0] or tensor
+        base = owner(tensor)[0] or tensor
         taken[base] = taken.get(base, 0) + 1
         names.append(base if taken[base] == 1 else f"{base}#{taken[base]}")
     return tuple(names)

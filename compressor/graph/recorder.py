@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 NOTHING_FOUND = "met a tensor without elements (give an example on which the model finds something)"
 _CONSTANT_NUMEL = 1 << 20  # constants up to here keep their data: tables of positions, masks
+_SAME_VALUES = ("t", "transpose", "permute", "view", "alias", "detach", "_to_copy", "clone", "squeeze", "unsqueeze")
+_REORDERS = {f"aten.{name}" for name in _SAME_VALUES}
 _COMPARED_NUMEL = 64  # constants up to here are compared by value after a cut: a factor such as width ** -0.5
 
 
@@ -70,6 +72,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._modules = dict(self.model.named_modules())
         self.tensors = named_model_tensors(self._modules)
         self._owned = {id(tensor): name for name, tensor in self.tensors.items()}
+        self.context.buffers = self.tensors.keys() - {name for name, _ in self.model.named_parameters()}
         self.context.has_size_attribute = _SizeAttributes(self._modules, self.context)
 
     def run(self, example_inputs: Any, training: bool = False) -> None:
@@ -200,11 +203,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._freeze_empty(inputs)
         returned_axes = len(context.labels.journal)
         axes, understood = self._axes(rule, args, kwargs, out, results, inputs)
-        weights = [context.weight(tensor) for tensor in inputs]
-        weight = weights[0] if weights and all(weights) else None
-        produced_by = context.weight(inputs[1]) if call.op == "aten.convolution" else None
+        weight = context.main_weight(inputs)
+        unchanged = len(inputs) == 1 and call.op in _REORDERS and context.info(inputs[0]).unchanged
+        is_own_weight = call.op == "aten.convolution" and context.info(inputs[1]).unchanged
+        produced_by = context.weight(inputs[1]) if is_own_weight else None
         for tensor, each in zip(results, axes, strict=True):
-            context.set_labels(tensor, TensorInfo(each, weight, produced_by))
+            context.set_labels(tensor, TensorInfo(each, weight, unchanged, produced_by))
         keeps_axes = understood and len(context.labels.journal) == returned_axes
         index = self._record(call, axes, results, keeps_axes)
         context.origins.update({id(tensor): ("op", index, number) for number, tensor in enumerate(results)})

@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from compressor.errors import InputError
 from compressor.graph.attention import refit_attention
@@ -27,6 +31,8 @@ def replace_data(tensor: Tensor, data: Tensor) -> None:
 def sync_size_attributes(model: nn.Module) -> None:
     """Set the size attributes of known modules (`in_channels`, `num_features`, ...) to those of their tensors."""
     for module in model.modules():
+        with torch.no_grad():
+            _refresh_made_weights(module)
         for name, value in _sizes_of_tensors(module).items():
             if vars(module).get(name) != value:
                 setattr(module, name, value)
@@ -120,9 +126,12 @@ def replace_size_attributes(module: nn.Module, changed: Mapping[int, int]) -> bo
     """
     if not integer_attributes(module) & changed.keys():
         return False
-    for attribute, value in numeric_attributes(module).items():
-        setattr(module, attribute, _replaced(value, changed))
-    return True
+    followed = _sizes_of_tensors(module).keys()  # of a subclass of torch's: these are those of its tensors already
+    free = {name: value for name, value in numeric_attributes(module).items() if name not in followed}
+    replaced = {name: _replaced(value, changed) for name, value in free.items()}
+    for name, value in replaced.items():
+        setattr(module, name, value)
+    return replaced != free
 
 
 def _replaced(value: Any, sizes: Mapping[int, int]) -> Any:
@@ -135,7 +144,7 @@ def _sizes_of_tensors(module: nn.Module) -> dict[str, Any]:
     """Return the size attributes of a module as its tensors have them."""
     if isinstance(module, nn.MultiheadAttention):
         return refit_attention(module)
-    weight = getattr(module, "weight", None)
+    weight = stored_weight(module)
     if isinstance(module, nn.modules.batchnorm._NormBase):
         known = module.running_mean if module.running_mean is not None else weight
         return {"num_features": len(known)} if isinstance(known, Tensor) else {}
@@ -154,6 +163,29 @@ def _sizes_of_tensors(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, nn.Embedding):
         return {"embedding_dim": weight.shape[1]}
     return {}
+
+
+def stored_weight(module: nn.Module) -> Tensor | None:
+    """Return a module's weight; of one that is made of others only when it runs, the one that has its shape now."""
+    if is_parametrized(module, "weight"):
+        # NOTE: Not `module.weight`: to ask spectral_norm for it in training is to take a step of its power iteration.
+        made_of = dict(module.get_submodule("parametrizations.weight").named_parameters(recurse=False))
+        return made_of.get("original", made_of.get("original1"))
+    return next((getattr(module, name) for name in _WEIGHTS if hasattr(module, name)), None)
+
+
+_WEIGHTS = ("weight_orig", "weight_v", "weight")  # as prune and spectral_norm, and weight_norm, call what they replaced
+
+
+def _refresh_made_weights(module: nn.Module) -> None:
+    """Make a weight anew that hooks make of others before each run: until the next one it would have its old shape."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, BasePruningMethod):
+            setattr(module, hook._tensor_name, hook.apply_mask(module))  # type: ignore[no-untyped-call]
+        elif isinstance(hook, WeightNorm):
+            setattr(module, hook.name, hook.compute_weight(module))
+        elif isinstance(hook, SpectralNorm):
+            setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
 
 
 def _conv_sizes(conv: nn.modules.conv._ConvNd, weight: Tensor) -> dict[str, int]:

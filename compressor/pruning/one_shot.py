@@ -13,7 +13,7 @@ from compressor.budget import Budget, Limits, PruneResult, PruningProgress, Scop
 from compressor.criteria import Criterion, Snapshot, lookup, score
 from compressor.errors import IdleArgumentError, InputError, UnknownNameError
 from compressor.pruning.to_budget import CutOptions, prune_to_budget, traced
-from compressor.surgery import Compensation, as_list, input_means
+from compressor.surgery import Compensation, all_optimizers, input_means
 
 
 def prune(
@@ -75,7 +75,7 @@ def prune(
         progress,
         lambda groups: score(judge, groups, Snapshot.from_model(graph.model, generator)),
         budget,
-        CutOptions(selection, shares, as_list(optimizer), list(copies), verify),
+        CutOptions(selection, shares, all_optimizers(optimizer), list(copies), verify),
         means=input_means(graph, batches) if folds else None,
         real_inputs=batches[0] if batches else example_inputs,
     )

@@ -32,7 +32,7 @@ from compressor.pruning.one_shot import require_compensation
 from compressor.pruning.relevance_scores import relevance_scores
 from compressor.pruning.to_budget import CutOptions, prune_to_budget, require_reachable, traced
 from compressor.relevance import Relevance, RelevanceConfig, per_sample
-from compressor.surgery import Compensation, as_list, input_means, require_held
+from compressor.surgery import Compensation, all_optimizers, input_means, require_followed, require_held
 
 logger = logging.getLogger(__name__)
 
@@ -125,8 +125,9 @@ class Pruner:
         if not self.graph.groups:
             require_reachable(self.graph, self.budget, selection)
         shares = (limits or Limits()).shares(self.graph)
-        self._options = CutOptions(selection, shares, as_list(optimizer), list(copies), verify)
+        self._options = CutOptions(selection, shares, all_optimizers(optimizer), list(copies), verify)
         require_held(self.graph.model, self._options.optimizers)
+        require_followed(self._options.optimizers)
         self._compensates = compensate != "none"
         self._inputs = example_inputs  # of the last batch
         self._progress = PruningProgress(self.graph)

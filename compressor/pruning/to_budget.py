@@ -77,7 +77,11 @@ def prune_to_budget(
 
     Returns:
         The selection that was cut, None where all was done before.
+
+    Raises:
+        InputError: a parameter is not finite: whatever were kept of such a model is of no use.
     """
+    _require_finite(progress.graph.model)
     graph = progress.graph
     shares = {name: share * due for name, share in options.shares.items()}
     if progress.remaining(budget) is None and not any(shares.values()):
@@ -105,6 +109,12 @@ def prune_to_budget(
     for line in made.blocked:
         logger.warning("the budget is not reached: %s", line)
     return made
+
+
+def _require_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not torch.isfinite(parameter.detach()).all():
+            raise InputError(f"{name!r} holds NaN or inf: go back to weights from before the training diverged")
 
 
 def require_reachable(

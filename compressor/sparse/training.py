@@ -32,7 +32,7 @@ from compressor.sparse.regrowth import METHODS, Regrowth, drop_and_grow
 from compressor.sparse.schedules import mask_schedule
 from compressor.sparse.units import MaskedUnits, Masks
 from compressor.sparse.weight_masks import WeightMasks
-from compressor.surgery import as_list
+from compressor.surgery import all_optimizers, require_followed
 
 
 class SparseTraining:
@@ -101,8 +101,10 @@ class SparseTraining:
         self._schedule = mask_schedule(criterion, total_steps, prune_every, schedule)
         self.graph = trace(unwrap_compiled(model), example_inputs)
         self._progress = PruningProgress(self.graph)
-        self.units = self._masked_units(as_list(optimizer), list(copies), round_to, limits or Limits())
-        self._whole = self.units.size
+        optimizers = all_optimizers(optimizer)
+        require_followed(optimizers)
+        self.units = self._masked_units(optimizers, list(copies), round_to, limits or Limits())
+        self._whole = self.units.whole
         self._generator = torch.Generator().manual_seed(seed)
         self._begun = False
 
@@ -197,7 +199,7 @@ class SparseTraining:
 
     def _event(self, before: Mapping[str, Tensor]) -> dict[str, Any]:
         changed = sum(int((mask != before[name]).sum()) for name, mask in self.masks.items())
-        off = self.units.off / self.units.size
+        off = self.units.off / self.units.whole
         return {"event": "masks", "step": self.steps, "off": off, "changed": changed}
 
     def _cut(self) -> dict[str, Any] | None:
@@ -215,7 +217,7 @@ class SparseTraining:
         cut = self._progress.result(self.budget)
         if self._config.granularity == "channel":
             return cut
-        on = self.units.size - self.units.off
+        on = self.units.whole - self.units.off
         reached = on <= self.budget.goal(self._whole)
         blocked = () if reached else ("at least one weight of every layer stays",)
         return replace(

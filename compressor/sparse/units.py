@@ -82,6 +82,16 @@ class MaskedUnits(ABC):
         return sum(mask.numel() for mask in self.masks.values())
 
     @property
+    def fixed(self) -> int:
+        """The number of units that no mask can switch off."""
+        return 0
+
+    @property
+    def whole(self) -> int:
+        """The number of all units, of which the budget is a share."""
+        return self.size + self.fixed
+
+    @property
     def off(self) -> int:
         """The number of units that are off."""
         return self.size - sum(int(mask.sum()) for mask in self.masks.values())

@@ -1,6 +1,8 @@
 """Masks on single weights of convolutions and Linears, as the methods were published.
 
-Norms and biases are never masked, nor are weights that do not train.
+Norms and biases are never masked, nor are weights that do not train, or that are made of others (weight_norm). The
+budget is a share of all weights of convolutions and Linears, those included: where 40 of 100 do not train, a budget of
+0.5 switches 50 of the other 60 off.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor.budget import Budget
-from compressor.errors import InputError
-from compressor.graph import ChannelGraph
+from compressor.errors import BudgetError, InputError
+from compressor.graph import ChannelGraph, stored_weight
 from compressor.sparse.allocation import ALLOCATIONS, counts_off
 from compressor.sparse.config import Allocation
 from compressor.sparse.empty import without_weight
@@ -47,6 +49,11 @@ class WeightMasks(MaskedUnits):
         require_held(graph.model, self._optimizers, self._weights)
         self.masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in self._weights.items()}
 
+    @property
+    def fixed(self) -> int:
+        """The number of weights of convolutions and Linears that are on for good."""
+        return sum(weight.numel() for weight in _all_weights(self.graph.model).values()) - self.size
+
     def values(self) -> dict[str, Tensor]:
         """Return the weights."""
         return {name: weight.detach() for name, weight in self._weights.items()}
@@ -56,10 +63,17 @@ class WeightMasks(MaskedUnits):
         return {name: grad_magnitude(weight) for name, weight in self._weights.items()}
 
     def topk_masks(self, scores: Mapping[str, Tensor], share: float = 1.0) -> Masks:
-        """Return the masks that leave exactly the due share of all weights off, those that score lowest."""
+        """Return the masks that leave exactly the due share of all weights off, those that score lowest.
+
+        Raises:
+            BudgetError: too many weights are not masked.
+        """
         due = Budget(self._budget.sparsity * share)
-        whole = sum(mask.numel() for mask in self.masks.values())
-        total = whole - due.goal(whole)
+        total = self.whole - due.goal(self.whole)
+        if total > self.size - len(self.masks):
+            reason = f"{self.fixed:,} of {self.whole:,} weights do not train, or are made of others, and are not masked"
+            raise BudgetError("weights", due.sparsity, (self.size - len(self.masks)) / self.whole, (reason,))
+        due = Budget(total / self.size)
         if self._allocation == "global":
             return _split(_on(torch.cat([scores[name].flatten() for name in self.masks]), total), self.masks)
         shapes = {name: tuple(mask.shape) for name, mask in self.masks.items()}
@@ -100,15 +114,22 @@ class WeightMasks(MaskedUnits):
         return {name: (~gone).nonzero().flatten() for name, gone in empty.items() if gone.any()}
 
 
+def _all_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weight of every convolution and Linear by name, each once, whatever it is made of."""
+    kinds = (nn.modules.conv._ConvNd, nn.Linear)
+    named = {f"{name}.weight".lstrip("."): each for name, each in model.named_modules() if isinstance(each, kinds)}
+    found = {name: stored_weight(module) for name, module in named.items()}
+    return {name: weight for name, weight in found.items() if weight is not None}
+
+
 def maskable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the weights of all convolutions and Linears that train, by name, in the order of the model's modules.
 
     Raises:
         InputError: there are none.
     """
-    kinds = (nn.modules.conv._ConvNd, nn.Linear)
-    owners = {f"{name}.weight".lstrip("."): each for name, each in model.named_modules() if isinstance(each, kinds)}
-    found = {name: weight for name, weight in model.named_parameters() if name in owners and weight.requires_grad}
+    weights = _all_weights(model)
+    found = {name: weight for name, weight in model.named_parameters() if name in weights and weight.requires_grad}
     if not found:
         raise InputError(
             f"{type(model).__name__} has no convolution or Linear whose weight trains, so there is nothing to mask: "

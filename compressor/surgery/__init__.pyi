@@ -2,7 +2,8 @@ from .compensation import input_means as input_means
 from .cutting import cut as cut
 from .cutting import removed_channels as removed_channels
 from .masks import mask_channels as mask_channels
-from .optimizers import as_list as as_list
+from .optimizers import all_optimizers as all_optimizers
+from .optimizers import require_followed as require_followed
 from .optimizers import require_held as require_held
 from .options import COMPENSATIONS as COMPENSATIONS
 from .options import Compensation as Compensation

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from compressor._utils import as_arguments, device_of, eval_mode, to_device
 from compressor.errors import InputError
-from compressor.graph import ChannelGraph
+from compressor.graph import ChannelGraph, owner
 
 
 def input_means(graph: ChannelGraph, batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -36,14 +36,14 @@ def input_means(graph: ChannelGraph, batches: Iterable[Any]) -> dict[str, Tensor
         left out.
 
     Raises:
-        InputError: no batch came.
+        InputError: no batch came, or what came is not finite.
     """
     sums = {seen.weight: _Sum(seen.dim) for group in graph.groups for seen in group.inputs}
     count = 0
     device = device_of(graph.model)
     with ExitStack() as hooks, eval_mode(graph.model):
         for weight, total in sums.items():
-            module = graph.model.get_submodule(weight.rpartition(".")[0])
+            module = graph.model.get_submodule(owner(weight)[0])
             hooks.callback(module.register_forward_pre_hook(total).remove)
         for batch in batches:
             arguments, named = as_arguments(to_device(batch, device))
@@ -51,7 +51,13 @@ def input_means(graph: ChannelGraph, batches: Iterable[Any]) -> dict[str, Tensor
             count += 1
     if not count:
         raise InputError("no batch to take means of: give at least one batch of inputs that the model accepts")
-    return {weight: total.mean() for weight, total in sums.items() if total.count}
+    means = {weight: total.mean() for weight, total in sums.items() if total.count}
+    for weight, mean in means.items():
+        if not mean.isfinite().all():
+            raise InputError(
+                f"the input of {weight!r} is not finite on these inputs: leave out those that hold NaN or inf"
+            )
+    return means
 
 
 @dataclass

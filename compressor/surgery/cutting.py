@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor._utils import gc_disabled
+from compressor._utils import ambient_modes_disabled, gc_disabled
 from compressor.errors import CutError, InputError, StaleGraphError, TraceError, UnknownNameError
 from compressor.graph import (
     BoolArray,
@@ -34,12 +34,13 @@ from compressor.graph import (
     verify_against_recording,
 )
 from compressor.surgery.compensation import constant_output, removed_means
-from compressor.surgery.optimizers import as_list
+from compressor.surgery.optimizers import all_optimizers
 from compressor.surgery.transaction import Transaction
 
 logger = logging.getLogger(__name__)
 
 
+@ambient_modes_disabled()
 @gc_disabled()
 def cut(
     graph: ChannelGraph,
@@ -74,7 +75,7 @@ def cut(
     kept = {name: indices for name, indices in kept.items() if len(indices) < sizes[name]}
     if not kept:
         return
-    optimizers = as_list(optimizer)
+    optimizers = all_optimizers(optimizer)
     models = list(copies)
     try:
         _cut_once(graph, kept, optimizers, means, check, models)

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from compressor._utils import ambient_modes_disabled
 from compressor.errors import InputError, RangeError, UnknownNameError
-from compressor.graph import ChannelGraph, Group
+from compressor.graph import ChannelGraph, Group, named_model_tensors
 
 
+@ambient_modes_disabled()
 @torch.no_grad()
 def mask_channels(graph: ChannelGraph, channels: Mapping[str, Tensor | Sequence[int]]) -> None:
     """Write zeros into the consumers' weights, so that the given channels contribute nothing; writes the model.
@@ -31,7 +33,7 @@ def mask_channels(graph: ChannelGraph, channels: Mapping[str, Tensor | Sequence[
         RangeError: an index outside `[0, C)`. Nothing is written.
     """
     chosen = {name: _channels(graph, name, indices) for name, indices in channels.items()}
-    tensors = dict(graph.model.named_parameters())
+    tensors = named_model_tensors(dict(graph.model.named_modules()))  # a fixed kernel may be a buffer
     for name, indices in chosen.items():
         for member in graph[name].of_role("consumer"):
             positions = member.positions[indices].flatten()

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
+from compressor._utils import memory_format
 from compressor.errors import CutError, InputError
 from compressor.graph import named_model_tensors, numeric_attributes, replace_data, sync_size_attributes
 
@@ -54,7 +56,10 @@ class Transaction:
         for optimizer in self._optimizers:
             state = optimizer.state.get(tensor, {})
             for key, value in list(state.items()):
-                if not isinstance(value, Tensor) or value.dim() == 0 or value.numel() == 1:
+                if not isinstance(value, Tensor):
+                    _require_no_tensors(optimizer, name, key, value)
+                    continue
+                if value.numel() == 1:
                     continue
                 if value.shape != shape:
                     raise CutError(
@@ -101,9 +106,19 @@ class Transaction:
 def _taken(tensor: Tensor, stays: Mapping[int, Tensor]) -> Tensor:
     # NOTE: All dimensions of a tensor at once, so that what lies between is given back before the next one is made:
     # on a CPU, fresh memory takes longer than filling it.
+    order = memory_format(tensor)
     for dim, positions in sorted(stays.items()):
         tensor = tensor.index_select(dim, positions.to(tensor.device))
-    return tensor
+    return tensor.contiguous(memory_format=order)
+
+
+def _require_no_tensors(optimizer: Optimizer, name: str, key: str, value: Any) -> None:
+    if any(isinstance(leaf, Tensor) and leaf.numel() > 1 for leaf in tree_leaves(value)):
+        kind = type(value).__name__
+        raise CutError(
+            f"{type(optimizer).__name__} keeps {key!r}, a {kind} of tensors, for {name!r}, which does not say what "
+            "belongs to a channel; use SGD, Adam(W) or RMSprop"
+        )
 
 
 def require_alike(tensors: Mapping[str, Tensor], copies: Iterable[nn.Module]) -> None:
@@ -122,4 +137,4 @@ def require_alike(tensors: Mapping[str, Tensor], copies: Iterable[nn.Module]) ->
 
 def _whole(module: nn.Module) -> dict[str, Any]:
     """Return the attributes that a cut may change."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, int | tuple)}
+    return {name: value for name, value in vars(module).items() if isinstance(value, int | tuple | Tensor)}

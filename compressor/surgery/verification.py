@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from compressor._utils import as_arguments, device_of, named_tensors, tf32_disabled, to_device
 from compressor.errors import CutError, TraceError
-from compressor.graph import ChannelGraph, preserve_module_state
+from compressor.graph import ChannelGraph, named_model_tensors, owner, preserve_module_state
 from compressor.surgery.compensation import constant_output, removed_means
 from compressor.surgery.cutting import cut, removed_channels
 from compressor.surgery.masks import mask_channels
@@ -118,13 +118,13 @@ def _agrees(graph: ChannelGraph, keep: Mapping[str, Tensor], inputs: Any, means:
 @contextmanager
 def _masked(graph: ChannelGraph, gone: Mapping[str, Tensor], means: Means) -> Iterator[None]:
     """Let consumers multiply the channels by zero, and add what their means come to; afterwards nothing is left."""
-    tensors = dict(graph.model.named_parameters())
+    tensors = named_model_tensors(dict(graph.model.named_modules()))
     read = {member.tensor for name in gone for member in graph[name].of_role("consumer")}
     before = {name: tensors[name].data for name in read}
     with ExitStack() as hooks:
         for weight, mean in removed_means(graph, gone, means).items():
             constant = constant_output(tensors[weight], mean)
-            module = graph.model.get_submodule(weight.rpartition(".")[0])
+            module = graph.model.get_submodule(owner(weight)[0])
             dim = 1 - max(tensors[weight].dim() - 1, 1)
             hooks.callback(module.register_forward_hook(_adding(constant, dim - 1)).remove)
         try:

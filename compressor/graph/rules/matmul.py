@@ -91,10 +91,10 @@ def _tiled(axis: Axis, times: int) -> Axis:
 
 
 def _remember_offset(context: TraceContext, w: Tensor, bias: Tensor | None) -> None:
-    weight = context.weight(w)
-    target = context.weight(bias) if bias is not None else None
-    if weight and target:
-        context.offsets[weight] = Offset(target, 1)
+    target = context.weight(bias) if bias is not None and context.info(bias).unchanged else None
+    # Of a weight that is made of another (weight_norm) the output for a constant is not known from that other alone.
+    offset = Offset(target, 1) if target and context.info(w).unchanged else None
+    context.set_offset(context.weight(w), offset)
 
 
 def deform_conv2d(
@@ -114,12 +114,20 @@ def deform_conv2d(
 
 def mm(context: TraceContext, out: Tensor, a: Tensor, b: Tensor) -> Axes:
     """`a` (..., n, k) times `b` (..., k, m), with equal leading dimensions."""
+    context.set_offset(context.weight(b) or context.weight(a), None)
+    return _product(context, a, b)
+
+
+def _product(context: TraceContext, a: Tensor, b: Tensor) -> Axes:
     *batch_a, rows, inner_a = context.axes(a)
     *batch_b, inner_b, columns = context.axes(b)
+    is_norm = _is_norm(context, a, b)
     if context.tie(inner_a, inner_b) is BROADCAST:
         context.require_size(a, -1)  # a sum over an expanded axis is a product with its length
     # A weight on the right is a Linear's, transposed; on the left it is one that is applied to columns.
-    if context.weight(b):
+    if is_norm:
+        context.labels.mark_inexact(inner_a)
+    elif context.weight(b):
         context.mark_consumer(inner_b)
         context.mark_producer(columns)
         context.record_consumer(context.weight(b), -1, inner_a)
@@ -137,7 +145,7 @@ def mm(context: TraceContext, out: Tensor, a: Tensor, b: Tensor) -> Axes:
 
 def addmm(context: TraceContext, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, **_: object) -> Axes:
     """`bias + a @ b`, also in its batched form."""
-    axes = mm(context, out, a, b)
+    axes = _product(context, a, b)
     _remember_offset(context, b, bias)
     missing = len(axes) - bias.dim()  # a bias is broadcast from the end
     tied = (context.tie(axis, other) for axis, other in zip(axes[missing:], context.axes(bias), strict=True))
@@ -160,9 +168,12 @@ def linear(context: TraceContext, out: Tensor, x: Tensor, w: Tensor, bias: Tenso
 def mv(context: TraceContext, out: Tensor, a: Tensor, b: Tensor) -> Axes:
     """`a` (n, k) times the vector `b` (k,)."""
     rows, inner = context.axes(a)
+    is_norm = _is_norm(context, a, b)
     if context.tie(inner, context.axes(b)[0]) is BROADCAST:
         context.require_size(a, -1)
-    if context.weight(b):
+    if is_norm:
+        context.labels.mark_inexact(inner)
+    elif context.weight(b):
         context.mark_consumer(context.axes(b)[0])
     elif context.weight(a):
         context.mark_consumer(inner)
@@ -170,6 +181,20 @@ def mv(context: TraceContext, out: Tensor, a: Tensor, b: Tensor) -> Axes:
         context.labels.mark_inexact(inner)
     context.cost(1, [(rows, a.shape[0]), (inner, a.shape[1])])
     return (rows,)
+
+
+def dot(context: TraceContext, out: Tensor, a: Tensor, b: Tensor) -> Axes:
+    """The sum of products of two vectors."""
+    inner = context.tie(context.axes(a)[0], context.axes(b)[0])
+    context.labels.mark_inexact(inner)
+    if inner is BROADCAST:
+        context.require_size(a, -1)
+    return ()
+
+
+def _is_norm(context: TraceContext, a: Tensor, b: Tensor) -> bool:
+    """Return whether a weight meets a buffer that is kept for it (spectral_norm): a cut changes the sum."""
+    return context.main_weight((a, b)) is not None and (context.is_buffer(a) or context.is_buffer(b))
 
 
 def embedding(context: TraceContext, out: Tensor, w: Tensor, indices: Tensor, *_: object) -> Axes:
@@ -255,6 +280,8 @@ RULES: dict[str, Rule] = {
     "aten.baddbmm": addmm,
     "aten.linear": linear,
     "aten.mv": mv,
+    "aten.dot": dot,
+    "aten.vdot": dot,
     "aten.embedding": embedding,
     "aten._scaled_dot_product_flash_attention_for_cpu": attention,
     "aten._scaled_dot_product_flash_attention": attention,

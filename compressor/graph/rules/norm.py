@@ -72,6 +72,16 @@ def group_norm(
     return [first, *((axes[0], UNPRUNABLE)[: tensor.dim()] for tensor in list(out)[1:])]
 
 
+def weight_norm(context: TraceContext, out: Sequence[Tensor], v: Tensor, g: Tensor, dim: int = 0) -> list[Axes]:
+    """`g * v / |v|`, a norm for each position along `dim`, over all other dimensions of `v` together."""
+    axes = list(context.axes(v))
+    dim %= v.dim()
+    axes[dim] = context.tie(axes[dim], context.axes(g)[dim])
+    for other in {*range(v.dim())} - {dim}:
+        context.labels.mark_inexact(axes[other])
+    return [tuple(axes), tuple(axes[dim] if each == dim else BROADCAST for each in range(v.dim()))]
+
+
 def along(
     context: TraceContext, out: Tensor | Sequence[Tensor], x: Tensor, dim: int, *rest: object, **_: object
 ) -> Axes | list[Axes]:
@@ -96,6 +106,7 @@ RULES: dict[str, Rule] = {
             "cudnn_batch_norm",
         )
     },
+    "aten._weight_norm_interface": weight_norm,
     "aten.native_layer_norm": layer_norm,
     "aten._fused_rms_norm": layer_norm,
     "aten.native_group_norm": group_norm,

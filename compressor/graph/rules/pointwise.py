@@ -13,6 +13,8 @@ from compressor.graph.context import Axes, Rule, TraceContext
 def pointwise(context: TraceContext, out: Tensor, *args: object, **kwargs: object) -> Axes:
     """Tie all inputs position by position. A broadcast axis of size one ties nothing."""
     tensors = [tensor for tensor in _tensors([*args, *kwargs.values()]) if tensor.dim() > 0]
+    if len(tensors) > 1 and context.main_weight(tensors):
+        tensors.sort(key=context.is_buffer)  # of a weight and its mask, the result has the labels of the weight
     # From the last dimension backwards, as broadcasting aligns.
     return tuple(_meet(context, out.shape, tensors, dim) for dim in range(-out.dim(), 0))
 
