@@ -60,4 +60,5 @@ def random_keep(graph: ChannelGraph, share: float = 0.5, seed: int = 0) -> dict[
 
 def relative_error(first: Tensor, second: Tensor) -> float:
     """Largest difference over the largest value."""
+    first, second = first.detach(), second.detach()
     return float((first - second).abs().max() / second.abs().max().clamp_min(1e-30))

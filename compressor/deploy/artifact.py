@@ -22,7 +22,13 @@ from compressor._utils import memory_format
 from compressor.deploy import model_file
 from compressor.deploy.model_file import Description
 from compressor.errors import ArtifactError, InputError
-from compressor.graph import all_numeric_attributes, is_numeric, numeric_attributes, restore_shapes
+from compressor.graph import (
+    all_numeric_attributes,
+    is_numeric,
+    numeric_attributes,
+    restore_shapes,
+    set_numeric_attributes,
+)
 from compressor.training import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -163,4 +169,4 @@ def _fit(path: Path, model: nn.Module, description: Description) -> None:
             if attribute not in known or not is_numeric(value):
                 where = f"{name}.{attribute}".strip(".")
                 raise ArtifactError(f"{path} holds another model than {type(model).__name__}: {where} = {value!r}")
-            setattr(modules[name], attribute, value)
+            set_numeric_attributes(modules[name], {attribute: value})

@@ -1,3 +1,8 @@
+from .attributes import all_numeric_attributes as all_numeric_attributes
+from .attributes import is_numeric as is_numeric
+from .attributes import is_torch_module as is_torch_module
+from .attributes import numeric_attributes as numeric_attributes
+from .attributes import set_numeric_attributes as set_numeric_attributes
 from .axes import BoolArray as BoolArray
 from .channel_graph import ChannelGraph as ChannelGraph
 from .environment import preserve_module_state as preserve_module_state
@@ -13,11 +18,7 @@ from .group import owner as owner
 from .recording import Recording as Recording
 from .replay import Mismatch as Mismatch
 from .rules import RULES as RULES
-from .sizes import all_numeric_attributes as all_numeric_attributes
-from .sizes import is_numeric as is_numeric
-from .sizes import is_torch_module as is_torch_module
 from .sizes import named_model_tensors as named_model_tensors
-from .sizes import numeric_attributes as numeric_attributes
 from .sizes import replace_data as replace_data
 from .sizes import replace_size_attributes as replace_size_attributes
 from .sizes import restore_shapes as restore_shapes

@@ -115,6 +115,8 @@ class Labels:
         # all labels: an entry that was overwritten costs a second rectangle, never a wrong one.
         self._by_merged: dict[int, Rectangle] = {}
         self._by_factor: dict[int, tuple[Rectangle, int]] = {}
+        # By `id` of a merged axis, the axis itself (so that the id stays) and where channels border on space in it.
+        self._merged_with_space: dict[int, tuple[IntArray, set[int]]] = {}
 
     # -- what is recorded while the model runs
 
@@ -159,7 +161,10 @@ class Labels:
             return BROADCAST if all(axis is BROADCAST for axis in axes) else UNPRUNABLE
         labelled = arrays[0] if len(arrays) == 1 else self.merge_arrays(arrays)
         shape = [size if isinstance(axis, np.ndarray) else 1 for axis, size in zip(axes, sizes, strict=True)]
-        return np.broadcast_to(labelled.reshape(shape), sizes).ravel()
+        result = np.broadcast_to(labelled.reshape(shape), sizes).ravel()
+        if any(axis is UNPRUNABLE for axis in axes):
+            self._merged_with_space[id(result)] = result, _borders(axes, sizes)
+        return result
 
     def split(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
         """Return the axes that unflattening `axis` into `sizes` results in; the inverse of `merge`."""
@@ -167,12 +172,20 @@ class Labels:
             return [BROADCAST if size == 1 else axis for size in sizes]
         if len(sizes) == 1:
             return [axis]
+        # Channels beside 4 x 4 pixels, [16 64] read as [64 4 4]: right for images of this size, and of no other.
+        if not self._borders_of(axis) <= set(np.cumprod(sizes).tolist()):
+            self.freeze(axis, "a view splits across the border between channels and space, which moves with image size")
+            return [unlabeled(size) for size in sizes]
         result: list[Axis] = [unlabeled(size) for size in sizes]
         wide = [index for index, size in enumerate(sizes) if size > 1]
         factors = self.split_array(axis, [sizes[index] for index in wide])
         for index, factor in zip(wide, factors, strict=True):
             result[index] = factor
         return result
+
+    def _borders_of(self, axis: IntArray) -> set[int]:
+        known = self._merged_with_space.get(id(axis))
+        return known[1] if known else set()
 
     def merge_arrays(self, arrays: Sequence[IntArray]) -> IntArray:
         """Return the labels of several labelled axes flattened into one."""
@@ -262,6 +275,13 @@ class Labels:
             )
 
         return max(range(len(rectangle.factors)), key=merit)
+
+
+def _borders(axes: Sequence[Axis], sizes: Sequence[int]) -> set[int]:
+    """Return how many blocks there are in front of each border between channels and others: {16} of [16 64]."""
+    wide = [(isinstance(axis, np.ndarray), size) for axis, size in zip(axes, sizes, strict=True) if size > 1]
+    before = np.cumprod([size for _, size in wide]).tolist()
+    return {before[i] for i in range(len(wide) - 1) if wide[i][0] != wide[i + 1][0]}
 
 
 class _Solver:

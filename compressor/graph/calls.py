@@ -93,7 +93,19 @@ def _parts(value: Any) -> list[Any]:
     slots = [name for kind in type(value).__mro__ for name in _names(getattr(kind, "__slots__", ()))]
     found = [*vars(value).values()] if hasattr(value, "__dict__") else []
     found += [getattr(value, name) for name in slots if hasattr(value, name)]
-    return found + (list(islice(value, _MOST_PARTS)) if isinstance(value, Iterable) else [])
+    return found + _elements(value, required=not found)
+
+
+def _elements(value: Any, required: bool) -> list[Any]:
+    """Return what an object yields; where that fails, and it has parts besides, nothing."""
+    if not isinstance(value, Iterable):
+        return []
+    try:
+        return list(islice(value, _MOST_PARTS))
+    except Exception:
+        if required:
+            raise
+        return []
 
 
 def _names(slots: str | Iterable[str]) -> list[str]:

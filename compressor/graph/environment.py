@@ -12,8 +12,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 from compressor._utils import eval_mode
 from compressor.graph.attention import headwise
+from compressor.graph.attributes import is_torch_module
 from compressor.graph.context import TraceContext
-from compressor.graph.sizes import is_torch_module
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 
 from compressor._utils import as_arguments
 from compressor.errors import failed_axis_rule, no_axis_rule
+from compressor.graph.attributes import integer_attributes
 from compressor.graph.axes import BROADCAST, unlabeled
 from compressor.graph.calls import Call, comparable_args, memory_order, partition_tensors, tensors_in
 from compressor.graph.context import Axes, Origin, Rule, TensorInfo, TraceContext
@@ -35,7 +36,7 @@ from compressor.graph.recording import OpLog, OpRecord, TensorRecord
 from compressor.graph.replay import Mismatch
 from compressor.graph.rules import DATA_DEPENDENT, IGNORED, RULES, is_equivariant
 from compressor.graph.rules.pointwise import filled
-from compressor.graph.sizes import integer_attributes, named_model_tensors
+from compressor.graph.sizes import named_model_tensors
 
 logger = logging.getLogger(__name__)
 

@@ -229,8 +229,18 @@ class Recording:
 
         Axes that keep their size do not count, and a size that became several others is left out.
         """
+        own = (each for each in self.log.records if each.module == module and not each.equivariant)
+        return self._changed_sizes(own, after)
+
+    def changed_sizes_within(self, module: str, after: Recording) -> dict[int, int]:
+        """Return the same of all axes in a module and its submodules: code may read any (`assert x.shape[1] == c`)."""
+        prefix = f"{module}." if module else ""
+        inside = (each for each in self.log.records if each.module == module or each.module.startswith(prefix))
+        return self._changed_sizes(inside, after) | self.changed_sizes(module, after)
+
+    def _changed_sizes(self, records: Iterable[OpRecord], after: Recording) -> dict[int, int]:
         found: dict[int, set[int]] = {}
-        for record in (each for each in self.log.records if each.module == module and not each.equivariant):
+        for record in records:
             for slot in _slots_of(record):
                 if self.sizes[slot] != after.sizes[slot]:
                     found.setdefault(self.sizes[slot], set()).add(after.sizes[slot])

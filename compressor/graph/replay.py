@@ -29,11 +29,17 @@ from compressor.graph.recording import Recording
 
 
 class Mismatch(Exception):
-    """The cut model did something that the recording does not explain; `index` is the number of the operation."""
+    """The cut model did something that the recording does not explain.
 
-    def __init__(self, reason: str, index: int) -> None:
+    Attributes:
+        index: the number of the operation.
+        module: whose code raised, where it was not an operation that went wrong but the code before it.
+    """
+
+    def __init__(self, reason: str, index: int, module: str | None = None) -> None:
         super().__init__(reason)
         self.index = index
+        self.module = module
 
 
 class ReplayLabels(Labels):

@@ -1,4 +1,4 @@
-"""Sizes that modules keep beside their tensors: attributes such as `in_channels`, and the memory behind a parameter.
+"""Sizes that follow tensors: attributes such as `in_channels`, numbers in a module's code, the memory of a parameter.
 
 A cut narrows tensors; here is everything else that must have the same sizes afterwards.
 """
@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from compressor.errors import InputError
 from compressor.graph.attention import refit_attention
+from compressor.graph.attributes import integer_attributes, numeric_attributes, set_numeric_attributes
 
 
 def replace_data(tensor: Tensor, data: Tensor) -> None:
@@ -61,34 +62,6 @@ def restore_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> Non
     sync_size_attributes(model)
 
 
-def all_numeric_attributes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return the numbers of every module that has some, by its name."""
-    found = {name: numeric_attributes(module) for name, module in model.named_modules()}
-    return {name: attributes for name, attributes in found.items() if attributes}
-
-
-def numeric_attributes(module: nn.Module) -> dict[str, Any]:
-    """Return the public attributes of a module that are numbers or tuples of numbers. Strings could name something."""
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if is_numeric(value) and not name.startswith("_") and name != "training"
-    }
-
-
-def is_numeric(value: object) -> bool:
-    """Return whether a value is None, a number, or a tuple of numbers."""
-    # `type(...) in`, not isinstance: an enum or a torch.Size is more than its number, and must not be rewritten.
-    if type(value) is tuple:
-        return all(type(item) in (int, float, bool) for item in value)
-    return value is None or type(value) in (int, float, bool)
-
-
-def is_torch_module(module: nn.Module) -> bool:
-    """Return whether a module's class comes with torch: its code and its attributes are known."""
-    return type(module).__module__.startswith("torch.nn.")
-
-
 def named_model_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Return the parameters and buffers of named modules by their own names, parameters first, each tensor once."""
     found: dict[str, Tensor] = {}
@@ -101,14 +74,6 @@ def named_model_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
                     seen.add(id(tensor))
                     found[f"{prefix}.{name}".removeprefix(".")] = tensor
     return found
-
-
-def integer_attributes(module: nn.Module) -> set[int]:
-    """Return the whole numbers among the attributes of a module that is not torch's own, also those inside tuples."""
-    if is_torch_module(module):
-        return set()
-    found = [value if type(value) is tuple else (value,) for value in numeric_attributes(module).values()]
-    return {value for values in found for value in values if type(value) is int}
 
 
 def replace_size_attributes(module: nn.Module, changed: Mapping[int, int]) -> bool:
@@ -129,14 +94,13 @@ def replace_size_attributes(module: nn.Module, changed: Mapping[int, int]) -> bo
     followed = _sizes_of_tensors(module).keys()  # of a subclass of torch's: these are those of its tensors already
     free = {name: value for name, value in numeric_attributes(module).items() if name not in followed}
     replaced = {name: _replaced(value, changed) for name, value in free.items()}
-    for name, value in replaced.items():
-        setattr(module, name, value)
+    set_numeric_attributes(module, replaced)
     return replaced != free
 
 
 def _replaced(value: Any, sizes: Mapping[int, int]) -> Any:
-    if type(value) is tuple:
-        return tuple(_replaced(item, sizes) for item in value)
+    if isinstance(value, tuple | list):
+        return type(value)(_replaced(item, sizes) for item in value)
     return sizes.get(value, value) if type(value) is int else value
 
 

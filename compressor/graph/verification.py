@@ -54,7 +54,7 @@ def verify_against_recording(graph: ChannelGraph, recording: Recording) -> None:
         raise
     except Exception as failure:
         # Whatever the model's own code or torch raises here, it did not raise before the cut.
-        raise Mismatch(f"{type(failure).__name__}: {failure}", context.index) from failure
+        raise Mismatch(f"{type(failure).__name__}: {failure}", context.index, context.module) from failure
     # A model that branches on values may run less behind the last channel, but not before it.
     required = recording.end if recording.is_data_dependent(context.index) else len(recording.log.records)
     if context.index < required:

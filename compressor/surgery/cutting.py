@@ -188,13 +188,18 @@ def _verified(graph: ChannelGraph, removed: BoolArray) -> Recording:
             return after
         except Mismatch as mismatch:
             index = min(mismatch.index, len(recording.log.records) - 1)
-            module = recording.log.records[index].module
+            module = mismatch.module or recording.log.records[index].module
             if module in first:  # it has followed, in vain: what counts is why it had to
                 raise _refusal(recording, removed, *first[module]) from mismatch
             same_op = recording.same_op_elsewhere(index, after, partial(_kind, modules))
-            places = {recording.log.records[each].module for each in same_op} - first.keys()
+            if mismatch.module is None:
+                places = {recording.log.records[each].module for each in same_op} - first.keys()
+                sizes = recording.changed_sizes
+            else:
+                places = {name for name in modules if _kind(modules, name) == _kind(modules, module)} - first.keys()
+                sizes = recording.changed_sizes_within
             first |= dict.fromkeys(places, (mismatch, same_op))
-            changed = [replace_size_attributes(modules[name], recording.changed_sizes(name, after)) for name in places]
+            changed = [replace_size_attributes(modules[name], sizes(name, after)) for name in places]
             if any(changed):
                 logger.info("sizes among the attributes of %s follow the cut", ", ".join(sorted(places)))
             else:

@@ -12,7 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from compressor._utils import memory_format
 from compressor.errors import CutError, InputError
-from compressor.graph import named_model_tensors, numeric_attributes, replace_data, sync_size_attributes
+from compressor.graph import (
+    named_model_tensors,
+    numeric_attributes,
+    replace_data,
+    set_numeric_attributes,
+    sync_size_attributes,
+)
 
 
 class Transaction:
@@ -39,7 +45,7 @@ class Transaction:
         self._data: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
         self._state: list[tuple[dict[str, Any], str, Any]] = []
         every = [module for modules in self._modules for module in modules.values()]
-        self._attributes = [(module, type(module), _whole(module)) for module in every]
+        self._attributes = [(module, type(module), dict(vars(module))) for module in every]
 
     def narrow(self, name: str, stays: Mapping[int, Tensor]) -> None:
         """Leave only some positions along dimensions of a tensor, its gradient and its optimizer state."""
@@ -85,7 +91,7 @@ class Transaction:
         for copy, modules in zip(self._copies, self._modules[1:], strict=True):
             sync_size_attributes(copy)
             for name, module in modules.items():
-                module.__dict__.update(numeric_attributes(self._modules[0][name]))
+                set_numeric_attributes(module, numeric_attributes(self._modules[0][name]))
 
     def _remember(self, tensor: Tensor) -> None:
         self._data.setdefault(id(tensor), (tensor, tensor.data, tensor.grad))
@@ -133,8 +139,3 @@ def require_alike(tensors: Mapping[str, Tensor], copies: Iterable[nn.Module]) ->
                     f"{type(copy).__name__} is no copy of the model: {name!r} is {there} there and {here} in the "
                     "model; of an AveragedModel pass its .module"
                 )
-
-
-def _whole(module: nn.Module) -> dict[str, Any]:
-    """Return the attributes that a cut may change."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, int | tuple | Tensor)}

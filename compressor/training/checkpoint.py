@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compressor._utils import atomic_write
 from compressor.errors import ArtifactError, InputError
-from compressor.graph import restore_shapes
+from compressor.graph import restore_shapes, set_numeric_attributes
 
 CHECKPOINT_FILE = "state.pt"
 _FORMAT = "compressor training checkpoint 1"
@@ -105,7 +105,7 @@ def restore_model(model: nn.Module, saved: Mapping[str, Tensor], numbers: Mappin
     """
     restore_shapes(model, {name: tuple(tensor.shape) for name, tensor in saved.items()})
     for name, module in model.named_modules():
-        vars(module).update(numbers.get(name, {}))
+        set_numeric_attributes(module, numbers.get(name, {}))
     for name, tensor in tensors(model).items():
         tensor.data = saved[name].to(tensor)  # not copied into place: the memory format is part of what must come back
 

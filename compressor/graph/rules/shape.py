@@ -56,12 +56,17 @@ def transpose(context: TraceContext, out: Tensor, x: Tensor, first: int = 0, sec
 
 def expand(context: TraceContext, out: Tensor, x: Tensor, *args: object, **kwargs: object) -> Axes:
     """Repeat size-one dimensions, and add dimensions in front."""
-    return (*[BROADCAST] * (out.dim() - x.dim()), *context.axes(x))
+    axes = list(context.axes(x))
+    for dim, (axis, size) in enumerate(zip(axes, out.shape[out.dim() - x.dim() :], strict=True)):
+        if isinstance(axis, np.ndarray) and len(axis) != size:
+            context.freeze(axis, "one position is taken for many")
+            axes[dim] = UNPRUNABLE
+    return (*[BROADCAST] * (out.dim() - x.dim()), *axes)
 
 
 def repeat(context: TraceContext, out: Tensor, x: Tensor, times: Sequence[int]) -> Axes:
     """Lay copies of the tensor one behind the other."""
-    axes = expand(context, out, x)
+    axes = (*[BROADCAST] * (out.dim() - x.dim()), *context.axes(x))
     return tuple(np.tile(a, n) if isinstance(a, np.ndarray) else a for a, n in zip(axes, times, strict=True))
 
 
