@@ -61,8 +61,8 @@ def test_of_a_rectangle_the_side_that_can_be_cut_is_cut() -> None:
     assert [classes.class_ids[axis].reshape(3, 4)[i].tolist() for i in range(3)] == [
         [classes.class_ids[h]] * 4 for h in heads
     ]
-    assert classes.class_ids[heads[0]] not in classes.reasons
-    assert classes.reasons[int(classes.class_ids[width[0]])] == "a reason"
+    assert not classes.frozen[classes.class_ids[heads[0]]]
+    assert classes.reason(int(classes.class_ids[width[0]])) == "a reason"
 
 
 def test_two_activations_contracted_over_a_side_make_the_other_the_one_to_cut() -> None:
@@ -82,7 +82,8 @@ def test_freezing_spreads_over_ties_and_the_first_reason_stays() -> None:
     labels.freeze(c[:1], "first")
     labels.freeze(a[2:], "second")
     classes = labels.solve()
-    assert classes.reasons == {int(classes.class_ids[a[2]]): "first"}
+    assert classes.frozen.nonzero()[0].tolist() == [classes.class_ids[a[2]]]
+    assert classes.reason(int(classes.class_ids[a[2]])) == "first"
     assert classes.class_ids[a[0]] == classes.class_ids[b[0]] == classes.class_ids[c[2]]
 
 
@@ -97,7 +98,7 @@ def test_the_first_reason_stays_however_many_rectangles_are_decided_before(earli
     labels.freeze(axis[1:2], "second")
     classes = labels.solve()
     assert classes.class_ids[axis[0]] == classes.class_ids[axis[1]] == classes.class_ids[rows[0]]
-    assert classes.reasons[int(classes.class_ids[axis[0]])] == "first"
+    assert classes.reason(int(classes.class_ids[axis[0]])) == "first"
 
 
 def test_the_worked_example_of_a_residual_block_a_flatten_and_a_shuffle() -> None:

@@ -257,3 +257,42 @@ def test_a_model_that_does_not_run_any_more_is_refused() -> None:
     ):
         compressor.cut(graph, {"a": [0, 1]})
     assert model.a.out_channels == 8
+
+
+class Choosing(nn.Module):
+    """Goes on with the places that score high, some by themselves, as a detector does after its proposals."""
+
+    def __init__(self, choose: Callable[[Tensor], list[Tensor]]) -> None:
+        super().__init__()
+        self.a, self.s, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 1, 1), nn.Linear(8, 6)
+        self.c = nn.Linear(6, 4)
+        self.choose = choose
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.a(x))
+        tokens = h.flatten(2).transpose(1, 2).flatten(0, 1)
+        found = [F.relu(self.b(tokens[chosen])) for chosen in self.choose(self.s(h).flatten())]
+        return self.c(torch.cat(found)) if found else tokens.new_zeros(0, 4)
+
+
+CHOICES: dict[str, Callable[[Tensor], list[Tensor]]] = {
+    "a mask": lambda score: [score > score.mean()],
+    "numbers of places": lambda score: [torch.where(score > score.mean())[0]],
+    "each by itself": lambda score: [place[None] for place in torch.nonzero(score > score.mean()).flatten()],
+    "a branch": lambda score: (
+        [score > score.mean(), score < score.mean()] if score[0] > score[1] else [score >= score.mean()]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("seed", range(4))
+def test_another_choice_of_the_cut_model_does_not_refuse_what_is_right(name: str, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = shake(Choosing(CHOICES[name]), seed).eval()
+    graph = compressor.trace(model, X)
+    assert graph.sizes() == {"a": 8, "b": 6}
+    keep = {"a": torch.arange(0, 8, 2), "b": torch.arange(3)}
+    expected = masked(graph, keep)(X)
+    compressor.cut(graph, keep)
+    assert relative_error(model(X), expected) <= 1e-12

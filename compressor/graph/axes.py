@@ -91,13 +91,23 @@ class Classes:
 
     Attributes:
         class_ids: `(number of labels,)` the class of each label.
-        reasons: by class that is frozen, why.
         inexact: classes for which masking and cutting differ.
     """
 
     class_ids: IntArray
-    reasons: dict[int, str]
     inexact: frozenset[int]
+    _reason_ids: IntArray
+    _reasons: list[str]
+
+    @property
+    def frozen(self) -> BoolArray:
+        """Which classes are frozen, `(classes,)`."""
+        is_frozen: BoolArray = self._reason_ids < len(self._reasons)
+        return is_frozen
+
+    def reason(self, class_id: int) -> str:
+        """Return why a class is frozen."""
+        return self._reasons[int(self._reason_ids[class_id])]
 
 
 class Labels:
@@ -254,23 +264,25 @@ class Labels:
                 if index != side:
                     solver.freeze(factor, "the other side of a rectangle (a view into blocks) is the one that is cut")
         inexact = np.concatenate([*self._inexact, np.empty(0, dtype=np.int64)])
-        return Classes(solver.class_ids(), solver.reasons, frozenset(np.unique(solver.classes(inexact)).tolist()))
+        inexact_ids = frozenset(np.unique(solver.classes(inexact)).tolist())
+        class_ids = solver.class_ids()
+        count = int(class_ids.max(initial=-1)) + 1  # the last ones may have been merged into others
+        return Classes(class_ids, inexact_ids, solver.reason_ids[:count], solver.reasons)
 
     @staticmethod
     def _choose_side(solver: _Solver, rectangle: Rectangle, contracted: IntArray, chosen: list[IntArray]) -> int:
         """Return the best side: it can be cut, an earlier rectangle took it, nothing contracts it, it is longest."""
-        contracted_classes = set(solver.classes(contracted).tolist())
-        chosen_classes = set(solver.classes(np.concatenate(chosen)).tolist())
+        is_contracted = solver.marked(contracted)
+        is_chosen = solver.marked(np.concatenate(chosen))
 
         def merit(side: int) -> tuple[bool, bool, bool, int]:
-            classes = set(solver.classes(rectangle.factors[side]).tolist())
-            prunable = any(each not in solver.reasons for each in classes)
+            classes = solver.classes(rectangle.factors[side])
             # Queries, keys and values are three rectangles with common heads: they must take the same side, or each
             # would freeze the others'. Of heads and their width, the width is contracted (q @ k), so heads go.
             return (
-                prunable,
-                bool(classes & chosen_classes),
-                not (classes & contracted_classes),
+                not solver.is_frozen(classes).all(),
+                bool(is_chosen[classes].any()),
+                not is_contracted[classes].any(),
                 len(rectangle.factors[side]),
             )
 
@@ -284,6 +296,9 @@ def _borders(axes: Sequence[Axis], sizes: Sequence[int]) -> set[int]:
     return {before[i] for i in range(len(wide) - 1) if wide[i][0] != wide[i + 1][0]}
 
 
+_NO_REASON = np.iinfo(np.int64).max
+
+
 class _Solver:
     """Union-find over arrays: one pass for all ties of the trace, then few more for the rectangles."""
 
@@ -292,7 +307,8 @@ class _Solver:
         second = np.concatenate([*(tie[1] for tie in ties), np.empty(0, dtype=np.int64)])
         self._base = _components(count, first, second)
         self._merged = np.arange(int(self._base.max(initial=-1)) + 1, dtype=np.int64)
-        self.reasons: dict[int, str] = {}
+        self.reasons: list[str] = []
+        self.reason_ids = np.full(len(self._merged), _NO_REASON, dtype=np.int64)  # by class, a place in `reasons`
 
     def classes(self, labels: IntArray) -> IntArray:
         """Return the class of each label as known now."""
@@ -304,8 +320,20 @@ class _Solver:
 
     def freeze(self, labels: IntArray, reason: str) -> None:
         """Freeze the classes of these labels; the first reason stays."""
-        for each in np.unique(self.classes(labels)).tolist():
-            self.reasons.setdefault(each, reason)
+        classes = self.classes(labels)
+        self.reason_ids[classes[~self.is_frozen(classes)]] = len(self.reasons)
+        self.reasons.append(reason)
+
+    def is_frozen(self, classes: IntArray) -> BoolArray:
+        """Tell of each class whether it is frozen."""
+        is_frozen: BoolArray = self.reason_ids[classes] != _NO_REASON
+        return is_frozen
+
+    def marked(self, labels: IntArray) -> BoolArray:
+        """Tell of every class whether one of these labels is in it, `(classes,)`."""
+        marks = np.zeros(len(self._merged), dtype=bool)
+        marks[self.classes(labels)] = True
+        return marks
 
     def tie(self, first: IntArray, second: IntArray) -> None:
         """Make more labels the same, and carry freezing along."""
@@ -319,10 +347,9 @@ class _Solver:
         merge = np.arange(len(self._merged), dtype=np.int64)
         merge[touched] = representative[components]
         self._merged = merge[self._merged]
-        reasons: dict[int, str] = {}
-        for each, reason in self.reasons.items():
-            reasons.setdefault(int(merge[each]), reason)
-        self.reasons = reasons
+        # Of all the reasons in a class, the one that was given first.
+        reason_ids, self.reason_ids[touched] = self.reason_ids[touched], _NO_REASON
+        np.minimum.at(self.reason_ids, merge[touched], reason_ids)
 
 
 def _components(count: int, first: IntArray, second: IntArray) -> IntArray:

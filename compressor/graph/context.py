@@ -77,6 +77,11 @@ class TensorInfo:
     produced_by: str | None = None
 
 
+def _constant_axis(size: int, stride: int) -> Axis:
+    # What was expanded has no positions of its own: it fits whatever it meets.
+    return BROADCAST if stride == 0 else unlabeled(size)
+
+
 @dataclass(eq=False)
 class TraceContext:
     """The state of one trace.
@@ -147,7 +152,8 @@ class TraceContext:
     def info(self, tensor: Tensor) -> TensorInfo:
         """Return what is known of a tensor; a tensor never seen is a constant without channels."""
         found = self._info.get(id(tensor))
-        return found or TensorInfo(tuple(unlabeled(size) for size in tensor.shape))
+        strides = tensor.stride() if tensor.layout == torch.strided else tensor.shape
+        return found or TensorInfo(tuple(map(_constant_axis, tensor.shape, strides)))
 
     def axes(self, tensor: Tensor) -> Axes:
         """Return the axes of a tensor, one per dimension."""

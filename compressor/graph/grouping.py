@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from compressor.graph.axes import BoolArray, Classes, IntArray
+from compressor.graph.axes import Classes, IntArray
 from compressor.graph.context import ParameterDim, TraceContext
 from compressor.graph.group import Extent, Frozen, Group, Term, owner
 from compressor.graph.table import Place, Table
@@ -110,7 +110,7 @@ def _assign(axes: _LabelledAxes, classes: Classes) -> tuple[IntArray, IntArray, 
     in_parameters = axes.class_ids[axes.axis < axes.parameter_dims]
     cuttable = np.zeros(count, dtype=bool)
     cuttable[in_parameters] = True  # a class without a parameter has nothing to cut
-    cuttable[list(classes.reasons)] = False
+    cuttable[classes.frozen] = False
     group_of, channel_of = np.full((2, count), -1, dtype=np.int64)
     if not cuttable.any():
         return group_of, channel_of, _EMPTY
@@ -239,8 +239,7 @@ def _term(constant: int, extents: list[Extent]) -> Term:
 
 def _frozen(context: TraceContext, classes: Classes, parameters: dict[str, tuple[int, ...]]) -> tuple[Frozen, ...]:
     """Name every dimension of a parameter that has frozen channels, with the first reason and the shape."""
-    is_frozen: BoolArray = np.zeros(int(classes.class_ids.max(initial=-1)) + 1, dtype=bool)
-    is_frozen[list(classes.reasons)] = True
+    is_frozen = classes.frozen
     found = []
     for dim, labels in context.parameter_dims.items():
         # A kernel's extent is never a channel, and a buffer follows the weights: neither is worth a line in a report.
@@ -250,6 +249,6 @@ def _frozen(context: TraceContext, classes: Classes, parameters: dict[str, tuple
         class_ids = class_ids[is_frozen[class_ids]]
         if len(class_ids):
             shape = parameters[dim.tensor]
-            reason = f"{classes.reasons[int(class_ids[0])]} (weight shape {tuple(shape)})"
+            reason = f"{classes.reason(int(class_ids[0]))} (weight shape {tuple(shape)})"
             found.append(Frozen(dim.tensor, dim.dim, reason, len(class_ids)))
     return tuple(found)

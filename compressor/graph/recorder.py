@@ -170,6 +170,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = self._owned.get(id(tensor))
         if name:
             return ("tensor", name)
+        # What is expanded counts once: a kernel that is expanded to all channels stays the same when some are cut.
+        for dim, stride in enumerate(tensor.stride() if tensor.layout == torch.strided else ()):
+            tensor = tensor.narrow(dim, 0, 1) if stride == 0 and tensor.shape[dim] > 1 else tensor
         small = tensor.numel() <= _COMPARED_NUMEL and not tensor.is_meta
         return ("constant", tuple(tensor.shape), str(tensor.tolist()) if small else None)
 
@@ -211,10 +214,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor, each in zip(results, axes, strict=True):
             context.set_labels(tensor, TensorInfo(each, weight, unchanged, produced_by))
         keeps_axes = understood and len(context.labels.journal) == returned_axes
-        index = self._record(call, axes, results, keeps_axes)
+        index = self._record(call, axes, results, keeps_axes, out)
         context.origins.update({id(tensor): ("op", index, number) for number, tensor in enumerate(results)})
 
-    def _record(self, call: Call, axes: list[Axes], results: list[Tensor], keeps_axes: bool) -> int:
+    def _record(self, call: Call, axes: list[Axes], results: list[Tensor], keeps_axes: bool, out: Any) -> int:
         """Write a record into the log and return its number; `keeps_axes` where the rule made no axes of its own."""
         log = self.log
         tensor_records = tuple(_tensor_record(log, each, tensor) for each, tensor in zip(axes, results, strict=True))
@@ -231,6 +234,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             results=tensor_records,
             in_place=bool(results) and bool(call.inputs) and results[0] is call.inputs[0],
             equivariant=log.meta and keeps_axes and predictable and is_equivariant(call.op, call.non_tensor_args),
+            decision=None if log.meta else _decision(call, out),
         )
         if log.data_dependent_from is None and _depends_on_data(call):
             log.data_dependent_from = len(log.records)
@@ -304,8 +308,23 @@ def _described(values: Any) -> str:
 
 
 def _depends_on_data(call: Call) -> bool:
-    masked = call.op == "aten.index" and any(index.dtype in (torch.bool, torch.uint8) for index in call.inputs[1:])
-    return masked or call.op in DATA_DEPENDENT
+    return call.op in DATA_DEPENDENT or (call.op in MASKED and any(map(is_mask, call.inputs[1:])))
+
+
+def _decision(call: Call, out: Any) -> Any:
+    """Return what an operation decided by values: its result, or the masks among its arguments."""
+    if call.op in DATA_DEPENDENT:
+        return tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, out)
+    masks = [each.clone() for each in call.inputs[1:] if is_mask(each)] if call.op in MASKED else []
+    return masks or None
+
+
+MASKED = ("aten.index", "aten.index_put", "aten._index_put_impl", "aten.masked_scatter")
+
+
+def is_mask(index: Tensor) -> bool:
+    """Return whether an index says of every position whether it is taken."""
+    return index.dtype in (torch.bool, torch.uint8)
 
 
 def _tensor_record(log: OpLog, axes: Axes, tensor: Tensor) -> TensorRecord:

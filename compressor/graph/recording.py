@@ -58,6 +58,8 @@ class OpRecord:
         in_place: whether its result is its first argument, written in place.
         equivariant: whether removing channels from its tensors removes them from its results in the same way, whatever
             they are; its results are known then without running it.
+        decision: of an operation whose result's size, or number, depends on values: that result, or the masks that it
+            was made with. A run of the cut model takes the same, so that it goes the same way (boxes that were found).
     """
 
     func: Any
@@ -69,6 +71,7 @@ class OpRecord:
     results: tuple[TensorRecord, ...]
     in_place: bool
     equivariant: bool
+    decision: Any = None
 
 
 class OpLog:

@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from compressor.graph.calls import Call, comparable_args, partition_tensors
 from compressor.graph.channel_graph import ChannelGraph
 from compressor.graph.context import Axes
-from compressor.graph.recorder import Recorder
+from compressor.graph.recorder import MASKED, Recorder, is_mask
 from compressor.graph.recording import OpRecord, Recording, TensorRecord
 from compressor.graph.replay import Mismatch, ReplayContext, compare
 
@@ -115,7 +116,20 @@ class VerifyingRecorder(Recorder):  # type: ignore[no-untyped-call]
             stride *= max(shape[dim], 1)
         return torch.empty_strided(shape, strides, dtype=record.dtype, device=_META)
 
-    def _record(self, call: Call, axes: list[Axes], results: list[Tensor], keeps_axes: bool) -> int:
+    def _execute(self, op: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run one operation; what depends on values is decided as before the cut."""
+        records, index = self.log.records, self.context.index
+        decision = records[index].decision if index < len(records) and records[index].op == op else None
+        if decision is None:
+            return super()._execute(op, func, args, kwargs)
+        if op not in MASKED:
+            return tree_map(lambda each: each.clone() if isinstance(each, Tensor) else each, decision)
+        masks = iter(decision)
+        # The first argument is what is masked, and may be of whole numbers itself.
+        rest = tree_map(lambda each: next(masks) if isinstance(each, Tensor) and is_mask(each) else each, args[1:])
+        return super()._execute(op, func, (args[0], *rest), kwargs)
+
+    def _record(self, call: Call, axes: list[Axes], results: list[Tensor], keeps_axes: bool, out: Any) -> int:
         """Compare instead of writing."""
         compare(self.recording, self.context.index, call.op, axes, results)
         self._require_same(self.log.records[self.context.index], call)

@@ -61,7 +61,7 @@ def _conv_channels(
     """Tie the input channels to the weight and return the output's channel axis."""
     first, second = context.axes(w)[:2]
     if blocks and not transposed:
-        return _depthwise(context, channels, first, groups)
+        return _depthwise(context, channels, w, groups)
     if blocks:
         context.tie(channels, first)
         context.freeze(second, "the outputs of one block of a transposed convolution")
@@ -80,10 +80,13 @@ def _conv_channels(
     return first
 
 
-def _depthwise(context: TraceContext, channels: Axis, first: Axis, groups: int) -> Axis:
+def _depthwise(context: TraceContext, channels: Axis, w: Tensor, groups: int) -> Axis:
     """One filter, or a few, for every input channel: the output's channels are the input's."""
+    first = context.axes(w)[0]
     context.tie(channels, context.rectangle(first, groups, tie=1))
-    return first
+    if isinstance(first, np.ndarray) or not isinstance(channels, np.ndarray):
+        return first
+    return np.repeat(channels, w.shape[0] // groups)  # one kernel, expanded to as many as there are channels
 
 
 def _tiled(axis: Axis, times: int) -> Axis:
