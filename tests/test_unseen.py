@@ -133,3 +133,11 @@ def test_what_met_nothing_stays() -> None:
     assert model(torch.rand(2, 3, 8, 8)).shape == (2, 4, 8, 8)
     assert any("give an example on which the model finds something" in line for line in result.blocked)
     assert compressor.prune(model, torch.rand(2, 3, 8, 8), "l1", 0.3, verify=True).reached
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_wraps_a_model_for_many_devices_is_refused_with_what_to_pass(nested: bool) -> None:
+    model: nn.Module = nn.DataParallel(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)))
+    model = nn.Sequential(model) if nested else model
+    with pytest.raises(compressor.errors.InputError, match=r"is wrapped in DataParallel: give what is inside"):
+        compressor.prune(model, X, "l1", 0.3)

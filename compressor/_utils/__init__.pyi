@@ -2,11 +2,13 @@ from .files import atomic_write as atomic_write
 from .running import ambient_modes_disabled as ambient_modes_disabled
 from .running import as_arguments as as_arguments
 from .running import batch_size as batch_size
+from .running import count_samples as count_samples
 from .running import device_of as device_of
 from .running import eval_mode as eval_mode
 from .running import gc_disabled as gc_disabled
 from .running import memory_format as memory_format
 from .running import named_tensors as named_tensors
+from .running import run_model as run_model
 from .running import tf32_disabled as tf32_disabled
 from .running import to_device as to_device
 from .running import unwrap_compiled as unwrap_compiled

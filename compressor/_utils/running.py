@@ -118,6 +118,26 @@ def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
 
 
+def run_model(model: nn.Module, inputs: Any) -> Any:
+    """Return what a model makes of its inputs: a tensor, a tuple of positional or a dict of keyword arguments."""
+    arguments, named = as_arguments(inputs)
+    return model(*arguments, **named)
+
+
+def count_samples(inputs: Any) -> int:
+    """Return the length of the first tensor that has dimensions: the samples of a batch, in whatever it is nested.
+
+    Raises:
+        InputError: there is none.
+    """
+    for _, tensor in named_tensors(inputs):
+        if tensor.dim():
+            return len(tensor)
+    raise InputError(
+        f"inputs are {type(inputs).__name__} without a tensor: give one whose first dimension is the batch"
+    )
+
+
 def named_tensors(value: Any) -> list[tuple[str, Tensor]]:
     """Return the tensors in nested inputs or outputs, each with its place (`logits`, `0`; nothing for a lone tensor).
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from compressor._utils import gc_disabled
-from compressor.errors import TraceError
+from compressor.errors import InputError, TraceError
 from compressor.graph.channel_graph import ChannelGraph
 from compressor.graph.context import TraceContext
 from compressor.graph.grouping import group_channels
@@ -42,8 +42,10 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         The graph, with its groups in the order in which the model uses them.
 
     Raises:
+        InputError: a wrapper such as DistributedDataParallel.
         TraceError: the model does not run on the example inputs.
     """
+    _refuse_wrappers(model)
     context = TraceContext()
     log = OpLog(meta=True)
     notes = list[str]()
@@ -81,6 +83,18 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     if unused:
         _freeze_what_training_reads(graph, unused)
     return graph
+
+
+def _refuse_wrappers(model: nn.Module) -> None:
+    """Refuse what keeps the shapes of a model's parameters, and would hand them on after a cut."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            kind = type(module).__name__
+            where = f"the model's {name!r}" if name else "the model"
+            raise InputError(
+                f"{where} is wrapped in {kind}: give what is inside (its .module), and wrap it anew after every cut, "
+                f"since {kind} keeps the old shapes"
+            )
 
 
 def _freeze_what_training_reads(graph: ChannelGraph, unused: list[str]) -> None:

@@ -35,7 +35,8 @@ def prune(
     """Make a model smaller at once, in place.
 
     Args:
-        model: any module; gradients must be present for criteria that need them.
+        model: any module; gradients must be present for criteria that need them. Of a DistributedDataParallel its
+            `module`, which is to be wrapped anew afterwards: the wrapper keeps the old shapes.
         example_inputs: a tensor, a tuple or a dict that `model` accepts.
         criterion: a name from `compressor.CRITERIA`, or a function of a group and a snapshot that returns `(C,)`
             scores, larger means keep.

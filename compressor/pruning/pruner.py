@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from compressor._utils import count_samples, run_model
 from compressor.budget import (
     USUAL_SCHEDULE,
     Budget,
@@ -146,12 +147,12 @@ class Pruner:
             raise RangeError("warmup", warmup, f"[0, {self._last}): then the whole budget is due")
         return replace(config, warmup=warmup, half_life=config.half_life or self._prune_every)
 
-    def loss(self, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
+    def loss(self, inputs: Any, targets: Any, loss_fn: Callable[..., Tensor]) -> Tensor:
         """Return the mean loss of one batch, a scalar to call `backward` on; observes where the criterion does.
 
         Args:
-            inputs: `(B, ...)`, one batch.
-            targets: `(B, ...)`, what `loss_fn` compares with.
+            inputs: one batch, `(B, ...)`, or a tuple or dict of such, as the model takes them.
+            targets: what `loss_fn` compares with.
             loss_fn: like `torch.nn.functional.cross_entropy`: takes outputs, targets and `reduction=`.
 
         Raises:
@@ -161,14 +162,14 @@ class Pruner:
         if self.relevance and self._observes():
             # NOTE: A compiled model would not see the gates, which come and go with every batch.
             return self.relevance.loss(self.graph.model, inputs, targets, loss_fn)
-        return loss_fn(self.model(inputs), targets)
+        return loss_fn(run_model(self.model, inputs), targets)
 
     @contextmanager
-    def observe(self, inputs: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    def observe(self, inputs: Any) -> Iterator[Callable[[Tensor], Tensor]]:
         """Run your own forward pass of one batch in this `with`, of the traced model itself, not of a compiled one.
 
         Args:
-            inputs: `(B, ...)`, the batch.
+            inputs: the batch, `(B, ...)`, or a tuple or dict of such.
 
         Yields:
             A function that takes the losses, `(B,)` or `(B, ...)`, of the samples and returns their mean, to call
@@ -178,7 +179,7 @@ class Pruner:
         if not self.relevance or not self._observes():
             yield Tensor.mean
             return
-        with self.relevance.observe(len(inputs)) as observation:
+        with self.relevance.observe(count_samples(inputs)) as observation:
 
             def mean(losses: Tensor) -> Tensor:
                 each = per_sample(losses)
@@ -187,7 +188,7 @@ class Pruner:
 
             yield mean
 
-    def _begin(self, inputs: Tensor) -> None:
+    def _begin(self, inputs: Any) -> None:
         if self.steps == 0:
             require_reachable(self.graph, self.budget, self._options.selection, self._options.shares)
         self._inputs = inputs
@@ -210,7 +211,7 @@ class Pruner:
             PeriodError: at the first step, as `require_time`.
         """
         if self.steps == 0:
-            self.require_time(len(self._inputs))
+            self.require_time(count_samples(self._inputs))
         if self.relevance and self._is_unfinished():
             self.relevance.step()
         before = self._due(self.steps)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compressor.errors import InputError, UnknownNameError
 from compressor.graph import ChannelGraph, ConsumerInput, Group
-from compressor.relevance.gating import Gate, Workspace, may_reuse_memory
+from compressor.relevance.gating import Gate, Workspace, in_backward, in_checkpoint, may_reuse_memory
 
 
 def observable(group: Group) -> bool:
@@ -77,6 +77,7 @@ class Gates:
         self.track_every = track_every
         self._passes = 0
         self._workspace = Workspace()
+        self._kept: ExitStack | None = None
         self._sites = _sites(graph.model, chosen)
 
     def split(self, side_by_side: Tensor) -> dict[str, Tensor]:
@@ -86,6 +87,9 @@ class Gates:
     @contextmanager
     def applied(self, gates: Tensor, towards_mean: bool = False) -> Iterator[set[str]]:
         """Gate every training-mode forward pass inside the `with`; afterwards no hook is left, whatever happened.
+
+        Only where the model runs under `torch.utils.checkpoint` hooks stay until `release`, or the next batch: what
+        is run again in the backward pass must meet the same gates.
 
         Args:
             gates: `(B, N)`. Where they require gradients, `backward()` leaves in `gates.grad` the gradient of the loss
@@ -103,34 +107,51 @@ class Gates:
         padded = torch.cat([gates.new_ones(len(gates), 1), gates], dim=1)
         gated_modules: set[str] = set()
         tracked = self._passes % self.track_every == 0
+        self.release()
+        batch = _GatedBatch(padded, towards_mean, tracked, gated_modules)
         with ExitStack() as hooks:
             for site in self._sites.values():
-                before, after = self._hooks(site, padded, towards_mean, tracked, gated_modules)
+                before, after = self._hooks(site, batch)
                 hooks.callback(site.module.register_forward_pre_hook(before).remove)
                 # always_call: a module that fails must not leave its saved-tensor hooks on for the rest of the program.
                 hooks.callback(site.module.register_forward_hook(after, always_call=True).remove)
             yield gated_modules
+            batch.is_open = False
+            if batch.is_checkpointed:
+                self._kept = hooks.pop_all()
         # A `with` in which the model did not run, or only in evaluation mode, is no pass.
         self._passes += bool(gated_modules)
 
-    def _hooks(
-        self, site: _Site, padded: Tensor, towards_mean: bool, tracked: bool, gated_modules: set[str]
-    ) -> tuple[Any, Any]:
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether a batch ran under `torch.utils.checkpoint` and was not released."""
+        return self._kept is not None
+
+    def release(self) -> None:
+        """Take away the hooks that stayed for a backward pass."""
+        if self._kept:
+            self._kept.close()
+        self._kept = None
+
+    def _hooks(self, site: _Site, batch: _GatedBatch) -> tuple[Any, Any]:
         """Return what runs before and after a site's module."""
         saving = ExitStack()
 
         def before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
             # Evaluation in the middle of a `with` measures the model itself, not the model with channels missing.
-            if not self._graph.model.training:
+            is_recomputed = in_backward()
+            if not self._graph.model.training or not (batch.is_open or is_recomputed):
                 return None
-            h = site.checked(inputs, len(padded))
-            gated_modules.add(site.name)
-            if tracked or not site.count:
+            h = site.checked(inputs, len(batch.padded))
+            batch.gated_modules.add(site.name)
+            if not is_recomputed and (batch.tracked or not site.count):
                 site.track(h.detach(), 0.5 ** (self.track_every / self.half_life))
-            rows = padded.index_select(1, site.columns(h))
-            gate = Gate(
-                rows, site.mean() if towards_mean else None, site.dim, self._workspace, may_reuse_memory(module)
-            )
+            rows = batch.padded.index_select(1, site.columns(h))
+            mean = site.mean() if batch.towards_mean else None
+            gate = Gate(rows, mean, site.dim, self._workspace, may_reuse_memory(module))
+            if is_recomputed or in_checkpoint():
+                batch.is_checkpointed = True
+                return (gate.on_recomputed(h), *inputs[1:])
             return (saving.enter_context(gate.on(h)), *inputs[1:])
 
         def after(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -182,6 +203,26 @@ def _check(groups: Sequence[Group]) -> None:
             )
     if not groups:
         raise InputError("no group to watch: no consumer shows its channels at its input; use another criterion (l1)")
+
+
+@dataclass
+class _GatedBatch:
+    """One batch that is gated.
+
+    Attributes:
+        padded: `(B, 1 + N)`, the gates behind a column of ones.
+        towards_mean, tracked: whether the mean stands in for what is excluded, and whether it is taken.
+        gated_modules: names of modules whose input was gated.
+        is_open: whether its forward pass is still running.
+        is_checkpointed: whether a part of it will be run again.
+    """
+
+    padded: Tensor
+    towards_mean: bool
+    tracked: bool
+    gated_modules: set[str]
+    is_open: bool = True
+    is_checkpointed: bool = False
 
 
 # -- where channels are consumed

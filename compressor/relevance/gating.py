@@ -34,6 +34,18 @@ def may_reuse_memory(module: nn.Module) -> bool:
     return type(module) in PLAIN and not foreign and not backward and not torch.compiler.is_compiling()
 
 
+def in_checkpoint() -> bool:
+    """Return whether what runs now will run again in the backward pass, under `torch.utils.checkpoint`."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    is_reentrant = not torch.is_grad_enabled()
+    return is_reentrant or any(getattr(hook, "__module__", "") == "torch.utils.checkpoint" for hook in hooks or ())
+
+
+def in_backward() -> bool:
+    """Return whether autograd runs now: what is called then is run again."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class Workspace:
     """Memory that gated inputs share, one after the other: what is there is overwritten by the next."""
 
@@ -67,6 +79,12 @@ class Gate:
     dim: int
     workspace: Workspace
     reuse_memory: bool
+
+    def on_recomputed(self, h: Tensor) -> Tensor:
+        """Return the gated input where activations are made again in the backward pass: torch sees to memory then."""
+        gate = self.rows.to(h.dtype).view(_shape_along(self.rows, h, self.dim))
+        centre = 0.0 if self.mean is None else _along(self.mean, h, self.dim)
+        return centre + gate * (h - centre)
 
     @contextmanager
     def on(self, h: Tensor) -> Iterator[Tensor]:
@@ -155,10 +173,14 @@ class _Gated(torch.autograd.Function):
 
 def _along(values: Tensor, h: Tensor, dim: int) -> Tensor:
     """View values `(B, D)` or `(D,)` so that they broadcast against `h`, in its precision."""
+    return values.detach().to(h.dtype).view(_shape_along(values, h, dim))
+
+
+def _shape_along(values: Tensor, h: Tensor, dim: int) -> list[int]:
     shape = [1] * h.dim()
     shape[0] = len(values) if values.dim() == 2 else 1
     shape[dim] = values.shape[-1]
-    return values.detach().to(h.dtype).view(shape)
+    return shape
 
 
 def _summed(product: Tensor, dim: int, dtype: torch.dtype) -> Tensor:

@@ -56,6 +56,12 @@ class Observation:
         self.ungated: Tensor | None = None
         self.share: Tensor | None = None
         self.gated_modules: set[str] = set()
+        self._has_gradients = False
+
+    @property
+    def awaits_backward(self) -> bool:
+        """Whether the losses carry gradients, and `backward()` has not come yet."""
+        return self._has_gradients and self.share is None
 
     def credit(self, losses: Tensor, ungated: Tensor | None = None) -> None:
         """Take the losses of the samples.
@@ -84,6 +90,7 @@ class Observation:
             )
         self.losses = losses.detach()
         self.ungated = None if ungated is None else ungated.detach()
+        self._has_gradients = losses.requires_grad
         if losses.requires_grad:
             # The loop may scale the loss, divide it for accumulation, or take a sum: whatever it does stands in the
             # gradient by these losses, and is divided out again.

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor._utils import count_samples, run_model
 from compressor.errors import InputError
 from compressor.graph import ChannelGraph
 from compressor.relevance.config import RelevanceConfig
@@ -98,27 +99,27 @@ class Relevance:
         """Whether samples draw in this step."""
         return self._schedule.draws(self.steps)
 
-    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
+    def loss(self, model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[..., Tensor]) -> Tensor:
         """Return the mean loss of one batch, run under gates if it is time, to call `backward` on; then call `step`.
 
         Args:
             model: the traced model or a wrapper around it, in training mode.
-            inputs: `(B, ...)`.
-            targets: `(B, ...)`.
+            inputs: `(B, ...)`, or a tuple or dict of such.
+            targets: what `loss_fn` compares with.
             loss_fn: like `torch.nn.functional.cross_entropy`: takes outputs, targets and `reduction=`.
 
         Raises:
             InputError: a loss that is not one per sample, a model in evaluation mode or that was not traced.
         """
         if not self.draws:
-            return loss_fn(model(inputs), targets)
+            return loss_fn(run_model(model, inputs), targets)
         ungated = None
         if self._estimator.control_variate and (self._batches + len(self._pending)) % CONTROL_EVERY == 0:
             # Before the gated run, which then draws the same dropout: two runs that differ in it as well tell less.
             with preserve_buffers_and_rng(model):
-                ungated = per_sample(loss_fn(model(inputs), targets, reduction="none"))
-        with self.observe(len(inputs)) as observation:
-            losses = per_sample(loss_fn(model(inputs), targets, reduction="none"))
+                ungated = per_sample(loss_fn(run_model(model, inputs), targets, reduction="none"))
+        with self.observe(count_samples(inputs)) as observation:
+            losses = per_sample(loss_fn(run_model(model, inputs), targets, reduction="none"))
             observation.credit(losses, ungated)
         return losses.mean()
 
@@ -128,6 +129,11 @@ class Relevance:
 
         Gates and hooks are gone afterwards, whatever happened. A batch that was not credited is forgotten.
         """
+        if self._gates.awaits_backward and self._pending and self._pending[-1].awaits_backward:
+            raise InputError(
+                "the model runs under torch.utils.checkpoint, and the batch before this one has not had its backward "
+                "pass: call backward() after every batch, also where gradients are accumulated"
+            )
         observation = self._sampler.sample(batch_size, self._schedule.share(self.steps))
         gating = self._gates.applied(observation.gates, self._estimator.towards_mean)
         with gating as observation.gated_modules:
@@ -142,6 +148,7 @@ class Relevance:
         Raises:
             InputError: there was no batch, or no backward pass.
         """
+        self._gates.release()
         pending = self._pending
         self._pending = []
         if not pending and self.draws:

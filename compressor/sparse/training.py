@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor._utils import unwrap_compiled
+from compressor._utils import run_model, unwrap_compiled
 from compressor.budget import Budget, Limits, PruneResult, PruningProgress, Schedule, cut_event
 from compressor.errors import IdleArgumentError, InputError
 from compressor.graph import trace
@@ -124,23 +124,23 @@ class SparseTraining:
 
     # -- one step
 
-    def loss(self, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
+    def loss(self, inputs: Any, targets: Any, loss_fn: Callable[..., Tensor]) -> Tensor:
         """Return the mean loss of one batch, a scalar to call `backward` on; the first call puts the first masks on.
 
         Args:
-            inputs: `(B, ...)`, one batch.
-            targets: `(B, ...)`, what `loss_fn` compares with.
+            inputs: one batch, `(B, ...)`, or a tuple or dict of such, as the model takes them.
+            targets: what `loss_fn` compares with.
             loss_fn: like `torch.nn.functional.cross_entropy`.
 
         Raises:
             BudgetError: at the first step, if the budget cannot be met.
         """
         self._begin()
-        return loss_fn(self.model(inputs), targets)
+        return loss_fn(run_model(self.model, inputs), targets)
 
     @contextmanager
-    def observe(self, inputs: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
-        """Run your own forward pass of one batch, `(B, ...)`, in this `with`; the first one puts the first masks on.
+    def observe(self, inputs: Any) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Run your own forward pass of one batch in this `with`; the first one puts the first masks on.
 
         Yields:
             A function that returns the mean of losses, to call `backward` on.

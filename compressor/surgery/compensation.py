@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor._utils import as_arguments, device_of, eval_mode, to_device
+from compressor._utils import device_of, eval_mode, run_model, to_device
 from compressor.errors import InputError
 from compressor.graph import ChannelGraph, owner
 
@@ -46,8 +46,7 @@ def input_means(graph: ChannelGraph, batches: Iterable[Any]) -> dict[str, Tensor
             module = graph.model.get_submodule(owner(weight)[0])
             hooks.callback(module.register_forward_pre_hook(total).remove)
         for batch in batches:
-            arguments, named = as_arguments(to_device(batch, device))
-            graph.model(*arguments, **named)
+            run_model(graph.model, to_device(batch, device))
             count += 1
     if not count:
         raise InputError("no batch to take means of: give at least one batch of inputs that the model accepts")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor._utils import as_arguments, device_of, named_tensors, tf32_disabled, to_device
+from compressor._utils import device_of, named_tensors, run_model, tf32_disabled, to_device
 from compressor.errors import CutError, TraceError
 from compressor.graph import ChannelGraph, named_model_tensors, owner, preserve_module_state
 from compressor.surgery.compensation import constant_output, removed_means
@@ -153,11 +153,11 @@ def _adding(constant: Tensor, dim: int) -> Callable[..., Tensor]:
 
 def _run(model: nn.Module, inputs: Any) -> Outputs:
     """Return the floating-point outputs in evaluation mode, each with its place."""
-    arguments, named = as_arguments(to_device(inputs, device_of(model)))
+    inputs = to_device(inputs, device_of(model))
     try:
         # NOTE: What a model keeps of a run (the grid of anchors of a detector) would make the next one another.
         with preserve_module_state(model), tf32_disabled():
-            outputs = named_tensors(model(*arguments, **named))
+            outputs = named_tensors(run_model(model, inputs))
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for _, tensor in named_tensors(inputs))
         raise TraceError(type(model).__name__, shapes, "", error) from error
