@@ -120,6 +120,9 @@ def compress(
     if made.goal.reached < made.goal.asked:
         typer.echo("compress: the asked sparsity was not reached, see the notes above", err=True)
         raise typer.Exit(1)
+    if made.dense.onnx_size_bytes is None or made.pruned.onnx_size_bytes is None:
+        typer.echo("compress: a model could not be exported to ONNX, see the notes above", err=True)
+        raise typer.Exit(1)
 
 
 def _flags(**values: object) -> list[str]:

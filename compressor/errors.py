@@ -257,12 +257,11 @@ class ParityError(CompressorError):
         kept: where the file lies that failed, for inspection.
     """
 
-    def __init__(self, reason: str, kept: str) -> None:
+    def __init__(self, reason: str, kept: str, advice: str) -> None:
         self.reason = reason
         self.kept = kept
         super().__init__(
-            f"the ONNX file is not the model: {reason}; it is kept as {kept}, other files are as they were. "
-            "Another opset may do: export_onnx(..., opset=20)"
+            f"the ONNX file is not the model: {reason}; it is kept as {kept}, other files are as they were. {advice}"
         )
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import onnx
 import onnxruntime
-import onnxscript
 import pytest
 import torch
 from torch import Tensor, nn
@@ -241,7 +240,7 @@ def test_a_file_that_differs_only_on_the_callers_examples_fails(
 
 
 def test_a_file_that_onnxruntime_refuses_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnxscript.ir, "save", lambda exported, path: path.write_bytes(b"no ONNX"))
+    monkeypatch.setattr("compressor.deploy.export._save", lambda exported, path: path.write_bytes(b"no ONNX"))
     with pytest.raises(ParityError, match="onnxruntime does not load it: InvalidProtobuf"):
         export_onnx(plain(), tmp_path / "m.onnx", torch.randn(1, 3, 8, 8))
     assert (tmp_path / "m.failed.onnx").read_bytes() == b"no ONNX"
@@ -280,7 +279,7 @@ def test_the_tolerance_is_a_share_of_the_scale() -> None:
     with pytest.raises(UnequalError, match="it gives 2 outputs here, and the model 1"):
         judge(Parity(), ["output"], [ours], [ours, ours], "here")
     assert (
-        judged(torch.tensor([[torch.inf, torch.nan, 1.0]]), torch.tensor([[torch.inf, torch.nan, 1.0]])).relative == 0
+        judged(torch.tensor([[torch.inf, -torch.inf, 1.0]]), torch.tensor([[torch.inf, -torch.inf, 1.0]])).relative == 0
     )
 
 
@@ -396,3 +395,44 @@ def test_half_a_file_is_taken_away(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+# -- other precisions, and tools that go on with the file
+
+
+def deep(classes: int = 5) -> nn.Module:
+    """Deep and wide enough that half precision shows in the fourth digit."""
+    torch.manual_seed(0)
+    blocks = [part for _ in range(6) for part in (nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())]
+    return nn.Sequential(nn.Conv2d(3, 32, 3), *blocks, nn.Flatten(), nn.Linear(32 * 36, classes)).eval()
+
+
+def test_a_model_in_half_precision_is_held_to_the_digits_that_it_has(tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    report = export_onnx(deep().half(), tmp_path / "m.onnx", x.half())
+    assert 1e-4 < report.relative < 8 * torch.finfo(torch.float16).eps
+    assert report.top1_agreement == 1
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_a_precision_that_onnxruntime_cannot_run_is_named(kind: torch.dtype, tmp_path: Path) -> None:
+    with pytest.raises(ParityError, match=rf"in {str(kind)[6:]}: export_onnx\(model.float\(\), ...\) may do"):
+        export_onnx(deep().to(kind), tmp_path / "m.onnx", torch.zeros(2, 3, 8, 8, dtype=kind))
+
+
+def test_a_model_that_computes_nan_is_not_proven(tmp_path: Path) -> None:
+    model = plain()
+    next(model.parameters()).data.fill_(torch.nan)
+    with pytest.raises(ParityError, match="'output' of the model itself is NaN"):
+        export_onnx(model, tmp_path / "m.onnx", torch.zeros(2, 3, 8, 8))
+
+
+def test_onnxruntime_quantises_the_file(tmp_path: Path) -> None:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    x = torch.randn(7, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    export_onnx(deep(), tmp_path / "m.onnx", x)
+    quantize_dynamic(tmp_path / "m.onnx", tmp_path / "q.onnx", weight_type=QuantType.QUInt8)
+    (dense,), (small,) = run(tmp_path / "m.onnx", x), run(tmp_path / "q.onnx", x)
+    assert (tmp_path / "q.onnx").stat().st_size < 0.5 * (tmp_path / "m.onnx").stat().st_size
+    assert (dense - small).abs().max() < 0.1 * dense.abs().max()

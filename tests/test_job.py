@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 from user_models import tiny
 
 from compressor import job, report
 from compressor.deploy import describe, latency, load, open_session
-from compressor.errors import BudgetError, InputError, RunFolderError
+from compressor.errors import BudgetError, CompressorError, ExportError, InputError, RunFolderError
 from compressor.job import Settings, results, stages
 from compressor.job import folder as folders
 from compressor.report import Report
@@ -231,8 +233,71 @@ def test_latency_goes_without_onnxruntime_where_it_cannot_use_the_device(tmp_pat
 
     monkeypatch.setattr(results.latency, "compare", compare)
     settings, data = Settings.from_options(DURING), datasets.load_data("digits")
-    timings, notes = results._timings(settings, data, {"dense": tiny(10)}, tmp_path, lambda *step: None)
-    assert (timings, notes) == ((), ("onnxruntime cannot run on 'cuda' here",))
+    notes = list[str]()
+    files = {"dense": tmp_path / "dense.onnx"}
+    timings = results._timings(settings, data, {"dense": tiny(10)}, files, lambda *step: None, notes)
+    assert (timings, notes) == ((), ["onnxruntime cannot run on 'cuda' here"])
+
+
+class Guessing(nn.Module):
+    """Draws dropout in evaluation mode too, so that no file can give what it gives."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.inner = tiny(num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.inner(x), 0.5, training=True)
+
+
+class Branching(nn.Module):
+    """Goes one of two ways by its values, which torch.export does not follow."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.inner = tiny(num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x)
+        return y if y.sum() > 0 else -y
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (Guessing, "its ONNX file would not give what it gives: 'output' differs"),
+        (Branching, "torch.export does not follow it"),
+        (lambda num_classes: nn.DataParallel(tiny(num_classes)), "is wrapped in DataParallel: give what is inside"),
+        (lambda num_classes: tiny(num_classes).requires_grad_(False), "no parameter of .* trains"),
+        (lambda num_classes: torch.jit.script(tiny(num_classes)), "gave a scripted module"),
+        (lambda num_classes: nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes)), "has no shape yet: run it once"),
+        (lambda num_classes: tiny(num_classes).to("meta"), "gave a model without data"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning", "ignore:.*:FutureWarning")
+def test_what_would_fail_at_the_end_is_refused_before_the_training(factory, message, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("user_models.odd", factory, raising=False)
+    settings = Settings.from_options({**AFTER, "model": "user_models:odd", "out": str(tmp_path / "run")})
+    with pytest.raises(CompressorError, match=message):
+        job.run(settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_export_fails_at_the_end_still_has_a_report(tmp_path: Path, monkeypatch, capsys) -> None:
+    def fail(model, path, *rest, **how):
+        raise ExportError("Tiny", "torch says no", "try another")
+
+    monkeypatch.setattr(stages, "require_exportable", lambda model, inputs: None)
+    monkeypatch.setattr(results, "export_onnx", fail)
+    monkeypatch.setattr(results, "fvcore_macs", lambda model, inputs: 1 / 0)
+    settings = Settings.from_options({**AFTER, "out": str(tmp_path / "run")})
+    made = job.run(settings)
+    assert "model.onnx" not in made.files
+    assert made.dense.onnx_size_bytes is made.pruned.fvcore_macs is None
+    assert any(note.startswith("no model.onnx: Tiny cannot be exported") for note in made.notes)
+    assert "fvcore cannot count the dense model: ZeroDivisionError: division by zero" in made.notes
+    assert {"torch"} == {timing.backend for timing in made.timings}
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 # -- the folder

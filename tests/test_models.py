@@ -216,12 +216,27 @@ def _damaged(path: Path) -> None:
         ("a.pt", _damaged, "cannot be read"),
         ("a.safetensors", lambda path: path.write_bytes(b"not tensors"), "cannot be read"),
         ("a.pt", lambda path: torch.save(net(), path), "cannot be read"),
-        ("a.pt", lambda path: torch.save({"epoch": 3, "model": net().state_dict()}, path), "holds other things"),
+        ("a.pt", lambda path: torch.save({"epoch": 3, "net": net().state_dict()}, path), "holds other things"),
         ("a.pt", lambda path: torch.save([1, 2], path), "holds other things"),
         (
             "a.pt",
-            lambda path: torch.save(net(classes=9).state_dict(), path),
-            "tensor '3.weight' is (9, 3) in the file and (2, 3) in the model; 7 of the model's 9 tensors",
+            lambda path: torch.save({**net(classes=9).state_dict(), "0.weight": torch.zeros(1)}, path),
+            "tensor '0.weight' is (1,) in the file and (3, 3, 3, 3) in the model; 6 of the model's 9 tensors",
+        ),
+        (
+            "a.pt",
+            lambda path: torch.save({n: t.long() for n, t in net().state_dict().items()}, path),
+            "tensor '0.weight' holds whole numbers, and the model real numbers",
+        ),
+        (
+            "a.pt",
+            lambda path: torch.save({n: t + 0j for n, t in net().state_dict().items()}, path),
+            "tensor '0.weight' holds complex numbers, and the model real numbers",
+        ),
+        (
+            "a.pt",
+            lambda path: torch.save({n: t.to_sparse() for n, t in net().state_dict().items()}, path),
+            "tensor '0.weight' holds a sparse tensor, and the model real numbers",
         ),
         (
             "a.pt",
@@ -246,6 +261,36 @@ def test_weights_that_do_not_fit_leave_the_model_alone(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert same(values(model), before)
+
+
+def _wrapped(path: Path, state: dict[str, Tensor]) -> None:
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("write", "said"),
+    [
+        (lambda path, state: torch.save({"epoch": 3, "model": state, "best": 0.9}, path), "those under 'model'"),
+        (lambda path, state: torch.save({"state_dict": state}, path), "those under 'state_dict'"),
+        (_wrapped, "names begin with 'module.', which a wrapper put there"),
+    ],
+)
+def test_weights_in_the_usual_wrappings_are_taken_and_it_is_said(write, said, tmp_path, caplog) -> None:
+    source, model = net(), net()
+    write(tmp_path / "a.pt", source.state_dict())
+    load_weights(model, tmp_path / "a.pt")
+    assert same(values(model), values(source))
+    assert said in caplog.text
+
+
+def test_a_last_layer_for_other_classes_begins_anew_and_it_is_said(tmp_path, caplog) -> None:
+    source, model = net(classes=9), net()
+    head = [model[3].weight.detach().clone(), model[3].bias.detach().clone()]
+    torch.save(source.state_dict(), tmp_path / "a.pt")
+    load_weights(model, tmp_path / "a.pt")
+    assert torch.equal(model[0].weight, source[0].weight)
+    assert [torch.equal(a, b) for a, b in zip(head, model[3].parameters(), strict=True)] == [True, True]
+    assert "'3' has 9 classes there and 2 here; it begins anew" in caplog.text
 
 
 class Hostile:

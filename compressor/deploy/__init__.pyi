@@ -4,6 +4,7 @@ from .artifact import load as load
 from .artifact import save as save
 from .export import ExportReport as ExportReport
 from .export import export_onnx as export_onnx
+from .export import require_exportable as require_exportable
 from .flops import fvcore_macs as fvcore_macs
 from .machine import describe_machine as describe_machine
 from .model_file import Description as Description

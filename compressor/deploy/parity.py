@@ -1,7 +1,7 @@
 """The parity gate: does an ONNX file give what the PyTorch model gives?
 
-Both run the same examples in batches of 1 and of 7. Every output must agree within `TOLERANCE` of its scale, and the
-top-1 class must be the same wherever the model's own choice is clearer than that.
+Both run the same examples in batches of 1 and of 7. Every output must agree within a share of its scale, 1e-4 in single
+precision, and the top-1 class must be the same wherever the model's own choice is clearer than that.
 
 A worked example: the scores `[8.0, 7.9995, -2.0]` have the scale 8, so that 0.0008 is allowed. `[7.9995, 8.0, -2.0]`
 passes, though its top-1 class is another: the model's own margin, 0.0005, is within what is allowed.
@@ -26,7 +26,7 @@ from compressor.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4  # of the largest absolute value of an output
+TOLERANCE = 1e-4  # of the largest absolute value of an output, in single precision
 BATCH_SIZES = (1, 7)  # one that exporters like to fix, and one that no kernel is made for
 RANDOM_EXAMPLES = 7
 
@@ -85,9 +85,15 @@ def compare(model: nn.Module, path: Path, examples: list[Any]) -> Parity:
                 got = _answers(run, examples, size)
             except Exception as refusal:
                 raise UnequalError(f"onnxruntime does not run it {where}: {first_line(refusal)}") from refusal
-            judge(parity, names, expected, got, where)
+            judge(parity, names, expected, got, where, tolerance_of(model))
     parity.providers = tuple(runs)
     return parity
+
+
+def tolerance_of(model: nn.Module) -> float:
+    """Return the share of an output's scale that may differ: 1e-4, in half precision eight units in the last place."""
+    kinds = {tensor.dtype for tensor in [*model.parameters(), *model.buffers()] if tensor.is_floating_point()}
+    return max([TOLERANCE, *(8 * torch.finfo(kind).eps for kind in kinds)])
 
 
 def first_line(failure: BaseException) -> str:
@@ -171,30 +177,38 @@ def _batches(inputs: Any, size: int) -> Iterator[Any]:
 # -- judging
 
 
-def judge(parity: Parity, names: list[str], expected: list[Tensor], got: list[Tensor], where: str) -> None:
+def judge(
+    parity: Parity,
+    names: list[str],
+    expected: list[Tensor],
+    got: list[Tensor],
+    where: str,
+    tolerance: float = TOLERANCE,
+) -> None:
     """Compare all outputs of one run; writes the largest difference into `parity`.
 
     Raises:
-        UnequalError: the outputs are others, or differ by more than is allowed.
+        UnequalError: the outputs are others, or differ by more than is allowed; or the model's own are no numbers.
     """
     if len(got) != len(expected):
         raise UnequalError(f"it gives {len(got)} outputs {where}, and the model {len(expected)}")
     for name, ours, theirs in zip(names, expected, got, strict=True):
         if ours.shape != theirs.shape:
             raise UnequalError(f"{name!r} has shape {tuple(theirs.shape)} {where}, and the model's {tuple(ours.shape)}")
-        allowed = _judge_values(parity, name, ours, theirs, where)
+        allowed = _judge_values(parity, name, ours, theirs, where, tolerance)
         # Classifiers return their scores first; what else they return is no choice between classes.
         if name == names[0] and ours.dim() == 2 and ours.shape[1] > 1:
             _judge_classes(parity, name, ours, theirs, allowed, where)
 
 
-def _judge_values(parity: Parity, name: str, ours: Tensor, theirs: Tensor, where: str) -> float:
+def _judge_values(parity: Parity, name: str, ours: Tensor, theirs: Tensor, where: str, tolerance: float) -> float:
     """Compare the values of one output; return the difference that is allowed: none between whole numbers."""
-    tolerance = TOLERANCE if ours.is_floating_point() else 0.0
+    tolerance = tolerance if ours.is_floating_point() else 0.0
     ours = ours.double()
     theirs = theirs.double()
-    # Equal infinities and NaNs are equal answers, and have no difference.
-    same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+    if ours.isnan().any():
+        raise UnequalError(f"{name!r} of the model itself is NaN {where}, so that nothing can be proven")
+    same = ours == theirs  # infinities too: they are equal answers, and have no difference
     difference = float(torch.where(same, 0.0, (ours - theirs).abs()).max()) if ours.numel() else 0.0
     scale = float(ours[ours.isfinite()].abs().max()) if ours.isfinite().any() else 0.0
     if not difference <= tolerance * scale:  # so that NaN is refused as well

@@ -47,7 +47,7 @@ def run(
         UnknownNameError, InputError, DataError, ArtifactError, TraceError: the data, the model, its weights or the
             criterion cannot be used.
         BudgetError: the sparsity cannot be reached, whatever is cut.
-        ExportError, ParityError: the finished model has no ONNX file that gives its outputs; the models are saved.
+        ExportError: the model cannot be exported to ONNX. (Where only the finished one cannot, a note says so.)
     """
     folder = Path(settings.out)
     require_usable(folder, resume=resume, overwrite=overwrite)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor import report
+from compressor import report, training
 from compressor.deploy import ExportReport, Latency, describe_machine, export_onnx, fvcore_macs, latency, save
-from compressor.errors import InputError
+from compressor.errors import ExportError, InputError, ParityError
 from compressor.graph import ChannelGraph
 from compressor.job.folder import MODELS, RECORDS
 from compressor.job.settings import Settings
@@ -34,17 +34,21 @@ def finish(
 ) -> report.Report:
     """Return the report of a run; writes both models, their ONNX files and the report into the run folder.
 
-    Raises:
-        ExportError, ParityError: a model has no ONNX file that gives its outputs; the models are saved.
+    What only adds to it (an ONNX file, fvcore's count) may fail: then it is left out, and a note says so. The models
+    are saved before.
     """
     folder = Path(settings.out)
     models = {"dense": trained.dense.eval(), "pruned": trained.pruned.eval()}
     about = {"data": data.name, "classes": list(data.classes), "image_shape": list(data.image_shape)}
     for name, model in models.items():
         save(model, folder / f"{FILES[name]}.safetensors", extra=about)
-    exports = {name: _export(model, name, data, folder, on_progress) for name, model in models.items()}
-    timings, notes = _timings(settings, data, models, folder, on_progress)
-    figures = {name: _figures(settings, data, trained, name, folder) for name in models}
+    notes = list[str]()
+    tried = {name: _export(model, name, data, folder, on_progress, notes) for name, model in models.items()}
+    exports = {name: export for name, export in tried.items() if export}
+    timings = _timings(
+        settings, data, models, {name: export.path for name, export in exports.items()}, on_progress, notes
+    )
+    figures = {name: _figures(settings, data, trained, name, folder, notes) for name in models}
     made = report.Report(
         name=folder.resolve().name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -58,7 +62,7 @@ def finish(
         cuts=tuple(_cut(record) for record in records if record.get("event") == "cut"),
         timings=timings,
         parity=tuple(_parity(export) for export in exports.values()),
-        files={name: (folder / name).stat().st_size for name in (*MODELS, *RECORDS)},
+        files={name: (folder / name).stat().st_size for name in (*MODELS, *RECORDS) if (folder / name).exists()},
         notes=(*graph.notes, *trained.result.notes, *notes),
         **figures,
     )
@@ -66,11 +70,20 @@ def finish(
     return made
 
 
-def _export(model: nn.Module, name: str, data: Data, folder: Path, on_progress: Progress) -> ExportReport:
+def _export(
+    model: nn.Module, name: str, data: Data, folder: Path, on_progress: Progress, notes: list[str]
+) -> ExportReport | None:
+    """Return what was exported; where that fails, None, and the reason goes into the notes."""
     on_progress("ONNX", list(FILES).index(name), len(FILES))
     images = _images(data.test)
     device = next(model.parameters()).device
-    made = export_onnx(model, folder / f"{FILES[name]}.onnx", images[:2].to(device), check_inputs=images.to(device))
+    path = folder / f"{FILES[name]}.onnx"
+    made = None
+    try:
+        made = export_onnx(model, path, images[:2].to(device), check_inputs=images.to(device))
+    except (ExportError, ParityError) as failure:
+        path.unlink(missing_ok=True)  # of an earlier try: it is not this model
+        notes.append(f"no {path.name}: {failure}")
     on_progress("ONNX", list(FILES).index(name) + 1, len(FILES))
     return made
 
@@ -80,10 +93,13 @@ def _images(part: Split) -> Tensor:
     return next(iter(part.batches(CHECK_IMAGES)))[0]
 
 
-def _figures(settings: Settings, data: Data, trained: Trained, name: str, folder: Path) -> report.Figures:
+def _figures(
+    settings: Settings, data: Data, trained: Trained, name: str, folder: Path, notes: list[str]
+) -> report.Figures:
     model, index = (trained.dense, 0) if name == "dense" else (trained.pruned, 1)
     seen = evaluate(model, data.test, device=settings.device)
     result = trained.result
+    onnx = folder / f"{FILES[name]}.onnx"
     example = torch.zeros(1, *data.image_shape, device=settings.device)
     return report.Figures(
         accuracy=seen.accuracy,
@@ -92,30 +108,42 @@ def _figures(settings: Settings, data: Data, trained: Trained, name: str, folder
         params=result.params[index],
         macs=result.macs[index],
         channels=result.channels[index],
-        fvcore_macs=fvcore_macs(model, example),
+        fvcore_macs=_second_opinion(model, example, name, notes),
         size_bytes=(folder / f"{FILES[name]}.safetensors").stat().st_size,
-        onnx_size_bytes=(folder / f"{FILES[name]}.onnx").stat().st_size,
+        onnx_size_bytes=onnx.stat().st_size if onnx.exists() else None,
     )
 
 
+def _second_opinion(model: nn.Module, example: Tensor, name: str, notes: list[str]) -> int | None:
+    """Return the MACs as fvcore counts them; None, with a note, for a model that it cannot follow."""
+    try:
+        return fvcore_macs(model, example)
+    except Exception as failure:  # torch's older tracer raises whatever it stumbles over
+        notes.append(f"fvcore cannot count the {name} model: {training.models.first_line(failure)}")
+        return None
+
+
 def _timings(
-    settings: Settings, data: Data, models: Mapping[str, nn.Module], folder: Path, on_progress: Progress
-) -> tuple[tuple[report.Timing, ...], tuple[str, ...]]:
+    settings: Settings,
+    data: Data,
+    models: Mapping[str, nn.Module],
+    files: Mapping[str, Path],
+    on_progress: Progress,
+    notes: list[str],
+) -> tuple[report.Timing, ...]:
     """Time both models in turns, in PyTorch and onnxruntime; a note says so where the latter cannot use the device."""
-    files = {name: folder / f"{FILES[name]}.onnx" for name in models}
-    notes = tuple[str, ...]()
     compare = partial(
         latency.compare, models, data.image_shape, device=settings.device, threads=torch.get_num_threads()
     )
     on_progress("latency", 0, 1)
     try:
-        measured = compare(onnx_files=files)
+        measured = compare(onnx_files=files if len(files) == len(models) else None)
     except InputError as error:
         measured = compare()
-        notes = (str(error),)
+        notes.append(str(error))
     on_progress("latency", 1, 1)
     pairs = [(place, name, times) for place in measured.comparisons for name, times in place.latencies.items()]
-    return tuple(_timing(*pair) for pair in pairs), notes
+    return tuple(_timing(*pair) for pair in pairs)
 
 
 def _timing(place: latency.Comparison, model: str, times: Latency) -> report.Timing:

@@ -17,7 +17,8 @@ from torch.optim import SGD, Optimizer
 
 from compressor.budget import PruneResult, cut_event
 from compressor.criteria import needs_gradients
-from compressor.errors import BudgetError
+from compressor.deploy import require_exportable
+from compressor.errors import BudgetError, InputError
 from compressor.job.checks import OBSERVING, is_sparse
 from compressor.job.folder import Metrics, checkpoint
 from compressor.job.settings import Settings
@@ -69,10 +70,19 @@ class Stages:
         Raises:
             InputError: the model does not fit the data, or the criterion cannot judge it.
             BudgetError: the sparsity cannot be reached, whatever the scores are.
+            ExportError: the model cannot be exported to ONNX.
         """
         settings = self.settings
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise InputError(f"no parameter of {settings.model} trains: let its factory set requires_grad = True")
         double = copy.deepcopy(model).to(settings.device)
         require_scores(double, self.data, settings.device)
+        self._try_pruning(copy.deepcopy(double))
+        require_exportable(double, self._example())
+
+    def _try_pruning(self, double: nn.Module) -> None:
+        """Make the pruner, and cut; writes the model, which is of no use afterwards."""
+        settings = self.settings
         if settings.criterion == OBSERVING or is_sparse(settings.criterion):
             trained = copy.deepcopy(double)
             pruner = self._pruner(trained, SGD(trained.parameters()), settings.epochs * self._epoch_steps())

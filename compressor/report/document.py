@@ -20,7 +20,7 @@ class Figures:
         images: how many images the test split holds.
         params, macs, channels: our counts; MACs for one example, one multiply-add counts 1.
         fvcore_macs: the same MACs as fvcore counts them.
-        size_bytes, onnx_size_bytes: of the safetensors and of the ONNX file.
+        size_bytes, onnx_size_bytes: of the safetensors and of the ONNX file; None where it could not be exported.
     """
 
     accuracy: float
@@ -29,9 +29,9 @@ class Figures:
     params: int
     macs: int
     channels: int
-    fvcore_macs: int
+    fvcore_macs: int | None
     size_bytes: int
-    onnx_size_bytes: int
+    onnx_size_bytes: int | None
 
 
 @dataclass(frozen=True)

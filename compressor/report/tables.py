@@ -39,12 +39,16 @@ def comparison(report: Report) -> list[Row]:
         ),
         _row("parameters", dense.params, pruned.params, count),
         _row("MACs", dense.macs, pruned.macs, count),
-        _row("MACs as fvcore counts", dense.fvcore_macs, pruned.fvcore_macs, count),
+        *_row_if_known("MACs as fvcore counts", dense.fvcore_macs, pruned.fvcore_macs, count),
         _row("channels", dense.channels, pruned.channels, "{:,}".format),
         _row("model.safetensors", dense.size_bytes, pruned.size_bytes, size),
-        _row("model.onnx", dense.onnx_size_bytes, pruned.onnx_size_bytes, size),
+        *_row_if_known("model.onnx", dense.onnx_size_bytes, pruned.onnx_size_bytes, size),
     ]
     return rows + [_latency_row(place, *pair) for place, pair in pairs(report.timings)]
+
+
+def _row_if_known(label: str, dense: int | None, pruned: int | None, show: Callable[[float], str]) -> list[Row]:
+    return [] if dense is None or pruned is None else [_row(label, dense, pruned, show)]
 
 
 def pairs(timings: Iterable[Timing]) -> list[tuple[str, tuple[Timing, Timing]]]:

@@ -213,7 +213,24 @@ def _from_factory(spec: ModelSpec) -> nn.Module:
         raise InputError(f"{called} failed: {first_line(error)}; make it callable like this") from error
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec.factory} gave a {type(model).__name__}: it must return a torch.nn.Module")
+    _require_trainable(spec.factory, model)
     return model
+
+
+def _require_trainable(factory: str, model: nn.Module) -> None:
+    """Refuse modules that look like a model, and cannot be trained or cut as one."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"{factory} gave a scripted module, whose code cannot change: return the module itself")
+    if isinstance(model, torch.fx.GraphModule) and hasattr(model, "graph_signature"):
+        raise InputError(f"{factory} gave an exported program, whose sizes are fixed: return the module itself")
+    lazy = [name for name, each in model.named_parameters() if isinstance(each, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise InputError(
+            f"{factory} gave a model whose {lazy[0]!r} has no shape yet: run it once in the factory, model(torch.zeros("
+            "1, 3, H, W)), before you return it"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError(f"{factory} gave a model without data (on meta tensors): build it on the CPU")
 
 
 def _imported(path: str) -> Callable[..., object]:
