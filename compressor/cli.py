@@ -8,9 +8,14 @@ what to do, so that `compress --help` answers at once.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import inspect
 import json
 import logging
+import os
+import shlex
+import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,13 +26,14 @@ from typer.core import TyperGroup
 
 # NOTE: Rooms come as modules where their names need torch: they import it when a name is looked up, not before.
 from compressor import deploy, graph, job, report, training
-from compressor._utils import atomic_write
+from compressor._utils import StopRequest, atomic_write
 from compressor.errors import CompressorError, InputError
 from compressor.job import Settings, as_written, option_kinds, read_toml
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+_INTERRUPTED = 128 + signal.SIGINT  # what shells expect of a command that a signal ended
 _WIDTH = 120  # of tables that go into a file or a pipe
 
 
@@ -39,8 +45,23 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except CompressorError as error:
-            typer.echo(f"compress: {error}", err=True)
+            _complain(error)
             raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            _complain("stopped")
+            raise typer.Exit(_INTERRUPTED) from None
+        except OSError as error:  # of a result that could not be printed, say: everything else says where it failed
+            _complain(f"cannot write: {error.strerror or error}")
+            raise typer.Exit(1) from error
+
+
+def _complain(message: object) -> None:
+    typer.echo(f"compress: {_printable(str(message))}", err=True)
+
+
+def _printable(text: str) -> str:
+    """Return text that does nothing to a terminal: names from files may hold escape codes."""
+    return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
 
 
 app = typer.Typer(
@@ -56,15 +77,36 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line."""
     _show_warnings()
-    app(prog_name="compress")
+    try:
+        app(prog_name="compress")
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Write what is still waiting; where that fails, Python would complain once more in its own words."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
+        _complain(f"cannot write the output: {error.strerror}")
+        sys.exit(1)
 
 
 def _show_warnings() -> None:
     """Let the library's warnings appear on stderr like the messages of this module."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("compress: %(message)s"))
+    handler.setFormatter(_Printable("compress: %(message)s"))
     handler.setLevel(logging.WARNING)
     logging.getLogger("compressor").addHandler(handler)
+
+
+class _Printable(logging.Formatter):
+    """Formats records without control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as a line."""
+        return _printable(super().format(record))
 
 
 def _takes_every_option(command: Callable[..., None]) -> Callable[..., None]:
@@ -91,6 +133,12 @@ def _parameter(item: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"compressor {importlib.metadata.version('compressor')}")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
 @_takes_every_option
 def compress(
@@ -99,24 +147,35 @@ def compress(
     config: Annotated[Path | None, typer.Option(help="Options from a TOML file.", rich_help_panel="Run")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run.", rich_help_panel="Run")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run.", rich_help_panel="Run")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print errors and warnings only.", rich_help_panel="Run")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
     **typed: Any,
 ) -> None:
     """Make a network smaller: train, prune, export, measure, report. The result is a run folder."""
     given = {name.replace("_", "-"): value for name, value in typed.items() if value not in (None, [])}
     given |= {"sparsity": as_written(given["sparsity"])} if "sparsity" in given else {}
     if ctx.invoked_subcommand:
-        _refuse_idle(ctx.invoked_subcommand, [*given, *_flags(config=config, resume=resume, overwrite=overwrite)])
+        flags = _flags(config=config, resume=resume, overwrite=overwrite, quiet=quiet)
+        _refuse_idle(ctx.invoked_subcommand, [*given, *flags])
         return
     asked = {**(read_toml(config) if config else {}), **given}
     source = str(config) if config else ""
     settings = job.resumed(asked, source) if resume else Settings.from_options(asked, source)
+    stop = StopRequest()
     try:
-        with _progress() as on_progress:
-            made = job.run(settings, resume=resume, overwrite=overwrite, on_progress=on_progress)
+        with stop.listening(), _progress(quiet) as on_progress:
+            made = job.run(settings, resume=resume, overwrite=overwrite, on_progress=on_progress, stop=stop)
     except KeyboardInterrupt:
-        typer.echo(f"compress: stopped; go on with: compress --resume --out {settings.out}", err=True)
-        raise typer.Exit(130) from None
-    _show(made, Path(settings.out))
+        begun = (Path(settings.out) / "config.toml").exists()
+        how = f"go on with: compress --resume --out {shlex.quote(settings.out)}" if begun else "nothing was written"
+        _complain(f"stopped; {how}")
+        raise typer.Exit(128 + (stop.signal or signal.SIGINT)) from None
+    if not quiet:
+        _show(made, Path(settings.out))
     if made.goal.reached < made.goal.asked:
         typer.echo("compress: the asked sparsity was not reached, see the notes above", err=True)
         raise typer.Exit(1)
@@ -137,7 +196,7 @@ def _refuse_idle(command: str, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """Show a bar for each piece of long work, on a terminal only; gives `on_progress(what, done, total)`."""
     from rich.console import Console
     from rich.progress import (
@@ -157,7 +216,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
 
         def on_progress(what: str, done: int, total: int) -> None:
@@ -185,7 +244,7 @@ def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]],
     for index, name in enumerate(head):
         table.add_column(Text(name), justify="left" if index in words else "right", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(_printable(cell)) for cell in row))
     _console().print(table)
 
 
@@ -198,7 +257,8 @@ def _show(made: report.Report, folder: Path) -> None:
         typer.echo(f"note: {note}")
     typer.echo("files:")
     for name in (*made.files, "report.html", "report.md", "report.json"):
-        typer.echo(f"  {folder / name}")
+        if (folder / name).exists():  # a finished run may have been tidied up
+            typer.echo(f"  {folder / name}")
 
 
 def _show_inspection(found: Mapping[str, Any], model: str) -> None:

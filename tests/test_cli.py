@@ -1,5 +1,6 @@
 """The command line: what it prints, and that bad input gets one clear line, exit code 2, and changes nothing."""
 
+import importlib.metadata
 import json
 import shlex
 import subprocess
@@ -18,7 +19,7 @@ from user_models import tiny
 import compressor
 from compressor import cli, job, report
 from compressor.deploy import save
-from compressor.errors import CompressorError
+from compressor.errors import CompressorError, InputError
 from compressor.job import Settings, option_kinds
 from compressor.report import Goal, Report
 from compressor.surgery import cut
@@ -156,11 +157,22 @@ def test_the_result_is_a_table_a_sentence_and_where_the_files_are(monkeypatch) -
     monkeypatch.setattr(job, "run", lambda settings, **how: sample())
     result = compress("--out", "runs/demo")
     assert result.exit_code == 0
+    assert "runs/demo/model.safetensors" not in result.stdout  # tidied up since
+    files_there(Path("runs/demo"), "model.safetensors", "report.html")
+    result = compress("--out", "runs/demo")
     for shown in ("dense", "pruned", "98.00%", "97.00%", "-60.0%", "2.00× as fast", "note: ran on one core"):
         assert shown in result.stdout
     assert "60.0% of the params removed, 60.0% asked" in result.stdout
     assert "runs/demo/model.safetensors" in result.stdout
     assert "runs/demo/report.html" in result.stdout
+    assert "runs/demo/model.onnx" not in result.stdout
+    assert compress("--out", "runs/demo", "--quiet").stdout == ""
+
+
+def files_there(folder: Path, *names: str) -> None:
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
 
 
 def test_a_target_that_was_not_reached_is_an_exit_code(monkeypatch) -> None:
@@ -177,9 +189,27 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "run", run)
-    result = compress("--out", "here")
-    assert result.exit_code == 130
-    assert result.stderr == "compress: stopped; go on with: compress --resume --out here\n"
+    result = compress("--out", "my runs/a")
+    assert (result.exit_code, result.stderr) == (130, "compress: stopped; nothing was written\n")
+    files_there(Path("my runs/a"), "config.toml")
+    result = compress("--out", "my runs/a")
+    assert (result.exit_code, result.stderr) == (
+        130,
+        "compress: stopped; go on with: compress --resume --out 'my runs/a'\n",
+    )
+
+
+def test_the_version_is_printed() -> None:
+    result = compress("--version")
+    assert (result.exit_code, result.stdout) == (0, f"compressor {importlib.metadata.version('compressor')}\n")
+
+
+def test_what_a_file_says_does_nothing_to_the_terminal(monkeypatch) -> None:
+    def run(settings: Settings, **how: object) -> Report:
+        raise InputError("the factory '\x1b[31mred\x07' is unknown")
+
+    monkeypatch.setattr(job, "run", run)
+    assert compress("--out", "here").stderr == "compress: the factory '\\x1b[31mred\\x07' is unknown\n"
 
 
 # -- bad input: one clear line, exit code 2, nothing changed

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compressor.errors import DataError, InputError, RangeError, UnknownNameError
 from compressor.training.data import folder
+from compressor.training.data import images as pictures
 from compressor.training.data import sources as data
 from compressor.training.data.images import OnDisk, Resident
 from compressor.training.data.sources import Data, load_data
@@ -329,7 +330,7 @@ def _without(*names: str) -> Callable[[Path], None]:
         (_without("test/ant"), "class folder {root}/train/ant has no counterpart in {root}/test"),
         (_without("train/ant"), "class folder {root}/test/ant has no counterpart in {root}/train"),
         (_without("train/ant", "test/ant"), "{root}/train holds one class only (bee)"),
-        (lambda root: (root / "train/cat").mkdir(), "no images in {root}/train/cat: put some there (.bmp, .jpeg"),
+        (lambda root: (root / "train/cat").mkdir(), "no images in {root}/train/cat: put some there (.bmp, .gif"),
         (_broken, "cannot read image {root}/test/bee/3.png: "),
         (_no_image, "cannot read image {root}/train/ant/0.png: cannot identify image file"),
         (_deep, "{root}/train/ant/0.png has more than 8 bits a channel (mode I;16): convert it to 8 bits"),
@@ -421,3 +422,68 @@ def test_a_user_can_add_a_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(data.DATASETS, "mine", mine)
     assert load_data("mine").image_shape == (1, 4, 4)
+
+
+# -- what cameras, designers and archives leave behind
+
+
+def test_a_picture_stands_as_its_camera_was_held(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data", size=(6, 9))
+    path = root / "train" / "ant" / "0.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    grey = np.zeros((6, 9, 3), dtype=np.uint8)
+    grey[:, 6:] = 255  # the right third is white: at the bottom when it is turned clockwise
+    Image.fromarray(grey).save(path, exif=exif, quality=100)
+    pixels, _ = pictures.decode(path, (9, 6))
+    assert pixels[:, 7:].min() > 200
+    assert pixels[:, :5].max() < 50
+    with pictures.opened(path) as picture:
+        assert pictures.upright_size(picture) == (9, 6)
+
+
+def test_transparent_parts_are_white_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = make_folder(tmp_path / "data")
+    hidden = np.zeros((8, 8, 4), dtype=np.uint8)
+    hidden[:4] = (255, 0, 0, 255)
+    Image.fromarray(hidden).save(root / "train" / "ant" / "0.png")
+    pixels, is_transparent = pictures.decode(root / "train" / "ant" / "0.png", (8, 8))
+    assert is_transparent
+    assert pixels[:, 0, 0].tolist() == [255, 0, 0]
+    assert pixels[:, 7, 0].tolist() == [255, 255, 255]
+    load_data(f"imagefolder:{root}")
+    assert "images with transparent parts, " in caplog.text
+
+
+def test_what_is_no_image_of_a_class_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = make_folder(tmp_path / "data", each=4)
+    for extra in (
+        "train/loose.png",
+        "train/ant/.ipynb_checkpoints/0.png",
+        "train/__MACOSX/0.png",
+        "train/.cache/0.png",
+    ):
+        paint(root / extra, 99)
+    (root / "train" / "ant" / "notes.txt").touch()
+    (root / "train" / "bee" / "more").symlink_to(root / "train" / "ant")
+    found = load_data(f"imagefolder:{root}", validation=0.25)
+    assert found.classes == CLASSES
+    assert len(found.train) + len(found.validation) == 8
+    for said in (
+        "1 files in",
+        "loose.png say",
+        "__MACOSX is what an archive",
+        "notes.txt say",
+        "linked folders are not",
+    ):
+        assert said in caplog.text
+
+
+def test_other_endings_of_pictures_are_read(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data")
+    for name in ("a.gif", "b.jfif", "c.WEBP"):
+        Image.fromarray(np.zeros((8, 8, 3), dtype=np.uint8)).save(
+            root / "train" / "ant" / name, format="JPEG" if "jfif" in name else None
+        )
+    found = load_data(f"imagefolder:{root}", validation=0.2)
+    assert len(found.train) + len(found.validation) == 11

@@ -13,7 +13,7 @@ from compressor.budget import Limits
 from compressor.errors import InputError, RangeError, UnknownNameError
 from compressor.job import Settings, option_kinds, read_toml
 
-whole = st.integers(min_value=2, max_value=10**9)
+whole = st.integers(min_value=2, max_value=10_000)
 part = st.floats(min_value=0, max_value=0.999)
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="="), min_size=1, max_size=9).filter(
@@ -146,6 +146,10 @@ def test_an_unknown_name_is_refused_with_a_suggestion(given_: dict, message: str
         ("confidence", 0.0),
         ("confidence", 1.01),
         ("dummies", 9),
+        ("dummies", 10**9),
+        ("epochs", 10**7),
+        ("round-to", 10**20),
+        ("batch-size", 10**20),
         ("warmup", -1),
         ("prune-every", 0),
         ("seed", -1),

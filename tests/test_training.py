@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -20,9 +21,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from compressor._utils import StopRequest
 from compressor.errors import ArtifactError, InputError, RangeError, TrainingError, UnknownNameError
 from compressor.graph.tracing import trace
 from compressor.surgery.cutting import cut
+from compressor.training import checkpoint as checkpoints
 from compressor.training.config import TrainingConfig
 from compressor.training.data.images import Resident
 from compressor.training.data.sources import Data
@@ -317,7 +320,7 @@ def test_a_resume_says_whether_there_was_a_checkpoint(
     assert "no checkpoint in" in caplog.text
     assert "4 of 44 training images are left out of each epoch" in caplog.text
     train(net(), data, CONFIG, checkpoint=tmp_path / "new", resume=True)
-    assert "going on after epoch 4" in caplog.text
+    assert "going on after step 20" in caplog.text
 
 
 def test_log_gets_only_what_is_new(data: Data, tmp_path: Path) -> None:
@@ -349,21 +352,100 @@ def test_interrupted_write_leaves_the_checkpoint_before(
 ) -> None:
     real_save, written = torch.save, []
 
-    def save(state: Any, path: Path) -> None:
+    def save(state: Any, file: Any) -> None:
         written.append(state["epoch"])
-        real_save(state, path)
+        real_save(state, file)
         if state["epoch"] == 3:
-            path.write_bytes(path.read_bytes()[:100])
             raise Killed
 
     monkeypatch.setattr(torch, "save", save)
     with pytest.raises(Killed):
         train(net(), data, CONFIG, checkpoint=tmp_path)
     assert written == [1, 2, 3]
-    assert [path.name for path in tmp_path.iterdir()] == ["state.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["previous.pt", "state.pt"]
     monkeypatch.undo()
     again = train(net(), data, CONFIG, checkpoint=tmp_path, resume=True)
     assert timeless(again) == timeless(train(net(), data, CONFIG))
+
+
+@pytest.mark.parametrize("place", [60, 3_000, -40])
+def test_a_flipped_bit_is_noticed_and_the_checkpoint_before_goes_on(
+    place: int, data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(Killed):
+        train(net(), data, CONFIG, checkpoint=tmp_path, on_progress=killed_at(17))
+    content = bytearray((tmp_path / "state.pt").read_bytes())
+    content[place] ^= 1
+    (tmp_path / "state.pt").write_bytes(content)
+    again = train(net(), data, CONFIG, checkpoint=tmp_path, resume=True)
+    assert "state.pt is damaged" in caplog.text
+    assert "going on from the checkpoint before it" in caplog.text
+    assert timeless(again) == timeless(train(net(), data, CONFIG))
+
+
+def test_killed_between_the_two_names_of_a_checkpoint(data: Data, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(net(), data, CONFIG, checkpoint=tmp_path, on_progress=killed_at(12))
+    (tmp_path / "state.pt").rename(tmp_path / "previous.pt")
+    again = train(net(), data, CONFIG, checkpoint=tmp_path, resume=True)
+    assert timeless(again) == timeless(train(net(), data, CONFIG))
+
+
+@pytest.mark.parametrize("step", [1, 2, 5, 6, 17, 20])
+def test_a_run_that_is_asked_to_stop_ends_its_step_and_goes_on_from_there(
+    step: int, data: Data, tmp_path: Path
+) -> None:
+    stop = StopRequest()
+
+    def ask(done: int, total: int) -> None:
+        stop.signal = 15 if done == step else None
+
+    with pytest.raises(KeyboardInterrupt):
+        train(net(), data, CONFIG, checkpoint=tmp_path, on_progress=ask, stop=stop)
+    assert checkpoints.read(tmp_path)["step"] == step
+    again = train(net(), data, CONFIG, checkpoint=tmp_path, resume=True)
+    assert timeless(again) == timeless(train(net(), data, CONFIG))
+
+
+def test_a_signal_waits_for_the_end_of_a_step_and_a_second_one_does_not() -> None:
+    stop, reached = StopRequest(), list[int]()
+
+    def ask_twice() -> None:
+        with stop.listening(), stop.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            reached.append(1)
+            signal.raise_signal(signal.SIGINT)
+            reached.append(2)
+
+    with pytest.raises(KeyboardInterrupt):
+        ask_twice()
+    assert (reached, stop.signal) == ([1], signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), stop.listening():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+TAMPERED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a field is missing": lambda state: state.pop("optimizer"),
+    "tensors are gone": lambda state: state["tensors"].clear(),
+    "a tensor is a list": lambda state: state["tensors"].update({"0.weight": [1, 2]}),
+    "a number for a method": lambda state: state["numbers"].update({"": {"forward": 3}}),
+    "a module that is not there": lambda state: state["numbers"].update({"nine": {"eps": 3}}),
+    "a step that is none": lambda state: state.update(step="many"),
+    "records that are none": lambda state: state.update(records="{"),
+    "the state of a generator": lambda state: state.update(order=torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("how", TAMPERED)
+def test_a_checkpoint_that_was_tampered_with_is_named(how: str, data: Data, tmp_path: Path) -> None:
+    train(net(), data, replace(CONFIG, epochs=4), checkpoint=tmp_path)
+    state = checkpoints.read(tmp_path)
+    TAMPERED[how](state)
+    checkpoints.write(tmp_path, state)
+    (tmp_path / "previous.pt").unlink()
+    with pytest.raises((ArtifactError, InputError), match=r"damaged|not those of this model|belong to another model"):
+        train(net(), data, CONFIG, checkpoint=tmp_path, resume=True)
 
 
 # -- what is refused
@@ -383,9 +465,9 @@ def other_net() -> nn.Module:
             net,
             CONFIG,
             ArtifactError,
-            "state.pt is damaged (RuntimeError)",
+            "state.pt is damaged: its content does not match its checksum",
         ),
-        (lambda p: torch.save(net(), p), net, CONFIG, ArtifactError, "state.pt is damaged (UnpicklingError)"),
+        (lambda p: torch.save(net(), p), net, CONFIG, ArtifactError, "is no checkpoint of this version"),
         (lambda p: torch.save(net().state_dict(), p), net, CONFIG, ArtifactError, "is no checkpoint of this version"),
         (lambda p: None, other_net, CONFIG, ArtifactError, "'0.weight' is (8, 3, 3, 3) there and (8, 3, 5, 5) here"),
         (
@@ -415,6 +497,7 @@ def test_checkpoint_that_does_not_fit(
     message: str,
 ) -> None:
     train(net(), data, CONFIG, checkpoint=tmp_path)
+    (tmp_path / "previous.pt").unlink()
     write(tmp_path / "state.pt")
     content = (tmp_path / "state.pt").read_bytes()
     before = values(built := model())
@@ -442,18 +525,23 @@ def test_divergence_is_said_and_the_checkpoint_stays(data: Data, tmp_path: Path)
     with pytest.raises(TrainingError) as caught:
         train(net(), data, CONFIG, Diverging, checkpoint=tmp_path)
     assert str(caught.value) == "the loss became nan in epoch 2: training diverged at lr = 0.1; try 0.03 or less"
-    assert torch.load(tmp_path / "state.pt", weights_only=True)["epoch"] == 1
+    assert checkpoints.read(tmp_path)["epoch"] == 1
 
 
 @pytest.mark.parametrize(
-    ("head", "got"), [(nn.Linear(24, 5), "(1, 5)"), (nn.Unflatten(1, (24, 1)), "(1, 24, 1)"), (nn.LSTM(24, 2), "tuple")]
+    ("head", "said"),
+    [
+        (nn.Linear(24, 5), "Sequential gives (1, 5) for one image of halves, which has 2 classes"),
+        (nn.Unflatten(1, (24, 1)), "Sequential gives (1, 24, 1) for one image of halves, which has 2 classes"),
+        (nn.LSTM(24, 2), "Sequential returns a tuple for an image, and one tensor of scores is needed, (1, 2)"),
+    ],
 )
-def test_model_must_fit_the_data(data: Data, head: nn.Module, got: str) -> None:
+def test_model_must_fit_the_data(data: Data, head: nn.Module, said: str) -> None:
     model = net()
     model[9] = head
     with pytest.raises(InputError) as caught:
         train(model, data, CONFIG)
-    assert f"Sequential gives {got} for one image of halves, which has 2 classes" in str(caught.value)
+    assert said in str(caught.value)
 
 
 def test_an_event_that_is_no_json_is_refused_at_once(data: Data) -> None:
@@ -468,8 +556,8 @@ def test_an_event_that_is_no_json_is_refused_at_once(data: Data) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("epochs", 0, "epochs = 0 is out of range: give epochs in 1, 2, 3, ..."),
-        ("batch_size", 1, "batch_size = 1 is out of range: give batch_size in 2, 3, 4, ..."),
+        ("epochs", 0, "epochs = 0 is out of range: give epochs in 1 to 100,000"),
+        ("batch_size", 1, "batch_size = 1 is out of range: give batch_size in 2 to 1,000,000"),
         ("lr", 0.0, "lr = 0.0 is out of range: give lr in (0, inf)"),
         ("lr", float("nan"), "lr = nan"),
         ("momentum", 1.0, "momentum = 1.0"),

@@ -1,4 +1,5 @@
 from .files import atomic_write as atomic_write
+from .files import remove_unfinished as remove_unfinished
 from .running import ambient_modes_disabled as ambient_modes_disabled
 from .running import as_arguments as as_arguments
 from .running import batch_size as batch_size
@@ -12,3 +13,4 @@ from .running import run_model as run_model
 from .running import tf32_disabled as tf32_disabled
 from .running import to_device as to_device
 from .running import unwrap_compiled as unwrap_compiled
+from .stopping import StopRequest as StopRequest

@@ -38,8 +38,8 @@ class SelectionOptions:
         """Check names and ranges."""
         if self.scope not in SCOPES:
             raise UnknownNameError("scope", self.scope, SCOPES)
-        if self.round_to is not None and (self.round_to < 1 or self.round_to != int(self.round_to)):
-            raise RangeError("round_to", self.round_to, "1, 2, 3, ...")
+        if self.round_to is not None and not (1 <= self.round_to <= 65_536 and self.round_to == int(self.round_to)):
+            raise RangeError("round_to", self.round_to, "1 to 65,536")
         if not 0 <= self.floor < 1:
             raise RangeError("floor", self.floor, "[0, 1)")
 

@@ -58,15 +58,16 @@ def write(path: Path, content: Mapping[str, Any], tensors: Mapping[str, Tensor])
     Raises:
         InputError: the content is not JSON, or the path cannot be written. A file that is there already stays.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     text = _json(content)
     # safetensors refuses tensors that are not contiguous or that share memory; a fresh copy is neither.
     plain = torch.contiguous_format
     stored = {name: tensor.detach().cpu().clone(memory_format=plain) for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "version": str(VERSION), "content": text, "sha256": checksum(text, stored)}
+    # Written by Python, not by safetensors' own writer: a full disk is an OSError then, as everywhere.
     with atomic_write(path) as unfinished:
-        save_file(stored, unfinished, metadata)
+        unfinished.write_bytes(save(stored, metadata))
 
 
 def read(path: Path) -> tuple[Description, dict[str, Tensor]]:

@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from compressor._utils import atomic_write
+from compressor._utils import atomic_write, remove_unfinished
 from compressor.errors import InputError, RunFolderError
 from compressor.job.options import read_toml
 from compressor.job.settings import Settings, option_kinds
-from compressor.training import CHECKPOINT_FILE
+from compressor.training import NEWEST, PREVIOUS
 
 MODELS = ("model.safetensors", "model.onnx", "dense.safetensors", "dense.onnx")
-RECORDS = ("config.toml", "metrics.jsonl")
+RECORDS = (_CONFIG, _METRICS) = ("config.toml", "metrics.jsonl")
 REPORTS = ("report.html", "report.md", "report.json")
 _CHECKPOINTS = "checkpoint"
 _FAILED = ("model.failed.onnx", "dense.failed.onnx")
@@ -47,6 +47,9 @@ def resumed(asked: Mapping[str, Any], source: str = "") -> Settings:
     """
     out = asked.get("out") or Settings.from_options(asked, source).out
     kept = _config(Path(out))
+    if kept is None and (Path(out) / _CONFIG).exists():
+        read_toml(Path(out) / _CONFIG)  # says what is wrong with it, if it is no TOML
+        raise RunFolderError(f"{out}/{_CONFIG} lacks options that every run has: it is damaged, or another program's")
     if kept is None:
         raise RunFolderError(f"{out} holds no run to go on with (no config.toml of compress): leave --resume out")
     for name, value in asked.items():
@@ -113,7 +116,7 @@ def require_usable(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise InputError("--resume and --overwrite contradict each other: leave one of them out")
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file: give another --out")
-    if resume or not folder.exists() or all(each.name in (_LOCK, _HOLDER) for each in folder.iterdir()):
+    if resume or not folder.exists() or all(map(_is_beginning, folder.iterdir())):
         return
     if _config(folder) is None:
         raise RunFolderError(f"{folder} is there and is no run folder of compress: give another --out")
@@ -124,22 +127,43 @@ def require_usable(folder: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
+def _is_beginning(path: Path) -> bool:
+    """Return whether a file is what a run has before it has a config.toml."""
+    return path.name in (_LOCK, _HOLDER) or (path.name.startswith(f".{_CONFIG}.") and path.suffix == ".part")
+
+
 def start(folder: Path, settings: Settings) -> None:
     """Clear away an earlier run, and write `config.toml`; the folder is there and locked."""
-    try:
+    # NOTE: config.toml is replaced, never removed: a run that is killed here leaves a run folder, not a foreign one.
+    with _writing_to(folder):
         _clear_checkpoints(folder / _CHECKPOINTS)
-        for name in (*REPORTS, *MODELS, *_FAILED, *RECORDS):
+        for name in (*REPORTS, *MODELS, *_FAILED, _METRICS):
             (folder / name).unlink(missing_ok=True)
+    with atomic_write(folder / _CONFIG) as part:
+        part.write_text(settings.toml(), encoding="utf-8")
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what killed processes left half written; the folder is locked."""
+    checkpoints = [each for each in (folder / _CHECKPOINTS).rglob("*") if each.is_dir()]
+    paths = [folder / name for name in (*REPORTS, *MODELS, *RECORDS)]
+    with _writing_to(folder):
+        for path in (*paths, *(each / name for each in checkpoints for name in (NEWEST, PREVIOUS))):
+            remove_unfinished(path)
+
+
+@contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise RunFolderError(f"cannot write to {folder}: {error.strerror}; give another --out") from error
-    with atomic_write(folder / "config.toml") as part:
-        part.write_text(settings.toml(), encoding="utf-8")
 
 
 def _clear_checkpoints(folder: Path) -> None:
     """Remove the checkpoints of a run, and the folders that are empty then; what else lies there is somebody's own."""
     for each in sorted(folder.rglob("*"), reverse=True):
-        if each.name == CHECKPOINT_FILE and not each.is_dir():
+        if each.name in (NEWEST, PREVIOUS) and not each.is_dir():
             each.unlink()
         elif each.is_dir() and not any(each.iterdir()):
             each.rmdir()
@@ -178,7 +202,7 @@ def _line(record: Mapping[str, Any]) -> str:
 def _config(folder: Path) -> dict[str, Any] | None:
     """Return the options of the run in a folder; None if it is no run folder."""
     try:
-        options = read_toml(folder / "config.toml")
+        options = read_toml(folder / _CONFIG)
     except InputError:
         return None
     return options if _MARK <= options.keys() <= option_kinds().keys() else None

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from compressor import report
+from compressor._utils import StopRequest
 from compressor.graph import trace
-from compressor.job.folder import locked, require_usable, resumed, start
+from compressor.job.folder import clear_unfinished, locked, require_usable, resumed, start
 from compressor.job.results import finish
 from compressor.job.settings import Settings
 from compressor.job.stages import Progress, Stages
@@ -30,6 +31,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     on_progress: Progress = lambda what, done, total: None,
+    stop: StopRequest | None = None,
 ) -> report.Report:
     """Train, prune, prove, measure and report; writes the run folder `settings.out`.
 
@@ -38,6 +40,7 @@ def run(
         resume: go on with the run in that folder; stages that are over are not repeated.
         overwrite: replace the run in that folder.
         on_progress: called with a piece of long work, how much of it is done, and its size.
+        stop: asks to stop; a training comes to the end of a step and writes a checkpoint first.
 
     Returns:
         What `report.json` holds.
@@ -56,10 +59,13 @@ def run(
     with locked(folder):
         # Once more: what was free a moment ago may be another run's by now.
         require_usable(folder, resume=resume, overwrite=overwrite)
-        return _run_in(folder, settings, resume, on_progress)
+        clear_unfinished(folder)
+        return _run_in(folder, settings, resume, on_progress, stop)
 
 
-def _run_in(folder: Path, settings: Settings, resume: bool, on_progress: Progress) -> report.Report:
+def _run_in(
+    folder: Path, settings: Settings, resume: bool, on_progress: Progress, stop: StopRequest | None
+) -> report.Report:
     """Run in a folder that nobody else works in."""
     if resume and (folder / "report.json").exists():
         return report.read(folder)
@@ -68,7 +74,7 @@ def _run_in(folder: Path, settings: Settings, resume: bool, on_progress: Progres
     )
     model = _initial(settings, data)
     graph = trace(model, torch.zeros(1, *data.image_shape))
-    stages = Stages(settings, data, folder, resume, on_progress)
+    stages = Stages(settings, data, folder, resume, on_progress, stop)
     if not resume:
         stages.preflight(model)
         start(folder, settings)

@@ -165,7 +165,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         InputError: the file is missing or no TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a byte-order mark
     except OSError as error:
         raise InputError(
             f"cannot read {path}: {error.strerror}; give a file with lines like: sparsity = 0.6"

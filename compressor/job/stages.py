@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
+from compressor._utils import StopRequest
 from compressor.budget import PruneResult, cut_event
 from compressor.criteria import needs_gradients
 from compressor.deploy import require_exportable
@@ -59,6 +60,7 @@ class Stages:
     folder: Path
     resume: bool
     on_progress: Progress
+    stop: StopRequest | None = None
 
     def __post_init__(self) -> None:
         """Open the records."""
@@ -148,6 +150,7 @@ class Stages:
             resume=self.resume,
             on_progress=partial(self.on_progress, f"training: {stage}"),
             log=lambda record: self.metrics.append({"stage": stage, **record}),
+            stop=self.stop,
         )
         self.metrics.replace_stage({"stage": stage, **record} for record in (*(events or ()), *history.records))
 

@@ -50,8 +50,8 @@ class RelevanceConfig:
             raise RangeError("drop", self.drop, "(0, 0.5]")
         if not 0 < self.confidence <= 1:
             raise RangeError("confidence", self.confidence, "(0, 1]")
-        if self.dummies < 10:
-            raise RangeError("dummies", self.dummies, "10, 11, 12, ...; 100 are usual")
+        if not 10 <= self.dummies <= 10_000:
+            raise RangeError("dummies", self.dummies, "10 to 10,000; 100 are usual")
         if self.observe_every is not None and self.observe_every < 1:
             raise RangeError("observe_every", self.observe_every, "1, 2, 3, ... steps")
         if self.half_life is not None and not self.half_life > 0:

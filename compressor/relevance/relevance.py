@@ -153,6 +153,9 @@ class Relevance:
         self._pending = []
         if not pending and self.draws:
             raise InputError("step() came without a batch: call loss(...) and backward() first")
+        # A batch that a loop skips before its backward pass (its loss was not finite, say) showed nothing; the last one
+        # has had it, or step() comes too early.
+        pending = [each for each in pending[:-1] if not each.awaits_backward] + pending[-1:]
         for observation in pending:
             self._add(observation)
         self.steps += 1

@@ -1,5 +1,6 @@
 from . import models as models
-from .checkpoint import CHECKPOINT_FILE as CHECKPOINT_FILE
+from .checkpoint import NEWEST as NEWEST
+from .checkpoint import PREVIOUS as PREVIOUS
 from .config import RECALIBRATION_IMAGES as RECALIBRATION_IMAGES
 from .config import TrainingConfig as TrainingConfig
 from .data.sources import Data as Data

@@ -1,6 +1,9 @@
 """Checkpoints: everything a training run needs to go on as if it had never stopped, in one file without code.
 
-    checkpoint/state.pt     written beside and renamed after every epoch; numbers, strings and tensors only
+    checkpoint/state.pt       written beside and renamed after every epoch; numbers, strings and tensors only
+    checkpoint/previous.pt    the one before, for a run whose newest is damaged
+
+    a line with the format's name and version, a line with the SHA-256 of the rest, what torch.save writes
 
 The file keeps the shape of every tensor: a model that was made smaller in mid-training is narrower in it than the dense
 model that the caller builds again.
@@ -8,8 +11,12 @@ model that the caller builds again.
 
 from __future__ import annotations
 
+import hashlib
+import io
+import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +25,88 @@ import torch
 from torch import Tensor, nn
 
 from compressor._utils import atomic_write
-from compressor.errors import ArtifactError, InputError
-from compressor.graph import restore_shapes, set_numeric_attributes
+from compressor.errors import ArtifactError, CompressorError, InputError
+from compressor.graph import is_numeric, numeric_attributes, restore_shapes, set_numeric_attributes
 
-CHECKPOINT_FILE = "state.pt"
-_FORMAT = "compressor training checkpoint 1"
+NEWEST, PREVIOUS = "state.pt", "previous.pt"
+_HEADER = b"compressor training checkpoint 2\n"
+
+logger = logging.getLogger(__name__)
 
 Shapes = dict[str, tuple[int, ...]]
 
 
 def write(folder: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint in place of the one before."""
+    """Write a checkpoint; the one before stays beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    # Renamed when complete: a run that is killed while it writes resumes from the epoch before.
-    with atomic_write(folder / CHECKPOINT_FILE) as unfinished:
-        torch.save({"format": _FORMAT, **state}, unfinished)
+    newest = folder / NEWEST
+    # Written by Python, not by torch's own writer: a full disk is an OSError then, as everywhere.
+    payload = io.BytesIO()
+    torch.save(dict(state), payload)
+    content = payload.getbuffer()
+    digest = hashlib.sha256(content).hexdigest().encode()
+    # Renamed when complete: a run that is killed while it writes resumes from the checkpoint before.
+    with atomic_write(newest) as unfinished:
+        with unfinished.open("wb") as file:
+            file.writelines((_HEADER, digest, b"\n", content))
+        if newest.exists():
+            newest.replace(folder / PREVIOUS)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
-    """Read the checkpoint in a folder; None if there is none. Nothing is unpickled but numbers, strings and tensors.
+    """Read the newest checkpoint in a folder, or the one before where that is damaged; None if there is none.
+
+    Nothing is unpickled but numbers, strings and tensors.
 
     Raises:
-        ArtifactError: the file is damaged, or is something else.
+        ArtifactError: both are damaged, or are something else.
     """
-    path = folder / CHECKPOINT_FILE
-    if not path.exists():
-        return None
+    there = [folder / name for name in (NEWEST, PREVIOUS) if (folder / name).exists()]
+    failures = list[ArtifactError]()
+    for path in there:
+        try:
+            state = _read(path)
+        except ArtifactError as failure:
+            failures.append(failure)
+            continue
+        for damage in failures:
+            logger.warning("%s; going on from the checkpoint before it", damage)
+        return state
+    if failures:
+        raise failures[0]
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    if not content.startswith(_HEADER):
+        raise ArtifactError(f"{path} is no checkpoint of this version of compressor: give another folder")
+    digest, _, payload = content[len(_HEADER) :].partition(b"\n")
+    advice = "remove it to begin this training anew"
+    if hashlib.sha256(payload).hexdigest().encode() != digest:
+        raise ArtifactError(f"checkpoint {path} is damaged: its content does not match its checksum; {advice}")
     try:
         # To the CPU, whatever it was written on: the machine that resumes may have no such GPU.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes the reader raise whatever its parser stumbles over
-        raise ArtifactError(
-            f"checkpoint {path} is damaged ({type(error).__name__}): remove it to begin this training anew"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise ArtifactError(f"{path} is no checkpoint of this version of compressor: give another folder")
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:  # a checksum is no signature: the reader raises whatever its parser stumbles over
+        raise ArtifactError(f"checkpoint {path} is damaged ({type(error).__name__}); {advice}") from error
+    if not isinstance(state, dict):
+        raise ArtifactError(f"checkpoint {path} is damaged (no table of a run's state); {advice}")
     return state
+
+
+@contextmanager
+def as_damage(folder: Path) -> Iterator[None]:
+    """Say that the checkpoint is damaged, whatever fails inside: a checksum is no signature, fields may be anything."""
+    try:
+        yield
+    except CompressorError:
+        raise
+    except Exception as error:
+        kind = type(error).__name__
+        raise ArtifactError(
+            f"the checkpoint in {folder} is damaged ({kind}: {error}); remove it to begin this training anew"
+        ) from error
 
 
 def require_fit(state: Mapping[str, Any], folder: Path, about: Mapping[str, Any], dense: Shapes) -> None:
@@ -103,6 +156,11 @@ def restore_model(model: nn.Module, saved: Mapping[str, Tensor], numbers: Mappin
         saved: every parameter and buffer by name.
         numbers: by module, its numbers among the attributes; code of the model may read sizes off them.
     """
+    modules = dict(model.named_modules())
+    for name, values in numbers.items():
+        # Only numbers where the model has some: a file must not put `forward` on a module.
+        if not values.keys() <= numeric_attributes(modules[name]).keys() or not all(map(is_numeric, values.values())):
+            raise InputError(f"the numbers that are kept for {name or 'the model'!r} are not those of this model")
     restore_shapes(model, {name: tuple(tensor.shape) for name, tensor in saved.items()})
     for name, module in model.named_modules():
         set_numeric_attributes(module, numbers.get(name, {}))

@@ -60,9 +60,9 @@ class TrainingConfig:
             raise UnknownNameError("optimizer", self.optimizer, OPTIMIZERS)
         # Every range is written so that NaN, which compares false with everything, is outside of it.
         allowed = {
-            "epochs": ("1, 2, 3, ...", self.epochs >= 1),
+            "epochs": ("1 to 100,000", 1 <= self.epochs <= 100_000),
             # BatchNorm in training mode has no variance of one value, which is what one image of 1x1 is to it.
-            "batch_size": ("2, 3, 4, ...", self.batch_size >= 2),
+            "batch_size": ("2 to 1,000,000", 2 <= self.batch_size <= 1_000_000),
             "lr": ("(0, inf)", 0 < self.lr < math.inf),
             "momentum": ("[0, 1)", 0 <= self.momentum < 1),
             "weight_decay": ("[0, inf)", 0 <= self.weight_decay < math.inf),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressor._utils import StopRequest
 from compressor.errors import InputError, TrainingError
 from compressor.graph import all_numeric_attributes
 from compressor.training import checkpoint as checkpoints
@@ -43,6 +44,7 @@ def train(
     resume: bool = False,
     on_progress: Progress = lambda step, total_steps: None,
     log: Log = lambda record: None,
+    stop: StopRequest | None = None,
 ) -> History:
     """Train a model in place, on `config.device`, where it stays.
 
@@ -60,8 +62,10 @@ def train(
         on_progress: called after every step with the steps done and their total.
         log: called with every new record when it arises; see `History`. After an interruption, events of the epoch that
             was cut off arise again.
+        stop: asks to stop at the end of a step, with a checkpoint.
 
     Raises:
+        KeyboardInterrupt: `stop` asked for it.
         InputError: the model's output does not fit the data; the checkpoint is of a run with other settings.
         ArtifactError: the checkpoint is damaged or of another model. The model is as it was.
         TrainingError: the loss became infinite or not a number. The checkpoint of the epoch before stays.
@@ -71,12 +75,17 @@ def train(
     state = _restored(model, checkpoint, _about(config, data)) if checkpoint and resume else None
     # The hook is made on the narrowed model: what it traces must be what it goes on with.
     run = _Run(model, data, config, hook, on_progress, log)
-    if state:
-        run.load_state_dict(state)
+    if state and checkpoint:
+        with checkpoints.as_damage(checkpoint):
+            run.load_state_dict(state)
+    stop = stop or StopRequest()
     while run.epoch < config.epochs:
-        run.train_epoch()
-        if checkpoint:
-            checkpoints.write(checkpoint, {**run.state_dict(), "about": _about(config, data), "dense": dense})
+        with stop.deferred():
+            run.train_epoch(lambda: stop.signal is not None)
+            if checkpoint:
+                checkpoints.write(checkpoint, {**run.state_dict(), "about": _about(config, data), "dense": dense})
+        if stop.signal is not None:
+            raise KeyboardInterrupt
     return History(tuple(run.records))
 
 
@@ -86,9 +95,10 @@ def _restored(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> dict[
     if state is None:
         logger.info("no checkpoint in %s yet: training begins anew", folder)
         return None
-    checkpoints.require_fit(state, folder, about, checkpoints.shapes(model))
-    checkpoints.restore_model(model, state["tensors"], state["numbers"])
-    logger.info("going on after epoch %d, from the checkpoint in %s", state["epoch"], folder)
+    with checkpoints.as_damage(folder):
+        checkpoints.require_fit(state, folder, about, checkpoints.shapes(model))
+        checkpoints.restore_model(model, state["tensors"], state["numbers"])
+    logger.info("going on after step %d, from the checkpoint in %s", state["step"], folder)
     return state
 
 
@@ -113,16 +123,32 @@ class _Run:
         self._total = config.epochs * _steps_per_epoch(len(data.train), config.batch_size)
         # A generator of its own: a hook that draws from the global one must not change which images come when.
         self._generator = torch.Generator().manual_seed(config.seed)
+        self._begin_epoch()
         self._loss_fn = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
         self._optimizer = make_optimizer(model, config)
         self._hook = hook(model, self._optimizer, self._total)
 
-    def train_epoch(self) -> None:
-        """Go through the train split once, look at the validation split, and record both."""
+    def _begin_epoch(self) -> None:
+        self._order = self._generator.get_state()  # from which the order of the epoch's images is drawn
+        self._draws: Tensor | None = None  # where the generator was when the epoch was interrupted
+        self._done = 0  # batches
+        # Summed on the device in float64 and asked for at the end: the GPU never waits, and nothing is rounded off.
+        self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._images = 0
+
+    def train_epoch(self, must_stop: Callable[[], bool]) -> None:
+        """Go through the train split once, look at the validation split, and record both; or stop behind a step."""
         began = perf_counter()
         self._model.train()
-        loss = self._mean_loss()
+        for inputs, targets in self._batches():
+            self._loss += self._take_step(inputs, targets).double() * len(targets)
+            self._images += len(targets)
+            self._done += 1
+            if must_stop():
+                return
+        loss = float(self._loss) / self._images
         self.epoch += 1
+        self._begin_epoch()
         # Once an epoch, not once a step: asking for the number makes a GPU wait.
         if not math.isfinite(loss):
             raise TrainingError(loss, self.epoch, self._config.lr)
@@ -139,16 +165,6 @@ class _Run:
         }
         self._note(record)
 
-    def _mean_loss(self) -> float:
-        """Take every step of an epoch; return the mean loss over its images."""
-        # Summed on the device in float64 and asked for at the end: the GPU never waits, and nothing is rounded off.
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        images = 0
-        for inputs, targets in self._batches():
-            total += self._take_step(inputs, targets).double() * len(targets)
-            images += len(targets)
-        return float(total) / images
-
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self._data.train.batches(
             self._config.batch_size,
@@ -157,6 +173,8 @@ class _Run:
             device=self._device,
             # A batch of one image at the end would give BatchNorm nothing to take a variance of.
             drop_last=len(self._data.train) >= self._config.batch_size,
+            done=self._done,
+            draws=self._draws,
         )
 
     def _take_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -197,18 +215,27 @@ class _Run:
             "tensors": {name: tensor.detach() for name, tensor in checkpoints.tensors(self._model).items()},
             "optimizer": self._optimizer.state_dict(),
             "hook": self._hook.state_dict(),
-            "order": self._generator.get_state(),
+            "order": self._order,
+            "draws": self._generator.get_state(),
+            "done": self._done,
+            "loss": self._loss,
+            "images": self._images,
             "random": checkpoints.random_state(self._device),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; the model has its tensors already."""
-        self.epoch = state["epoch"]
-        self.step = state["step"]
+        self.epoch = int(state["epoch"])
+        self.step = int(state["step"])
         self.records = json.loads(state["records"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._hook.load_state_dict(state["hook"])
         self._generator.set_state(state["order"])
+        self._begin_epoch()
+        self._done = state["done"]
+        self._draws = state["draws"] if self._done else None
+        self._loss = state["loss"].to(self._device)
+        self._images = state["images"]
         # Last: making the model and the hook drew from the global generators as well.
         checkpoints.restore_random_state(state["random"], self._device)
 
@@ -240,6 +267,11 @@ def require_scores(model: nn.Module, data: Data, device: str) -> None:
     with in_mode(model, training=False), torch.no_grad():
         outputs = model(inputs)
     got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+    if not isinstance(outputs, Tensor):
+        raise InputError(
+            f"{type(model).__name__} returns a {got} for an image, and one tensor of scores is needed, (1, "
+            f"{len(data.classes)}): let its factory return a module that gives the scores alone"
+        )
     if got != (1, len(data.classes)):
         raise InputError(
             f"{type(model).__name__} gives {got} for one image of {data.name}, which has {len(data.classes)} classes: "

@@ -7,6 +7,7 @@ the user's own. What was built is written on the model as `model.compressor_spec
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import logging
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -234,11 +236,11 @@ def _require_trainable(factory: str, model: nn.Module) -> None:
 
 
 def _imported(path: str) -> Callable[..., object]:
-    module_name, _, attribute = path.partition(":")
+    module_name, _, attribute = path.rpartition(":")
     if not module_name or not attribute:
         raise InputError(f"{path!r} is no import path: give package.module:factory")
     try:
-        module = importlib.import_module(module_name)
+        module = _module(module_name)
     except Exception as error:  # the module's own code runs here
         advice = "is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else "it must import cleanly"
         raise InputError(f"cannot import {module_name!r} for {path}: {first_line(error)}; {advice}") from error
@@ -247,6 +249,26 @@ def _imported(path: str) -> Callable[..., object]:
         public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise UnknownNameError(f"factory in module {module_name}", attribute, public)
     return factory
+
+
+def _module(name: str) -> ModuleType:
+    """Return a module by its dotted name or, `folder/file.py`, by its file; one in the present folder goes first.
+
+    A file of one's own may be called `test.py` or `code.py`, as modules of Python are.
+    """
+    file = Path(name) if name.endswith(".py") else Path(f"{name}.py")
+    if not file.is_file():
+        if name.endswith(".py"):
+            raise FileNotFoundError(f"there is no file {file}")
+        return importlib.import_module(name)
+    own = f"_factory_{file.stem}"  # not its plain name, which may be another module's
+    spec = importlib.util.spec_from_file_location(own, file.resolve())
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[own] = module  # dataclasses and pickles of its classes look for it there
+    spec.loader.exec_module(module)
+    return module
 
 
 def _takes_classes(factory: Callable[..., object]) -> bool:

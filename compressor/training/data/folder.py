@@ -12,13 +12,25 @@ from pathlib import Path
 import torch
 
 from compressor.errors import DataError
-from compressor.training.data.images import CHUNK, RESIDENT_BYTES, Images, OnDisk, Progress, Resident, opened
+from compressor.training.data.images import (
+    CHUNK,
+    RESIDENT_BYTES,
+    Images,
+    OnDisk,
+    Progress,
+    Resident,
+    opened,
+    upright_size,
+)
 from compressor.training.data.splits import RawDataset, Request, Split
 
 logger = logging.getLogger(__name__)
 
 SMALL = 64  # images of one size up to this are taken as they are
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset(
+    {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+)  # of an animation the first picture
+_BY_MACOS = "__MACOSX"  # what its archives hold beside every folder
 
 
 def imagefolder(request: Request) -> RawDataset:
@@ -58,18 +70,31 @@ def _folders(folder: Path) -> dict[str, Path]:
 def _files(folder: Path) -> dict[str, list[Path]]:
     """Return the image files of every class folder, in order."""
     files = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.name.startswith("."):
-            # Hidden files are left out without a word: some systems leave a `._name` beside every image.
-            there = list(path.rglob("[!.]*"))
-            files[path.name] = sorted(file for file in there if file.suffix.lower() in SUFFIXES)
-            if skipped := sum(file.suffix.lower() not in SUFFIXES and file.is_file() for file in there):
-                logger.info("%d files in %s are no images and are skipped", skipped, path)
+    there = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    if loose := [path for path in there if not path.is_dir()]:
+        logger.warning("%d files in %s belong to no class and are left out, %s say", len(loose), folder, loose[0].name)
+    for path in there:
+        if path.name == _BY_MACOS:
+            logger.warning("%s is what an archive leaves behind, not a class, and is left out", path)
+        elif path.is_dir():
+            files[path.name] = _images_in(path)
             if not files[path.name]:
                 raise DataError(f"no images in {path}: put some there ({', '.join(sorted(SUFFIXES))})")
     if not files:
         raise DataError(f"{folder} is empty: it must hold one folder of images a class")
     return files
+
+
+def _images_in(folder: Path) -> list[Path]:
+    """Return the images in a class folder and below, in order; what is left out is said."""
+    # Hidden files and folders are left out without a word: some systems leave a `._name` beside every image.
+    there = [path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
+    if links := [path for path in there if path.is_symlink() and path.is_dir()]:
+        logger.warning("linked folders are not followed: %s", ", ".join(map(str, links)))
+    others = [path for path in there if path.is_file() and path.suffix.lower() not in SUFFIXES]
+    if others:
+        logger.warning("%d files in %s are no images and are left out, %s say", len(others), folder, others[0].name)
+    return sorted(path for path in there if path.is_file() and path.suffix.lower() in SUFFIXES)
 
 
 def _checked_classes(folders: Mapping[str, Path], listings: Mapping[str, Mapping[str, list[Path]]]) -> tuple[str, ...]:
@@ -100,7 +125,7 @@ def _size(paths: Sequence[Path], asked: int | None) -> tuple[int, int]:
 
 def _header(path: Path) -> tuple[int, int]:
     with opened(path) as image:
-        return image.height, image.width
+        return upright_size(image)
 
 
 def _read(images: OnDisk, on_progress: Progress) -> Images:
@@ -114,6 +139,8 @@ def _read(images: OnDisk, on_progress: Progress) -> Images:
         if fits:
             pixels[indices] = chunk
         on_progress(int(indices[-1]) + 1, len(images))
+    if images.transparent:
+        logger.warning("images with transparent parts, %s say, are put on white", images.transparent)
     if not fits:
         logger.info("%d images do not fit into memory: they are decoded again for every batch", len(images))
     return Resident(pixels) if fits else images

@@ -57,6 +57,8 @@ class Split:
         augment: bool = False,
         device: str | torch.device = "cpu",
         drop_last: bool = False,
+        done: int = 0,
+        draws: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Go through the split once.
 
@@ -67,6 +69,7 @@ class Split:
             augment: move (and mirror) images at random; needs `shuffle`.
             device: where the batches are made.
             drop_last: leave an incomplete last batch out.
+            done: go on behind so many batches; `draws` is the state that `shuffle` had then.
 
         Yields:
             Normalised images `(B, C, H, W)` float32, and class indices `(B,)` int64.
@@ -80,7 +83,9 @@ class Split:
         order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
         if drop_last:
             order = order[: len(self) - len(self) % batch_size]
-        for chosen in torch.split(order, batch_size):
+        if shuffle is not None and draws is not None:
+            shuffle.set_state(draws)  # the order is that of the whole epoch, what is drawn for images goes on
+        for chosen in torch.split(order, batch_size)[done:]:
             pixels = self.images.take(self.indices[chosen], torch.device(device))
             if augment and shuffle is not None:
                 pixels = _augmented(pixels, self.shift, self.mirror, shuffle)
