@@ -433,3 +433,14 @@ def test_a_factory_that_is_named_is_found_in_the_present_folder(tmp_path: Path) 
     result = compress("inspect", "nets:net", "--image-size", "16")
     assert result.exit_code == 0
     assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    "extra", [{"image_shape": 5}, {"image_shape": [3, -1, 4]}, {"image_shape": [3, 1e9, 4]}, {"classes": {"a": 1}}]
+)
+def test_odd_things_that_a_file_says_of_its_data_are_refused(extra: dict, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save(tiny(10), path, extra=extra)
+    result = compress("export", str(path), "--factory", "user_models:tiny")
+    assert result.exit_code == 2
+    assert "says odd things of its data" in result.stderr

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,9 @@ def load(path: str | Path, *, factory: Callable[[], nn.Module] | None = None, de
     model = _dense(path, description, factory)
     _fit(path, model, description)
     for name, tensor in _tensors(model).items():
+        if tensors[name].is_floating_point() != tensor.is_floating_point():
+            kinds = (str(each.dtype).removeprefix("torch.") for each in (tensors[name], tensor))
+            raise ArtifactError("{}: tensor {!r} is {} there, and {} in the model".format(path, name, *kinds))
         # In the memory format of the saved model: other kernels would add up in another order.
         last = name in description.channels_last and tensor.dim() == 4
         tensor.data = tensors[name].clone(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -149,10 +153,25 @@ def _dense(path: Path, description: Description, factory: Callable[[], nn.Module
     try:
         spec = ModelSpec(**description.spec)
         if not spec.names_code:
+            _require_plausible(path, spec, description)
             return spec.build(seed=0)
     except (InputError, TypeError, RuntimeError) as error:  # RuntimeError: more classes than memory holds
         raise ArtifactError(f"{path} names no model that can be built: {error}; load(path, factory=...)") from error
     raise ArtifactError(f"{path} names {spec.factory!r}, and no file decides what is imported: load(path, factory=...)")
+
+
+def _require_plausible(path: Path, spec: ModelSpec, description: Description) -> None:
+    """Refuse a file that names another model than it holds, before memory is taken for what it names."""
+    dense = {**description.shapes, **description.cut}
+    for what, count, dim in (("classes", spec.classes, 0), ("in_channels", spec.in_channels, 1)):
+        if all(count != size for shape in dense.values() for size in shape[dim : dim + 1]):
+            raise ArtifactError(f"{path} names {spec.factory} with {count:,} {what}, and holds no such tensor")
+    size, here = (sum(map(math.prod, shapes.values())) for shapes in (dense, description.shapes))
+    if size > _LARGEST_RATIO * max(here, 1):
+        raise ArtifactError(f"{path} names a model of {size:,} numbers, and holds {here:,} of them: it is damaged")
+
+
+_LARGEST_RATIO = 10_000  # no pruning leaves less than one number in so many
 
 
 def _fit(path: Path, model: nn.Module, description: Description) -> None:

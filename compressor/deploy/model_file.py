@@ -15,8 +15,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -87,9 +88,10 @@ def read(path: Path) -> tuple[Description, dict[str, Tensor]]:
         raise ArtifactError(f"{path} is damaged: its content does not match its checksum; take it from a copy")
     # A checksum is no signature: what someone forged with one that fits is still looked at piece by piece.
     try:
-        return _description(path, json.loads(text), tensors), tensors
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArtifactError(f"{path} is no model file as compressor writes them: {error!r}; save it again") from error
+        content = msgspec.json.decode(text, type=_Content)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise ArtifactError(f"{path} is no model file as compressor writes them: {error}; save it again") from error
+    return _description(path, content, tensors), tensors
 
 
 def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -134,18 +136,34 @@ def _check_format(path: Path, metadata: Mapping[str, str]) -> None:
         )
 
 
-def _description(path: Path, content: Any, tensors: Mapping[str, Tensor]) -> Description:
+_Size = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+_Number = bool | int | float | None
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The metadata of a file as they must be."""
+
+    spec: dict[str, str | int] | None
+    cut: dict[str, list[_Size]]
+    attributes: dict[str, dict[str, _Number | list[_Number]]]
+    channels_last: list[str]
+    extra: dict[str, Any]
+    versions: dict[str, str]
+
+
+def _description(path: Path, content: _Content, tensors: Mapping[str, Tensor]) -> Description:
     return Description(
-        spec=content["spec"],
+        spec=content.spec,
         shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        cut={name: tuple(shape) for name, shape in content["cut"].items()},
+        cut={name: tuple(shape) for name, shape in content.cut.items()},
         attributes={
             # JSON has no tuples, and a convolution's padding must be one again.
             module: {name: tuple(value) if isinstance(value, list) else value for name, value in attributes.items()}
-            for module, attributes in content["attributes"].items()
+            for module, attributes in content.attributes.items()
         },
-        channels_last=tuple(content["channels_last"]),
-        extra=content["extra"],
-        versions=content["versions"],
+        channels_last=tuple(content.channels_last),
+        extra=content.extra,
+        versions=content.versions,
         size_bytes=path.stat().st_size,
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import nn
 
@@ -47,9 +49,9 @@ def loaded(path: Path, factory: str = "", image_size: int | None = None) -> tupl
             f"{path} needs the factory of its model, and no file decides what is imported: "
             f"give --factory package.module:factory{named}"
         )
-    make = partial(models.build, factory, classes=_classes(description)) if factory else None
-    known = description.extra.get("image_shape", (3, 224, 224))
-    return load(path, factory=make), (known[0], image_size or known[1], image_size or known[2])
+    make = partial(models.build, factory, classes=_classes(path, description)) if factory else None
+    channels, height, width = _extra(path, description).image_shape
+    return load(path, factory=make), (channels, image_size or height, image_size or width)
 
 
 def timed(
@@ -96,7 +98,25 @@ def _image_shape(file: Path) -> list[Any]:
         raise ArtifactError(f"{file} is no ONNX file that onnxruntime can read: {error}") from error
 
 
-def _classes(description: Description) -> int:
+_Side = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+
+
+@dataclass(frozen=True)
+class _Extra:
+    """What the run that made a file kept of its data."""
+
+    image_shape: tuple[_Side, _Side, _Side] = (3, 224, 224)
+    classes: tuple[str, ...] = ()
+
+
+def _extra(path: Path, description: Description) -> _Extra:
+    try:
+        return msgspec.convert(description.extra, _Extra)
+    except msgspec.ValidationError as error:
+        raise ArtifactError(f"{path} says odd things of its data: {error}; save the model again") from error
+
+
+def _classes(path: Path, description: Description) -> int:
     """Return the number of outputs that a file's model was built with."""
     built = (description.spec or {}).get("classes")
-    return int(built or len(description.extra.get("classes", ())) or 1000)
+    return int(built or len(_extra(path, description).classes) or 1000)
