@@ -3,10 +3,13 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from torch.nn import functional as F
 from user_models import tiny
 
 from compressor import job, report
+from compressor._utils import StopRequest
 from compressor.deploy import describe, latency, load, open_session
 from compressor.errors import BudgetError, CompressorError, ExportError, InputError, RunFolderError
 from compressor.job import Settings, results, stages
@@ -361,7 +365,7 @@ def test_a_run_goes_on_with_its_own_settings_only(tmp_path: Path) -> None:
     folders.start(tmp_path, Settings.from_options({**DURING, "out": str(tmp_path)}))
     assert job.resumed({"out": str(tmp_path)}) == Settings.from_options({**DURING, "out": str(tmp_path)})
     assert job.resumed({"out": str(tmp_path), "epochs": 3, "device": "auto"}).epochs == 3
-    with pytest.raises(RunFolderError, match=r"has --epochs 3, not 4: leave it out to go on, or give another --out"):
+    with pytest.raises(RunFolderError, match=r"has --epochs 3, not 4 .*: leave it out to go on, or give another --out"):
         job.resumed({"out": str(tmp_path), "epochs": 4})
     with pytest.raises(RunFolderError, match=r"has --criterion relevance, not l1"):
         job.resumed({"out": str(tmp_path), "criterion": "l1"})
@@ -421,3 +425,98 @@ def test_nothing_cut_is_nothing_gained(tmp_path: Path) -> None:
     made = job.run(Settings.from_options(options))
     assert made.pruned.accuracy == made.dense.accuracy
     assert made.pruned.loss == made.dense.loss
+
+
+# -- killed, stopped, and taken up by another network
+
+
+def test_what_killed_writers_left_is_removed_at_the_next_start(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.toml.12345.part").write_text("half")  # killed before there was a config.toml
+    settings = Settings.from_options({**DURING, "out": str(tmp_path / "run")})
+    stop = StopRequest()
+
+    def ask(what: str, done: int, total: int) -> None:
+        stop.signal = 15 if what.startswith("training") and done == 2 else stop.signal
+
+    with pytest.raises(KeyboardInterrupt):
+        job.run(settings, on_progress=ask, stop=stop)
+    for name in (".model.onnx.1.part", ".metrics.jsonl.7.part", "checkpoint/dense/.state.pt.9.part", ".mine.1.part"):
+        (tmp_path / "run" / name).write_text("half")
+    job.run(settings, resume=True)
+    left = [path.name for path in (tmp_path / "run").rglob(".*.part")]
+    assert left == [".mine.1.part"]
+
+
+def test_an_overwriting_that_was_killed_can_be_tried_again(tmp_path: Path, monkeypatch) -> None:
+    settings = Settings.from_options({**DURING, "out": str(tmp_path / "run")})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(settings.toml())
+    (tmp_path / "run" / "metrics.jsonl").touch()
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages.Stages, "preflight", lambda self, model: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "atomic_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(settings, overwrite=True)
+    folders.require_usable(tmp_path / "run", resume=False, overwrite=True)
+
+
+def test_another_network_of_the_same_shapes_does_not_go_on(tmp_path: Path, monkeypatch) -> None:
+    stop = StopRequest()
+    settings = Settings.from_options({**DURING, "model": "user_models:odd", "out": str(tmp_path / "run")})
+
+    def ask(what: str, done: int, total: int) -> None:
+        stop.signal = 15 if what.startswith("training") and done == 2 else stop.signal
+
+    monkeypatch.setattr("user_models.odd", tiny, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        job.run(settings, on_progress=ask, stop=stop)
+    monkeypatch.setattr("user_models.odd", Otherwise, raising=False)
+    with pytest.raises(InputError, match=r"was made with network = \w{16}, not \w{16}"):
+        job.run(settings, resume=True)
+
+
+class Otherwise(nn.Sequential):
+    """The same tensors as the usual model, and other code."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(*tiny(num_classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(-x)
+
+
+def test_more_epochs_for_a_finished_run_say_why_not(tmp_path: Path) -> None:
+    settings = Settings.from_options({**DURING, "out": str(tmp_path / "run")})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(settings.toml())
+    with pytest.raises(RunFolderError, match="are planned from the first step to the last"):
+        folders.resumed({"out": str(tmp_path / "run"), "epochs": 9})
+    (tmp_path / "run" / "config.toml").write_text("epochs = [")
+    with pytest.raises(InputError, match="is no TOML"):
+        folders.resumed({"out": str(tmp_path / "run")})
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_run_that_gets_a_signal_ends_with_a_checkpoint_and_goes_on_as_if_it_had_not(name, code, tmp_path) -> None:
+    options = [f"--{key}={value}" for key, value in {**DURING, "out": tmp_path / "run"}.items()]
+    command = [sys.executable, "-m", "compressor", *options]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.02)
+    process.send_signal(getattr(signal, name))
+    _, said = process.communicate()
+    assert (process.returncode, said) == (
+        code,
+        f"compress: stopped; go on with: compress --resume --out {tmp_path / 'run'}\n",
+    )
+    whole = job.run(Settings.from_options({**DURING, "out": str(tmp_path / "whole")}))
+    again = job.run(folders.resumed({"out": str(tmp_path / "run")}), resume=True)
+    assert [replace(each, seconds=0) for each in again.epochs] == [replace(each, seconds=0) for each in whole.epochs]
+    assert again.pruned.accuracy == whole.pruned.accuracy

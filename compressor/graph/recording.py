@@ -21,6 +21,7 @@ of channel classes each. A cut takes positions out of the arrays; what the cut m
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -186,6 +187,11 @@ class Recording:
             if here.any():
                 found[name] = np.where(here, -1, np.cumsum(~here) - 1)
         return found
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits that tell this network's code from another's with tensors of the same shapes."""
+        lines = (f"{each.op} {each.module} {[result.shape for result in each.results]}" for each in self.log.records)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
     # -- looking for the cause of a mismatch
 

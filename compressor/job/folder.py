@@ -32,6 +32,7 @@ _LOCK = ".lock"
 _HOLDER = ".lock.txt"
 # Every config.toml of a run has all of these; a file of somebody else's with one of them makes no folder a run.
 _MARK = {"criterion", "model", "stem", "data", "sparsity", "epochs", "batch-size", "lr", "seed", "device", "out"}
+_FIXED = " (learning rate and cuts are planned from the first step to the last, so that no epoch can be added)"
 _FREE = {"out", "download", "device"}  # options that may differ when a run is taken up again
 
 
@@ -54,8 +55,10 @@ def resumed(asked: Mapping[str, Any], source: str = "") -> Settings:
         raise RunFolderError(f"{out} holds no run to go on with (no config.toml of compress): leave --resume out")
     for name, value in asked.items():
         if name not in _FREE and value != kept.get(name, value):
+            why = _FIXED if name in ("epochs", "finetune-epochs") else ""
             raise RunFolderError(
-                f"the run in {out} has --{name} {kept[name]}, not {value}: leave it out to go on, or give another --out"
+                f"the run in {out} has --{name} {kept[name]}, not {value}{why}: leave it out to go on, or give another "
+                "--out"
             )
     return Settings.from_options({**kept, **asked, "out": out}, source or f"{out}/config.toml")
 

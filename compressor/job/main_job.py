@@ -74,7 +74,7 @@ def _run_in(
     )
     model = _initial(settings, data)
     graph = trace(model, torch.zeros(1, *data.image_shape))
-    stages = Stages(settings, data, folder, resume, on_progress, stop)
+    stages = Stages(settings, data, folder, resume, on_progress, stop, graph.recording.fingerprint())
     if not resume:
         stages.preflight(model)
         start(folder, settings)

@@ -53,7 +53,11 @@ class Trained:
 
 @dataclass
 class Stages:
-    """The stages of one run, each with a checkpoint of its own."""
+    """The stages of one run, each with a checkpoint of its own.
+
+    Attributes:
+        network: what tells the code of the dense model from another's; a resumed run must have the same.
+    """
 
     settings: Settings
     data: Data
@@ -61,6 +65,7 @@ class Stages:
     resume: bool
     on_progress: Progress
     stop: StopRequest | None = None
+    network: str = ""
 
     def __post_init__(self) -> None:
         """Open the records."""
@@ -151,6 +156,7 @@ class Stages:
             on_progress=partial(self.on_progress, f"training: {stage}"),
             log=lambda record: self.metrics.append({"stage": stage, **record}),
             stop=self.stop,
+            about={"network": self.network},
         )
         self.metrics.replace_stage({"stage": stage, **record} for record in (*(events or ()), *history.records))
 

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ def train(
     on_progress: Progress = lambda step, total_steps: None,
     log: Log = lambda record: None,
     stop: StopRequest | None = None,
+    about: Mapping[str, Any] = MappingProxyType({}),
 ) -> History:
     """Train a model in place, on `config.device`, where it stays.
 
@@ -63,6 +65,7 @@ def train(
         log: called with every new record when it arises; see `History`. After an interruption, events of the epoch that
             was cut off arise again.
         stop: asks to stop at the end of a step, with a checkpoint.
+        about: more that must be the same when the run is resumed, as JSON values by name.
 
     Raises:
         KeyboardInterrupt: `stop` asked for it.
@@ -72,7 +75,8 @@ def train(
     """
     require_scores(model.to(config.device), data, config.device)
     dense = checkpoints.shapes(model)  # before the checkpoint narrows it: what a later resume is held against
-    state = _restored(model, checkpoint, _about(config, data)) if checkpoint and resume else None
+    about = {**_about(config, data), **about}
+    state = _restored(model, checkpoint, about) if checkpoint and resume else None
     # The hook is made on the narrowed model: what it traces must be what it goes on with.
     run = _Run(model, data, config, hook, on_progress, log)
     if state and checkpoint:
@@ -83,7 +87,7 @@ def train(
         with stop.deferred():
             run.train_epoch(lambda: stop.signal is not None)
             if checkpoint:
-                checkpoints.write(checkpoint, {**run.state_dict(), "about": _about(config, data), "dense": dense})
+                checkpoints.write(checkpoint, {**run.state_dict(), "about": about, "dense": dense})
         if stop.signal is not None:
             raise KeyboardInterrupt
     return History(tuple(run.records))
