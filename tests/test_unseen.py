@@ -141,3 +141,25 @@ def test_what_wraps_a_model_for_many_devices_is_refused_with_what_to_pass(nested
     model = nn.Sequential(model) if nested else model
     with pytest.raises(compressor.errors.InputError, match=r"is wrapped in DataParallel: give what is inside"):
         compressor.prune(model, X, "l1", 0.3)
+
+
+class Describing(nn.Module):
+    """Returns its hidden state beside its scores, as transformers and detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = F.relu(self.a(x))
+        return {"scores": self.c(F.relu(self.b(h))), "hidden": h}
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_what_does_not_count_of_an_output_may_lose_channels(verify: bool) -> None:
+    model = Describing().eval()
+    assert list(compressor.trace(model, X).sizes()) == ["b"]
+    result = compressor.prune(model, X, "l1", 0.5, outputs=lambda out: out["scores"], verify=verify)
+    assert result.reached
+    assert model(X)["hidden"].shape[1] < 16
+    assert model(X)["scores"].shape[1] == 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -25,6 +25,7 @@ class ChannelGraph:
     Attributes:
         model: the traced model itself, not a copy.
         example_inputs: what the model was run on; a cut is checked on them.
+        outputs: takes what the model returns and returns what counts of it; None counts everything.
         groups: the groups that can be cut, in the order in which the model uses them.
         frozen: dimensions that cannot be cut, each with its reason.
         params, macs: terms whose sum is the number of parameters, and of multiply-adds for the example inputs.
@@ -44,6 +45,7 @@ class ChannelGraph:
     notes: tuple[str, ...] = ()
     table: Table = field(default_factory=Table.empty, repr=False)
     recording: Recording = field(default_factory=Recording.empty, repr=False)
+    outputs: Callable[[Any], Any] | None = None
     _by_name: tuple[Sequence[Group], dict[str, Group]] = field(default=((), {}), init=False, repr=False)
 
     def __getitem__(self, name: str) -> Group:

@@ -14,6 +14,7 @@ from compressor._utils import eval_mode
 from compressor.graph.attention import headwise
 from compressor.graph.attributes import is_torch_module
 from compressor.graph.context import TraceContext
+from compressor.graph.recurrent import one_step
 
 
 @contextlib.contextmanager
@@ -88,12 +89,12 @@ def _is_same(now: list[tuple[Any, Any]], before: list[tuple[Any, Any]]) -> bool:
 
 
 @contextlib.contextmanager
-def decomposed_attention(modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Run attention as the operations that it consists of, head by head, not as one that no rule can look into."""
+def decomposed_layers(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Run attention and recurrent layers as the operations that they consist of, which rules can look into."""
     before = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with headwise(modules.values()):
+        with headwise(modules.values()), one_step(modules.values()):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ from compressor.graph.attributes import integer_attributes
 from compressor.graph.axes import BROADCAST, unlabeled
 from compressor.graph.calls import Call, comparable_args, memory_order, partition_tensors, tensors_in
 from compressor.graph.context import Axes, Origin, Rule, TensorInfo, TraceContext
-from compressor.graph.environment import decomposed_attention, module_names, preserve_module_state
+from compressor.graph.environment import decomposed_layers, module_names, preserve_module_state
 from compressor.graph.meta_kernels import META_KERNELS
 from compressor.graph.recording import OpLog, OpRecord, TensorRecord
 from compressor.graph.replay import Mismatch
@@ -76,17 +76,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.context.buffers = self.tensors.keys() - {name for name, _ in self.model.named_parameters()}
         self.context.has_size_attribute = _SizeAttributes(self._modules, self.context)
 
-    def run(self, example_inputs: Any, training: bool = False) -> None:
-        """Run the model, in evaluation mode unless `training`; what it returns is frozen as its output."""
+    def run(self, example_inputs: Any, outputs: Callable[[Any], Any] | None = None, *, training: bool = False) -> None:
+        """Run the model, in evaluation mode unless `training`; what it returns is frozen as its output.
+
+        Args:
+            example_inputs: as for `trace`.
+            outputs: returns what counts of what the model returns; None for everything.
+            training: whether to run in training mode.
+        """
         args, kwargs = as_arguments(tree_map(self._input, example_inputs))
         modules = self._modules
         with (
             preserve_module_state(self.model, training),
-            decomposed_attention(modules),
+            decomposed_layers(modules),
             module_names(modules, self.context),
             self,
         ):
-            results = list(tensors_in(self.model(*args, **kwargs)))  # here, as generators are run by being looked at
+            result = self.model(*args, **kwargs)
+            results = list(tensors_in(outputs(result) if outputs else result))  # here, as generators run by being read
         self.context.op = self.context.module = ""
         for tensor in results:
             self.context.freeze(self.context.axes(tensor), "model output")

@@ -18,6 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from compressor.errors import InputError
 from compressor.graph.attention import refit_attention
 from compressor.graph.attributes import integer_attributes, numeric_attributes, set_numeric_attributes
+from compressor.graph.recurrent import recurrent_sizes
 
 
 def replace_data(tensor: Tensor, data: Tensor) -> None:
@@ -37,6 +38,8 @@ def sync_size_attributes(model: nn.Module) -> None:
         for name, value in _sizes_of_tensors(module).items():
             if vars(module).get(name) != value:
                 setattr(module, name, value)
+                if isinstance(module, nn.RNNBase):
+                    module.flatten_parameters()  # on a GPU, cuDNN wants all weights in one piece of memory
 
 
 def restore_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -108,6 +111,10 @@ def _sizes_of_tensors(module: nn.Module) -> dict[str, Any]:
     """Return the size attributes of a module as its tensors have them."""
     if isinstance(module, nn.MultiheadAttention):
         return refit_attention(module)
+    if isinstance(module, nn.RNNBase):
+        return recurrent_sizes(module)
+    if isinstance(module, nn.RNNCellBase):
+        return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
     weight = stored_weight(module)
     if isinstance(module, nn.modules.batchnorm._NormBase):
         known = module.running_mean if module.running_mean is not None else weight

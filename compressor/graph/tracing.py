@@ -9,6 +9,7 @@ activations runs on real ones instead, and the graph's notes say so.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 @gc_disabled()
-def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
+def trace(model: nn.Module, example_inputs: Any, *, outputs: Callable[[Any], Any] | None = None) -> ChannelGraph:
     """Work out which channels of a model go together.
 
     The model runs once, in evaluation mode, without data. Nothing is changed: training mode, gradients, buffers,
@@ -37,6 +38,8 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     Args:
         model: any module; its own code may branch and loop as it likes.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments, as for `model(...)`.
+        outputs: takes what the model returns and returns what counts of it: `lambda result: result.logits`, where
+            hidden states come along that nobody reads. The others may lose channels. None: everything counts.
 
     Returns:
         The graph, with its groups in the order in which the model uses them.
@@ -50,11 +53,11 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
     log = OpLog(meta=True)
     notes = list[str]()
     try:
-        Recorder(model, context, log).run(example_inputs)
+        Recorder(model, context, log).run(example_inputs, outputs)
     except Exception as failure:
         # Code that reads a value (`if x.sum() > 0`) fails on tensors without data, and so does a model that does not
         # run at all; the second run tells them apart.
-        context, log = _run_real(model, example_inputs)
+        context, log = _run_real(model, example_inputs, outputs)
         notes.append(f"ran on real tensors, because without data it failed: {type(failure).__name__}: {failure}")
     classes = context.labels.solve()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -76,6 +79,7 @@ def trace(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         notes=(*notes, *context.notes.values()),
         table=found.table,
         recording=Recording.from_log(log, classes.class_ids, found.channels),
+        outputs=outputs,
     )
     graph.freeze(
         _unread(graph), "nothing reads these channels in evaluation mode, or what does is hidden from the trace"
@@ -110,7 +114,7 @@ def _freeze_what_training_reads(graph: ChannelGraph, unused: list[str]) -> None:
     context = TraceContext()
     note = f"{len(unused)} parameters take no part in evaluation mode ({listed})"
     try:
-        Recorder(graph.model, context, OpLog(meta=True)).run(graph.example_inputs, training=True)
+        Recorder(graph.model, context, OpLog(meta=True)).run(graph.example_inputs, graph.outputs, training=True)
     except Exception as failure:
         # A BatchNorm may want more than one value, say. The graph holds for evaluation all the same.
         problem = f"{type(failure).__name__}: {failure}"
@@ -146,12 +150,14 @@ def _unread(graph: ChannelGraph) -> list[str]:
     return [each.name for each, read in zip(graph.groups, is_read.tolist(), strict=True) if each.exact and not read]
 
 
-def _run_real(model: nn.Module, example_inputs: Any) -> tuple[TraceContext, OpLog]:
+def _run_real(
+    model: nn.Module, example_inputs: Any, outputs: Callable[[Any], Any] | None
+) -> tuple[TraceContext, OpLog]:
     context = TraceContext()
     log = OpLog(meta=False)
     saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        Recorder(model, context, log).run(example_inputs)
+        Recorder(model, context, log).run(example_inputs, outputs)
     except Exception as failure:
         shapes = tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, example_inputs)
         raise TraceError(type(model).__name__, str(shapes), context.module, failure) from failure

@@ -50,7 +50,7 @@ def verify_against_recording(graph: ChannelGraph, recording: Recording) -> None:
     verifier = VerifyingRecorder(graph.model, context, recording.log, recording=recording)
     try:
         verifier.check_parameters()
-        verifier.run(graph.example_inputs)
+        verifier.run(graph.example_inputs, graph.outputs)
     except Mismatch:
         raise
     except Exception as failure:

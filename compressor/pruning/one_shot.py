@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import torch
@@ -30,6 +30,7 @@ def prune(
     calibration: Iterable[Any] | None = None,
     compensate: Compensation | None = None,
     verify: bool = False,
+    outputs: Callable[[Any], Any] | None = None,
     seed: int = 0,
 ) -> PruneResult:
     """Make a model smaller at once, in place.
@@ -51,6 +52,7 @@ def prune(
         verify: also compare every cut with the masked model, on the first batch of `calibration`, or on
             `example_inputs` where there is none; a group whose cut differs from its mask stays whole, like every group
             that refuses.
+        outputs: as for `compressor.trace`.
         seed: for criteria that draw.
 
     Returns:
@@ -68,7 +70,7 @@ def prune(
     judge = lookup(criterion)
     batches = list(calibration or ())
     folds = _folds(compensate, batches, verify)
-    graph = traced(model, example_inputs)
+    graph = traced(model, example_inputs, outputs)
     progress = PruningProgress(graph)
     shares = (limits or Limits()).shares(graph)
     generator = torch.Generator().manual_seed(seed)

@@ -72,6 +72,7 @@ class Pruner:
             steps that were observed, or over the last batch where the criterion does not observe; "none" does not.
             None: "mean".
         copies: models that lose the same channels, as for `compressor.cut`.
+        outputs: as for `compressor.trace`.
         seed: for whatever draws.
         relevance: how relevance observes. Left open there: `observe_every` (at least as often as `prune_every` asks
             for), `half_life` (`prune_every`), `warmup` (a twentieth of the training, none for the published method).
@@ -105,6 +106,7 @@ class Pruner:
         compensate: Compensation | None = None,
         verify: bool = False,
         copies: Iterable[nn.Module] = (),
+        outputs: Callable[[Any], Any] | None = None,
         seed: int = 0,
         relevance: RelevanceConfig | None = None,
     ) -> None:
@@ -122,7 +124,7 @@ class Pruner:
         if relevance and criterion != "relevance":
             raise IdleArgumentError("relevance", f"criterion {criterion!r}")
         self._config = self._filled_in(relevance or RelevanceConfig())
-        self.graph = traced(model, example_inputs)
+        self.graph = traced(model, example_inputs, outputs)
         if not self.graph.groups:
             require_reachable(self.graph, self.budget, selection)
         shares = (limits or Limits()).shares(self.graph)

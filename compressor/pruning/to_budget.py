@@ -20,7 +20,7 @@ from compressor.surgery import cut, retry_without_refused, verified_cut
 logger = logging.getLogger(__name__)
 
 
-def traced(model: nn.Module, example_inputs: Any) -> ChannelGraph:
+def traced(model: nn.Module, example_inputs: Any, outputs: Callable[[Any], Any] | None = None) -> ChannelGraph:
     """Return the channel graph of a model that has something to prune.
 
     Raises:
@@ -31,7 +31,7 @@ def traced(model: nn.Module, example_inputs: Any) -> ChannelGraph:
         raise InputError(
             f"{type(model).__name__} has no parameters, so there is nothing to prune: pass the whole model"
         )
-    return trace(unwrap_compiled(model), example_inputs)
+    return trace(unwrap_compiled(model), example_inputs, outputs=outputs)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ class SparseTraining:
         round_to: on channels, as in `compressor.budget.SelectionOptions`.
         limits: on channels, as for `compressor.prune`.
         copies: models that get the same zeros and lose the same channels, as for `compressor.cut`.
+        outputs: as for `compressor.trace`.
         seed: of what is drawn.
 
     Attributes:
@@ -88,6 +89,7 @@ class SparseTraining:
         round_to: int | None = None,
         limits: Limits | None = None,
         copies: Iterable[nn.Module] = (),
+        outputs: Callable[[Any], Any] | None = None,
         seed: int = 0,
     ) -> None:
         self.model = model
@@ -99,7 +101,7 @@ class SparseTraining:
         _require_effects(config, self.budget, round_to, limits)
         self._regrowth = METHODS[criterion]
         self._schedule = mask_schedule(criterion, total_steps, prune_every, schedule)
-        self.graph = trace(unwrap_compiled(model), example_inputs)
+        self.graph = trace(unwrap_compiled(model), example_inputs, outputs=outputs)
         self._progress = PruningProgress(self.graph)
         optimizers = all_optimizers(optimizer)
         require_followed(optimizers)

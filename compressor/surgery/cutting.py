@@ -128,7 +128,7 @@ def _trace_anew(graph: ChannelGraph, refusal: CutError) -> list[str]:
     """
     logger.info("the model does not run as it was traced, so it is traced anew: %s", refusal.reason)
     try:
-        fresh = trace(graph.model, graph.example_inputs)
+        fresh = trace(graph.model, graph.example_inputs, outputs=graph.outputs)
     except TraceError as failure:
         raise StaleGraphError(refusal.reason) from failure
     return graph.adopt(fresh)

@@ -59,7 +59,7 @@ def verified_cut(
             _cut_as_masked(graph, keep, inputs, means, optimizer, copies)
         else:
             _try(graph, exact, inputs, means)
-            cut(graph, keep, optimizer, means, partial(_require_runs, graph.model, inputs), copies)
+            cut(graph, keep, optimizer, means, partial(_require_runs, graph, inputs), copies)
     except _Differs as refusal:
         guilty = [name for name in exact if not _agrees(graph, {name: exact[name]}, inputs, means)]
         raise CutError(refusal.reason, guilty or sorted(exact)) from refusal
@@ -83,10 +83,10 @@ def _cut_as_masked(
     afterwards: Callable[[], None] = lambda: None,
 ) -> None:
     with _masked(graph, {name: removed_channels(graph[name], kept) for name, kept in keep.items()}, means or {}):
-        expected = _run(graph.model, inputs)
+        expected = _run(graph, inputs)
 
     def check() -> None:
-        _compare(_run_cut(graph.model, inputs), expected, _tolerance(graph.model))
+        _compare(_run_cut(graph, inputs), expected, _tolerance(graph.model))
         afterwards()
 
     cut(graph, keep, optimizer, means, check, copies)
@@ -151,26 +151,28 @@ def _adding(constant: Tensor, dim: int) -> Callable[..., Tensor]:
 # -- running and comparing
 
 
-def _run(model: nn.Module, inputs: Any) -> Outputs:
-    """Return the floating-point outputs in evaluation mode, each with its place."""
+def _run(graph: ChannelGraph, inputs: Any) -> Outputs:
+    """Return the floating-point outputs that count, in evaluation mode, each with its place."""
+    model = graph.model
     inputs = to_device(inputs, device_of(model))
     try:
         # NOTE: What a model keeps of a run (the grid of anchors of a detector) would make the next one another.
         with preserve_module_state(model), tf32_disabled():
-            outputs = named_tensors(run_model(model, inputs))
+            result = run_model(model, inputs)
+            outputs = named_tensors(graph.outputs(result) if graph.outputs else result)
     except Exception as error:
         shapes = ", ".join(str(tuple(tensor.shape)) for _, tensor in named_tensors(inputs))
         raise TraceError(type(model).__name__, shapes, "", error) from error
     return [(place, tensor.detach()) for place, tensor in outputs if tensor.is_floating_point()]
 
 
-def _require_runs(model: nn.Module, inputs: Any) -> None:
-    _run_cut(model, inputs)
+def _require_runs(graph: ChannelGraph, inputs: Any) -> None:
+    _run_cut(graph, inputs)
 
 
-def _run_cut(model: nn.Module, inputs: Any) -> Outputs:
+def _run_cut(graph: ChannelGraph, inputs: Any) -> Outputs:
     try:
-        return _run(model, inputs)
+        return _run(graph, inputs)
     except TraceError as error:
         raise _Differs(f"the cut model does not run on real inputs: {error.__cause__}") from error
 
