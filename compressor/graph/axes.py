@@ -92,10 +92,12 @@ class Classes:
     Attributes:
         class_ids: `(number of labels,)` the class of each label.
         inexact: classes for which masking and cutting differ.
+        blocks: classes of the side of a rectangle that is cut: heads, say.
     """
 
     class_ids: IntArray
     inexact: frozenset[int]
+    blocks: IntArray
     _reason_ids: IntArray
     _reasons: list[str]
 
@@ -267,7 +269,8 @@ class Labels:
         inexact_ids = frozenset(np.unique(solver.classes(inexact)).tolist())
         class_ids = solver.class_ids()
         count = int(class_ids.max(initial=-1)) + 1  # the last ones may have been merged into others
-        return Classes(class_ids, inexact_ids, solver.reason_ids[:count], solver.reasons)
+        blocks = np.unique(class_ids[np.concatenate(chosen)])
+        return Classes(class_ids, inexact_ids, blocks, solver.reason_ids[:count], solver.reasons)
 
     @staticmethod
     def _choose_side(solver: _Solver, rectangle: Rectangle, contracted: IntArray, chosen: list[IntArray]) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from compressor.graph.axes import BoolArray
 from compressor.graph.group import Extent, Frozen, Group, Offset, Term
@@ -25,6 +27,8 @@ class ChannelGraph:
     Attributes:
         model: the traced model itself, not a copy.
         example_inputs: what the model was run on; a cut is checked on them.
+        blocks: names of groups that are blocks of a view, heads of attention say.
+        coupled: by group that consists of several, their names, each with how many of its channels make one.
         outputs: takes what the model returns and returns what counts of it; None counts everything.
         groups: the groups that can be cut, in the order in which the model uses them.
         frozen: dimensions that cannot be cut, each with its reason.
@@ -45,6 +49,8 @@ class ChannelGraph:
     notes: tuple[str, ...] = ()
     table: Table = field(default_factory=Table.empty, repr=False)
     recording: Recording = field(default_factory=Recording.empty, repr=False)
+    blocks: tuple[str, ...] = ()
+    coupled: dict[str, dict[str, int]] = field(default_factory=dict)
     outputs: Callable[[Any], Any] | None = None
     _by_name: tuple[Sequence[Group], dict[str, Group]] = field(default=((), {}), init=False, repr=False)
 
@@ -73,12 +79,72 @@ class ChannelGraph:
         self.params = tuple(_with_constant_sizes(term, sizes) for term in self.params)
         self.macs = tuple(_with_constant_sizes(term, sizes) for term in self.macs)
 
+    # -- groups that are cut in proportion
+
+    def couple(self, names: Sequence[str]) -> str:
+        """Make one group of several, in which a channel is an equal share of each; writes the graph, not the model.
+
+        Args:
+            names: two groups or more, whose sizes have a common divisor; its channels are as many.
+
+        Returns:
+            The name of the new group, which is that of the first one.
+        """
+        sizes = self.sizes()
+        count = math.gcd(*(sizes[name] for name in names))
+        shares = {name: sizes[name] // count for name in names}
+        self.coupled[names[0]] = shares
+        joined = _joined(names[0], [self[name] for name in names], shares)
+        others = set(names[1:])
+        self.groups = tuple(
+            joined if each.name == names[0] else each for each in self.groups if each.name not in others
+        )
+        self.params, self.macs = (
+            tuple(_with_shares(term, names[0], shares) for term in terms) for terms in (self.params, self.macs)
+        )
+        return names[0]
+
+    def uncoupled(self, keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what stays of the groups that coupled ones consist of, by their own names."""
+        found: dict[str, Tensor] = {}
+        for name, kept in keep.items():
+            for each, share in self.coupled.get(name, {name: 1}).items():
+                found[each] = (kept.unsqueeze(1) * share + torch.arange(share)).flatten()
+        return found
+
+    def coupled_names(self, names: Iterable[str]) -> list[str]:
+        """Return the groups that cover these, which may be parts of coupled ones."""
+        part_of = {part: name for name, parts in self.coupled.items() for part in parts}
+        return list(dict.fromkeys(part_of.get(name, name) for name in names))
+
+    def wider_groups_beside(self, name: str) -> list[str]:
+        """Return the groups that stand in the modules that split this one out of a view, and have a multiple of it."""
+        recording, sizes = self.recording, self.sizes()
+        modules = recording.modules_of(name)
+        beside = recording.groups_within(modules)
+        return [
+            each for each in beside if each in sizes and sizes[each] > sizes[name] and not sizes[each] % sizes[name]
+        ]
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return what `couple` writes, for `restore`."""
+        return {"groups": self.groups, "params": self.params, "macs": self.macs, "coupled": dict(self.coupled)}
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Put back what a snapshot holds; writes the graph, not the model."""
+        vars(self).update(snapshot)
+
     def adopt(self, fresh: ChannelGraph) -> list[str]:
         """Take over a new trace of the same model. Groups that are frozen stay so; writes the graph, not the model.
 
         Returns:
             Names of groups that the new trace does not have, or not at the same positions; they are frozen.
         """
+        for parts in self.coupled.values():
+            if parts.keys() <= fresh.sizes().keys() and all(
+                not fresh.sizes()[part] % share for part, share in parts.items()
+            ):
+                fresh.couple(list(parts))
         common = {each.name for each in self.groups if each.name in fresh.sizes() and _is_same(each, fresh[each.name])}
         missing = [name for name in self.sizes() if name not in common]
         self.freeze(missing, "the model, traced anew, ties these channels otherwise")
@@ -102,10 +168,39 @@ class ChannelGraph:
         # hold after every cut. Frozen groups keep their rows in the table, because positions beside them shift.
         exact = {group.name: group.exact for group in self.groups}
         table = self.table.without(removed)
-        groups = table.groups([exact.get(name, True) for name in table.names])
+        parts = {group.name: group for group in table.groups([exact.get(name, True) for name in table.names])}
+        for name, shares in self.coupled.items():
+            parts[name] = replace(_joined(name, [parts[each] for each in shares], shares), exact=exact.get(name, True))
         self.table = table
         self.recording = recording
-        self.groups = tuple(group for group in groups if group.name in exact)
+        self.groups = tuple(parts[name] for name in exact)
+
+
+def _joined(name: str, groups: Sequence[Group], shares: Mapping[str, int]) -> Group:
+    """Return the group in which one channel is `shares[name]` successive channels of each group."""
+    sizes = {group.size // shares[group.name] for group in groups}
+    (size,) = sizes
+    return Group(
+        name,
+        size,
+        tuple(
+            replace(member, positions=member.positions.reshape(size, -1))
+            for group in groups
+            for member in group.members
+        ),
+        tuple(replace(seen, positions=seen.positions.reshape(size, -1)) for group in groups for seen in group.inputs),
+        all(group.exact for group in groups),
+    )
+
+
+def _with_shares(term: Term, name: str, shares: Mapping[str, int]) -> Term:
+    """Return a term in the channels of the coupled group instead of those of its parts."""
+    extents = []
+    for extent in term.extents:
+        together = sum(times * shares[part] for part, times in extent.per_channel.items() if part in shares)
+        others = {part: times for part, times in extent.per_channel.items() if part not in shares}
+        extents.append(Extent(extent.fixed, {**others, name: together} if together else others))
+    return Term(term.constant, tuple(extents))
 
 
 def _is_same(first: Group, second: Group) -> bool:

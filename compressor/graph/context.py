@@ -262,6 +262,10 @@ class TraceContext:
         self.labels.tie(np.broadcast_to(first, block.shape).ravel(), block.ravel())
         return np.ascontiguousarray(first).ravel()
 
+    def was_labelled(self, dim: int) -> bool:
+        """Return whether a dimension of the result carried channels before a cut, of which one may be left."""
+        return False
+
     def require_size(self, tensor: Tensor, dim: int) -> None:
         """Note that a result depends on the size of a dimension; an expanded one can have any, so a cut checks it."""
 

@@ -255,6 +255,23 @@ class Recording:
                     found.setdefault(self.sizes[slot], set()).add(after.sizes[slot])
         return {size: min(now) for size, now in found.items() if len(now) == 1}
 
+    def modules_of(self, name: str) -> set[str]:
+        """Return the modules in whose own code a group stands where sizes or positions are arguments."""
+        return {each.module for each in self.log.records if not each.equivariant and self._stands_at(name, each)}
+
+    def groups_within(self, modules: Iterable[str]) -> list[str]:
+        """Return the groups that stand somewhere in these modules or their submodules."""
+        inside = [
+            record
+            for record in self.log.records
+            if any(record.module == each or record.module.startswith(f"{each}.") for each in modules if each)
+        ]
+        return [name for name in self.channels if any(self._stands_at(name, record) for record in inside)]
+
+    def _stands_at(self, name: str, record: OpRecord) -> bool:
+        first = self.channels[name][:1]  # one channel stands for all: they live on the same axes
+        return any(np.isin(first, self.classes_in(slot)).any() for slot in _slots_of(record))
+
     def groups_at(self, index: int, removed: BoolArray) -> list[str]:
         """Return the groups that lose channels and stand at an operation, or else at the nearest one before it."""
         for record in self.log.records[index::-1]:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from torch import Tensor
 
-from compressor.graph.axes import BROADCAST, UNPRUNABLE, Axis, IntArray, Labels
+from compressor.graph.axes import BROADCAST, UNPRUNABLE, Axis, IntArray, Labels, Unlabeled, unlabeled
 from compressor.graph.context import Axes, Origin, ParameterDim, TensorInfo, TraceContext
 from compressor.graph.recording import Recording
 
@@ -51,12 +51,13 @@ class ReplayLabels(Labels):
         self._current_index = current_index
         self._position = 0
 
-    def _next(self, sizes: Sequence[int]) -> list[Axis]:
+    def _next(self, sizes: Sequence[int], keep_single: bool = False) -> list[Axis]:
         journal = self._recording.log.journal
         if self._position >= len(journal):
             raise Mismatch("the cut model does more than the whole one did", self._current_index())
         found = [self._recording.axis(slot) for slot in journal[self._position]]
         # A view drops sizes of one, so an axis that the cut left one position of is no axis of its own any more.
+        every = found
         if len(found) > len(sizes):
             found = [axis for axis in found if not isinstance(axis, np.ndarray) or len(axis) > 1]
         if len(found) != len(sizes):
@@ -64,7 +65,11 @@ class ReplayLabels(Labels):
                 f"a view into {tuple(sizes)} has other dimensions than before the cut", self._current_index()
             )
         self._position += 1
-        return [self._checked(axis, size) for axis, size in zip(found, sizes, strict=True)]
+        checked = [self._checked(axis, size) for axis, size in zip(found, sizes, strict=True)]
+        if not keep_single or len(every) == len(found):
+            return checked
+        remaining = iter(checked)
+        return [axis if isinstance(axis, np.ndarray) and len(axis) == 1 else next(remaining) for axis in every]
 
     def _checked(self, axis: Axis, size: int) -> Axis:
         if not isinstance(axis, np.ndarray) or len(axis) == size:
@@ -82,6 +87,17 @@ class ReplayLabels(Labels):
     def merge_arrays(self, arrays: Sequence[IntArray]) -> IntArray:
         """Return what was returned here while tracing, less the removed channels."""
         return _array(self._next([int(np.prod([len(array) for array in arrays]))])[0])
+
+    def split(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+        """Return what was returned here while tracing; an axis of which one position is left keeps its label."""
+        if not isinstance(axis, np.ndarray) or len(sizes) == 1:
+            return super().split(axis, sizes)
+        found = self._next([size for size in sizes if size > 1], keep_single=True)
+        result: list[Axis] = []
+        for size in sizes:
+            is_next = bool(found) and (size > 1 or (isinstance(found[0], np.ndarray) and len(found[0]) == 1))
+            result.append(found.pop(0) if is_next else unlabeled(size))
+        return result
 
     def split_array(self, axis: IntArray, sizes: Sequence[int]) -> list[Axis]:
         """Return what was returned here while tracing, less the removed channels."""
@@ -141,6 +157,13 @@ class ReplayContext(TraceContext):
         block = axis.reshape(rows, -1)
         return block[0] if tie == 0 else block[:, 0]
 
+    def was_labelled(self, dim: int) -> bool:
+        """Return whether a dimension of the result carried channels before the cut."""
+        if self.index >= len(self._recording.log.records):
+            return False
+        slots = self._recording.log.records[self.index].results[0].slots
+        return dim < len(slots) and not isinstance(slots[dim], Unlabeled)
+
     def require_size(self, tensor: Tensor, dim: int) -> None:
         """Raise Mismatch where an expanded dimension has another size than before the cut."""
         origin = self.origins.get(id(tensor), ("constant",))
@@ -167,12 +190,16 @@ class ReplayContext(TraceContext):
         """Do nothing: the trace found this out."""
 
 
+VIEWS = frozenset({"aten.view", "aten._unsafe_view"})  # of memory that lies as it is wanted, or of a copy of it
+
+
 def compare(recording: Recording, index: int, op: str, axes: Sequence[Axes], results: Sequence[Tensor]) -> None:
     """Hold what an operation of the cut model returned against the recording of the cut. Raises Mismatch."""
     if index >= len(recording.log.records):
         raise Mismatch("the cut model runs more operations than the whole one did", index)
     before = recording.log.records[index]
-    if before.op != op or len(before.results) != len(results):
+    is_same_op = before.op == op or {before.op, op} <= VIEWS
+    if not is_same_op or len(before.results) != len(results):
         raise Mismatch(f"{op} runs where {before.op} ran before the cut", index)
     for record, found, result in zip(before.results, axes, results, strict=True):
         for dim, (slot, size_before) in enumerate(zip(record.slots, record.shape, strict=True)):

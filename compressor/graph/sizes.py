@@ -79,7 +79,7 @@ def named_model_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return found
 
 
-def replace_size_attributes(module: nn.Module, changed: Mapping[int, int]) -> bool:
+def replace_size_attributes(module: nn.Module, changed: Mapping[int, int], *, in_sequences: bool) -> bool:
     """Change whole numbers among the attributes of a module along with sizes; writes the module.
 
     Code such as `x.view(b, n, self.num_heads, self.head_dim)` follows a cut only so. Whether a number really was that
@@ -88,6 +88,8 @@ def replace_size_attributes(module: nn.Module, changed: Mapping[int, int]) -> bo
     Args:
         module: a module; torch's own are left alone.
         changed: sizes that axes had in that module's own code, and what they are now.
+        in_sequences: whether numbers in tuples and lists are changed, and the others left alone. A window of (3, 3) is
+            seldom the 3 heads.
 
     Returns:
         Whether anything changed.
@@ -95,7 +97,11 @@ def replace_size_attributes(module: nn.Module, changed: Mapping[int, int]) -> bo
     if not integer_attributes(module) & changed.keys():
         return False
     followed = _sizes_of_tensors(module).keys()  # of a subclass of torch's: these are those of its tensors already
-    free = {name: value for name, value in numeric_attributes(module).items() if name not in followed}
+    free = {
+        name: value
+        for name, value in numeric_attributes(module).items()
+        if name not in followed and isinstance(value, tuple | list) == in_sequences
+    }
     replaced = {name: _replaced(value, changed) for name, value in free.items()}
     set_numeric_attributes(module, replaced)
     return replaced != free

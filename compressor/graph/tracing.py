@@ -80,6 +80,7 @@ def trace(model: nn.Module, example_inputs: Any, *, outputs: Callable[[Any], Any
         table=found.table,
         recording=Recording.from_log(log, classes.class_ids, found.channels),
         outputs=outputs,
+        blocks=tuple(name for name, each in found.channels.items() if np.isin(each, classes.blocks).any()),
     )
     graph.freeze(
         _unread(graph), "nothing reads these channels in evaluation mode, or what does is hidden from the trace"

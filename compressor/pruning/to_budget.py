@@ -15,7 +15,7 @@ from compressor._utils import unwrap_compiled
 from compressor.budget import Budget, CostModel, PruningProgress, Selection, SelectionOptions, select
 from compressor.errors import BudgetError, InputError
 from compressor.graph import ChannelGraph, Group, trace
-from compressor.surgery import cut, retry_without_refused, verified_cut
+from compressor.surgery import couple_blocks, cut, retry_without_refused, verified_cut
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,9 @@ def traced(model: nn.Module, example_inputs: Any, outputs: Callable[[Any], Any] 
         raise InputError(
             f"{type(model).__name__} has no parameters, so there is nothing to prune: pass the whole model"
         )
-    return trace(unwrap_compiled(model), example_inputs, outputs=outputs)
+    graph = trace(unwrap_compiled(model), example_inputs, outputs=outputs)
+    couple_blocks(graph)
+    return graph
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ from compressor.graph import ChannelGraph, Group
 from compressor.sparse.allocation import relative_density
 from compressor.sparse.config import Allocation
 from compressor.sparse.units import MaskedUnits, Masks, grad_magnitude
-from compressor.surgery import cut, require_held, retry_without_refused
+from compressor.surgery import cut, require_held, retry_without_refused, try_cut
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +145,7 @@ class ChannelMasks(MaskedUnits):
 
         def attempt() -> None:
             half = {name: torch.arange((size + 1) // 2) for name, size in self.graph.sizes().items()}
-            with suppress(_TakenBack):
-                cut(self.graph, half, self._optimizers, check=_take_back, copies=self._copies)
+            try_cut(self.graph, half, self._optimizers, self._copies)
 
         retry_without_refused(self.graph, attempt, self._forget)
         self.topk_masks(self.values())
@@ -167,14 +164,6 @@ class ChannelMasks(MaskedUnits):
         """Take the masks of refused groups away; their channels are on from now on."""
         logger.info("channels of %s are switched on for good", ", ".join(names))
         self.masks = {name: mask for name, mask in self.masks.items() if name not in names}
-
-
-class _TakenBack(Exception):
-    """Raised by the check of a cut that was only a trial."""
-
-
-def _take_back() -> NoReturn:
-    raise _TakenBack
 
 
 def _freeze_unmaskable(graph: ChannelGraph) -> None:

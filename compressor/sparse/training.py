@@ -32,7 +32,7 @@ from compressor.sparse.regrowth import METHODS, Regrowth, drop_and_grow
 from compressor.sparse.schedules import mask_schedule
 from compressor.sparse.units import MaskedUnits, Masks
 from compressor.sparse.weight_masks import WeightMasks
-from compressor.surgery import all_optimizers, require_followed
+from compressor.surgery import all_optimizers, couple_blocks, require_followed
 
 
 class SparseTraining:
@@ -102,6 +102,7 @@ class SparseTraining:
         self._regrowth = METHODS[criterion]
         self._schedule = mask_schedule(criterion, total_steps, prune_every, schedule)
         self.graph = trace(unwrap_compiled(model), example_inputs, outputs=outputs)
+        couple_blocks(self.graph)
         self._progress = PruningProgress(self.graph)
         optimizers = all_optimizers(optimizer)
         require_followed(optimizers)

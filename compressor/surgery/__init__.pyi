@@ -1,6 +1,8 @@
 from .compensation import input_means as input_means
+from .coupling import couple_blocks as couple_blocks
 from .cutting import cut as cut
 from .cutting import removed_channels as removed_channels
+from .cutting import try_cut as try_cut
 from .masks import mask_channels as mask_channels
 from .optimizers import all_optimizers as all_optimizers
 from .optimizers import require_followed as require_followed

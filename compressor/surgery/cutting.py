@@ -11,8 +11,11 @@ copies that refer to them carry on.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -97,9 +100,10 @@ def _cut_once(
     copies: Sequence[nn.Module],
 ) -> None:
     transaction = Transaction(graph.model, copies, optimizers)
+    parts = graph.uncoupled(kept)
     # A class is what the recording knows a channel by; it has others beside those of groups, which no cut removes.
-    removed = graph.table.removed(kept)
-    removed_classes = _removed_classes(graph, kept)
+    removed = graph.table.removed(parts)
+    removed_classes = _removed_classes(graph.recording, parts)
     try:
         # The fold comes first: it reads the removed channels' weights, which are gone afterwards.
         if means:
@@ -162,13 +166,36 @@ def removed_channels(group: Group, kept: Tensor) -> Tensor:
     return removed.nonzero().flatten()
 
 
-def _removed_classes(graph: ChannelGraph, kept: Mapping[str, Tensor]) -> BoolArray:
+def _removed_classes(recording: Recording, kept: Mapping[str, Tensor]) -> BoolArray:
     """Tell for every class of the recording whether it goes, `(classes,)`."""
-    recording = graph.recording
     removed = np.zeros_like(recording.prunable)
     for name, indices in kept.items():
-        removed[recording.channels[name][removed_channels(graph[name], indices).numpy()]] = True
+        classes = recording.channels[name]
+        removed[np.delete(classes, indices.numpy())] = True
     return removed
+
+
+def try_cut(
+    graph: ChannelGraph,
+    keep: Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer] = (),
+    copies: Sequence[nn.Module] = (),
+) -> None:
+    """Cut, verify, and take the cut back.
+
+    Raises:
+        CutError: it would be refused.
+    """
+    with suppress(_TakenBack):
+        cut(graph, keep, optimizers, check=_take_back, copies=copies)
+
+
+class _TakenBack(Exception):
+    """Raised by the check of a cut that was only a trial."""
+
+
+def _take_back() -> NoReturn:
+    raise _TakenBack
 
 
 def _verified(graph: ChannelGraph, removed: BoolArray) -> Recording:
@@ -182,6 +209,7 @@ def _verified(graph: ChannelGraph, removed: BoolArray) -> Recording:
     # NOTE: Blocks of one kind fail alike. All of them are changed, or refused, at the first failure: a network of
     # twelve blocks would otherwise be verified twelve times.
     first: dict[str, tuple[Mismatch, list[int]]] = {}
+    tried: Counter[str] = Counter()
     while True:
         try:
             verify_against_recording(graph, after)
@@ -189,21 +217,28 @@ def _verified(graph: ChannelGraph, removed: BoolArray) -> Recording:
         except Mismatch as mismatch:
             index = min(mismatch.index, len(recording.log.records) - 1)
             module = mismatch.module or recording.log.records[index].module
-            if module in first:  # it has followed, in vain: what counts is why it had to
-                raise _refusal(recording, removed, *first[module]) from mismatch
             same_op = recording.same_op_elsewhere(index, after, partial(_kind, modules))
             if mismatch.module is None:
-                places = {recording.log.records[each].module for each in same_op} - first.keys()
+                places = {recording.log.records[each].module for each in same_op}
                 sizes = recording.changed_sizes
             else:
-                places = {name for name in modules if _kind(modules, name) == _kind(modules, module)} - first.keys()
+                places = {name for name in modules if _kind(modules, name) == _kind(modules, module)}
                 sizes = recording.changed_sizes_within
-            first |= dict.fromkeys(places, (mismatch, same_op))
-            changed = [replace_size_attributes(modules[name], sizes(name, after)) for name in places]
-            if any(changed):
-                logger.info("sizes among the attributes of %s follow the cut", ", ".join(sorted(places)))
-            else:
-                raise _refusal(recording, removed, mismatch, same_op) from mismatch
+            places = {name for name in places if tried[name] == tried[module]}
+            for name in places:
+                first.setdefault(name, (mismatch, same_op))
+            # Numbers first, then those in tuples and lists, then no more: what counts is why it had to follow.
+            changed = False
+            while not changed and tried[module] < 2:
+                follow = [
+                    replace_size_attributes(modules[name], sizes(name, after), in_sequences=tried[module] == 1)
+                    for name in places
+                ]
+                changed = any(follow)
+                tried.update(places)
+            if not changed:
+                raise _refusal(graph, removed, *first[module]) from mismatch
+            logger.info("sizes among the attributes of %s follow the cut", ", ".join(sorted(places)))
 
 
 def _is_current(graph: ChannelGraph) -> bool:
@@ -220,13 +255,14 @@ def _kind(modules: Mapping[str, nn.Module], name: str) -> object:
     return name if is_torch_module(modules[name]) else type(modules[name])
 
 
-def _refusal(recording: Recording, removed: BoolArray, mismatch: Mismatch, same_op: Sequence[int]) -> CutError:
+def _refusal(graph: ChannelGraph, removed: BoolArray, mismatch: Mismatch, same_op: Sequence[int]) -> CutError:
     """Say which operation does not follow, and which groups stand there, or at its like elsewhere."""
+    recording = graph.recording
     records = recording.log.records
     record = records[min(mismatch.index, len(records) - 1)]
     groups = dict.fromkeys(name for index in same_op for name in recording.groups_at(index, removed))
     where = f"{record.op} in {record.module or 'the model'}"
-    return CutError(f"{where} does not follow the cut: {mismatch}", list(groups))
+    return CutError(f"{where} does not follow the cut: {mismatch}", graph.coupled_names(groups))
 
 
 # -- compensation

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -16,28 +17,40 @@ from compressor.graph.rules.indexing import with_distinct_positions
 def view(context: TraceContext, out: Tensor, x: Tensor, *args: object, **kwargs: object) -> Axes:
     """Merge and split dimensions, one block of them at a time."""
     axes: list[Axis] = [BROADCAST] * out.dim()
-    wide = [size != 1 or isinstance(axis, np.ndarray) for size, axis in zip(x.shape, context.axes(x), strict=True)]
+    before = [_Dim(size, isinstance(axis, np.ndarray)) for size, axis in zip(x.shape, context.axes(x), strict=True)]
+    after = [_Dim(size, context.was_labelled(dim)) for dim, size in enumerate(out.shape)]
     # (2, 4, 3, 3) -> (2, 36) has the blocks [2]-[2] and [4 3 3]-[36]: each is merged, then split, on its own, so that
     # channels stay apart from a batch that a view only carries along.
-    for before, after in _blocks(x.shape, out.shape, wide):
-        merged = context.labels.merge([context.axes(x)[dim] for dim in before], [x.shape[dim] for dim in before])
-        for dim, axis in zip(after, context.labels.split(merged, [out.shape[dim] for dim in after]), strict=True):
-            axes[dim] = axis
+    for merged, split in _blocks(before, after):
+        axis = context.labels.merge([context.axes(x)[dim] for dim in merged], [x.shape[dim] for dim in merged])
+        for dim, each in zip(split, context.labels.split(axis, [out.shape[dim] for dim in split]), strict=True):
+            axes[dim] = each
     return tuple(axes)
 
 
-def _blocks(before: Sequence[int], after: Sequence[int], wide: Sequence[bool]) -> Iterator[tuple[list[int], list[int]]]:
+class _Dim(NamedTuple):
+    """A dimension, and whether channels stand on it; of a result, whether they did before the cut."""
+
+    size: int
+    labelled: bool
+
+
+def _blocks(before: Sequence[_Dim], after: Sequence[_Dim]) -> Iterator[tuple[list[int], list[int]]]:
     """Return the smallest runs of dimensions, of two shapes, that hold equally many elements.
 
-    Dimensions of size one belong nowhere, unless they carry a channel: `wide` tells which of `before` count.
+    Dimensions of size one belong nowhere, unless they carry a channel, the last one that a cut left. Such a one goes
+    with the run before it if the other side of that run is labelled, as in (2, 1, 6) -> (2, 6) where 2 images with one
+    head each were 8 of both.
     """
-    # An axis that the cut left one channel of still has its label, and belongs to the block of its neighbours.
-    left = [dim for dim, counts in enumerate(wide) if counts]
-    right = [dim for dim, size in enumerate(after) if size != 1]
+    left, right = ([dim for dim, each in enumerate(side) if each != (1, False)] for side in (before, after))
     while left and right:
         a, b = [left.pop(0)], [right.pop(0)]
-        while (m := math.prod(before[dim] for dim in a)) != (n := math.prod(after[dim] for dim in b)):
+        while (m := math.prod(before[dim].size for dim in a)) != (n := math.prod(after[dim].size for dim in b)):
             a.append(left.pop(0)) if m < n else b.append(right.pop(0))
+        while left and before[left[0]].size == 1 and any(after[dim].labelled for dim in b):
+            a.append(left.pop(0))
+        while right and after[right[0]].size == 1 and any(before[dim].labelled for dim in a):
+            b.append(right.pop(0))
         yield a, b
 
 
