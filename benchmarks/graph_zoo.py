@@ -3,7 +3,9 @@
     python benchmarks/graph_zoo.py [--part torchvision] [--only resnet18,vit_b_16] [--no-timing] [--missing]
 
 Parts: `torchvision` (all classifiers, Torch-Pruning beside them), `dense` (detection, segmentation, video, optical
-flow), `timm` (150 models over its families), `growth` (time over depth, DenseNet-201, a second cut).
+flow), `timm` (150 models over its families), `growth` (time over depth, DenseNet-201, a second cut); and, if they are
+installed (the extra `zoo`), `ultralytics`, `smp`, `monai`, `transformers`, `diffusers`, which are also pruned by half
+in one call that compares with masking, and then trained for a step.
 
 Every row is written as soon as it is there, to one dated file a part; rows that the same machine made that day or the
 day before stay until their model is measured again. `graph-zoo` sums up all parts.
@@ -25,8 +27,10 @@ from results_file import earlier, write
 from rich.progress import track
 from zoo import growth
 from zoo.check import TOLERANCE, Case, Row, check
+from zoo.foreign import PACKAGES
 from zoo.models import classifiers, dense, timm_cases
 from zoo.peer import beside_torch_pruning
+from zoo.usage import prune_and_train
 
 from compressor.errors import UnknownNameError
 
@@ -44,11 +48,17 @@ TIMED = (
     "(inception_v3: 299). Torch-Pruning may take as long as `--limit` says, and runs three times instead of five above "
     "20 s, once above 60 s."
 )
+USED = (
+    " `pruned %` and `prune s`: one call of `compressor.prune(model, inputs, 'l1', 0.5, verify=True)` on the same "
+    "model in single precision, with heads and width coupled where the code ties them. `trains`: a step of SGD "
+    "afterwards, on the mean square of all outputs in training mode."
+)
 NOTES = {
     "torchvision": CHECKED + TIMED,
     "dense": CHECKED + " Detectors are compared by their heads, before boxes are sorted and "
     f"suppressed; RAFT in single precision, to {TOLERANCE[torch.float32]}.",
     "timm": CHECKED + " Chosen by `benchmarks/zoo/choose.py`.",
+    **dict.fromkeys(PACKAGES, CHECKED + USED),
     "growth": "Trace and cut of half, single precision, medians of n. A channel-member is one channel on one dimension "
     "of one tensor.",
 }  # fmt: skip
@@ -60,8 +70,15 @@ def measures(part: str, timing: bool, limit_s: int) -> dict[str, Measure]:
     """Return what measures each model of a part, by name."""
     if part == "growth":
         return growth.MEASURES
+    if part in PACKAGES:
+        return {case.name: partial(_measure_use, case) for case in PACKAGES[part]()}
     cases = {"torchvision": classifiers, "dense": dense, "timm": timm_cases}[part]()
     return {case.name: partial(_measure, case, limit_s if timing and part == "torchvision" else 0) for case in cases}
+
+
+def _measure_use(case: Case, row: Row) -> None:
+    check(case, row)
+    prune_and_train(case, row)
 
 
 def _measure(case: Case, limit_s: int, row: Row) -> None:
@@ -101,6 +118,7 @@ def summary() -> list[Row]:
         _line("torchvision classifiers", "all 80 right, none wrong", _verdicts(rows["torchvision"])),
         _line("torchvision detection, segmentation, video, flow", "no crash, none wrong", _verdicts(rows["dense"])),
         _line("timm", ">= 95 % right, none wrong", _verdicts(rows["timm"])),
+        *(_line(part, "none wrong, no crash", _verdicts(rows[part])) for part in PACKAGES),
         _line("build + cut beside Torch-Pruning", ">= 10 times faster, slower on none", _ratios(rows["torchvision"])),
     ]
     for row in rows["growth"]:
@@ -140,7 +158,9 @@ def _ratios(rows: list[Row]) -> str:
 
 
 def main(
-    part: Annotated[str, typer.Option(help="torchvision, dense, timm, growth; several with commas")] = ",".join(NOTES),
+    part: Annotated[
+        str, typer.Option(help="torchvision, dense, timm, growth, or a package; several with commas")
+    ] = "torchvision,dense,timm,growth",
     only: Annotated[str, typer.Option(help="these models of the part, with commas between")] = "",
     timing: Annotated[bool, typer.Option(help="time the classifiers beside Torch-Pruning, which takes hours")] = True,
     limit: Annotated[int, typer.Option(help="seconds that Torch-Pruning may take for one model")] = 240,

@@ -44,8 +44,24 @@ CALLS = {
     "mean of whole numbers": lambda x: x.int().mean(-1, dtype=torch.float32),
     "layer norm": lambda x: F.layer_norm(x, x.shape[-1:]),
     "layer norm over two": lambda x: F.layer_norm(x, x.shape[-2:]),
+    "convolution": lambda x: conv(x, 6, 3, padding=1, bias=True),
+    "convolution with stride": lambda x: conv(x, 6, 2, stride=2),
+    "convolution of one pixel": lambda x: conv(x, 6, 1),
+    "dilated convolution": lambda x: conv(x, 4, 2, dilation=2, padding=1),
+    "convolution in blocks": lambda x: conv(x, 4, 1, groups=2),
+    "depthwise convolution": lambda x: conv(x, x.shape[1], 3, padding=1, groups=x.shape[1]),
+    "transposed convolution": lambda x: (
+        nn.ConvTranspose2d(x.shape[1], 4, 2, device="meta", dtype=x.dtype)(x) if x.dim() == 4 else x
+    ),
     "batch norm": lambda x: nn.BatchNorm2d(x.shape[1], device="meta", dtype=x.dtype).eval()(x) if x.dim() == 4 else x,
 }
+
+
+def conv(x: Tensor, channels: int, kernel: int, **how: object) -> Tensor:
+    kinds = {3: nn.Conv1d, 4: nn.Conv2d}
+    if x.dim() not in kinds or x.shape[-1] + 2 * how.get("padding", 0) < kernel * how.get("dilation", 1):
+        return x
+    return kinds[x.dim()](x.shape[1], channels, kernel, device="meta", dtype=x.dtype, **how)(x)
 
 
 def gate(shape: torch.Size) -> tuple[int, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -163,3 +165,23 @@ def test_what_does_not_count_of_an_output_may_lose_channels(verify: bool) -> Non
     assert result.reached
     assert model(X)["hidden"].shape[1] < 16
     assert model(X)["scores"].shape[1] == 4
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile")  # torch's, about the hooks by which we name modules
+def test_a_compiled_part_is_traced_as_what_it_is() -> None:
+    part = nn.Sequential(nn.BatchNorm2d(16), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), torch.compile(part), nn.Conv2d(16, 4, 1)).eval()
+    graph = compressor.trace(model, X)
+    assert graph.sizes() == {"0": 16}
+    compressor.cut(graph, {"0": range(8)})
+    assert part[0].num_features == 8
+
+
+def test_the_first_trace_of_a_process_imports_no_compiler() -> None:
+    code = "import sys, torch, compressor; from torch import nn; "
+    code += "net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)); "
+    code += (
+        "compressor.prune(net, torch.zeros(1, 3, 8, 8), 'l1', 0.4); print(*{'sympy', 'torch._dynamo'} & {*sys.modules})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "\n"

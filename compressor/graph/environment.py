@@ -101,6 +101,15 @@ def decomposed_layers(modules: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def compiled_parts_eager(modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Run submodules that `torch.compile` wrapped as they are: the compiler would look into our own code."""
+    is_compiled = any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in modules.values())
+    # Only then: the stance is of torch._dynamo, whose import takes seconds.
+    with torch.compiler.set_stance("force_eager") if is_compiled else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
 def module_names(modules: Mapping[str, nn.Module], context: TraceContext) -> Iterator[None]:
     """Keep `context.module` the qualified name of the module that runs, for reasons that name it."""
     names = {id(module): name for name, module in modules.items()}

@@ -53,6 +53,28 @@ def _layer_norm(x: Tensor, shape: list[int], *rest: object) -> Any:
     return x.clone(memory_format=torch.contiguous_format), x.new_empty(statistics), x.new_empty(statistics)
 
 
+def _convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> Any:
+    """A convolution in plain order; torch's own kernel imports sympy, which takes two seconds."""
+    space = x.dim() - 2
+    plain = x.is_contiguous() and weight.is_contiguous() and x.dim() == weight.dim() and x.dtype == weight.dtype
+    fits = not transposed and x.shape[1] == weight.shape[1] * groups and weight.shape[0] % groups == 0
+    if not plain or not fits or not len(stride) == len(padding) == len(dilation) == space:
+        return NotImplemented
+    settings = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    sizes = [(n + 2 * pad - dilate * (k - 1) - 1) // step + 1 for n, k, step, pad, dilate in settings]
+    return x.new_empty((x.shape[0], weight.shape[0], *sizes)) if min(sizes, default=0) > 0 else NotImplemented
+
+
 # Only what shows up hundreds of times in common networks. Every entry is compared with torch's own kernel in
 # tests/test_meta_kernels.py, over memory orders and types: a wrong stride here would make a later `view` fail or copy.
 _UNARY = "relu gelu silu hardswish hardsigmoid hardtanh sigmoid tanh leaky_relu elu mish exp sqrt"
@@ -61,6 +83,7 @@ META_KERNELS: dict[str, Callable[..., Any]] = {
     **{f"aten.{name}": _unary for name in _UNARY.split()},
     **{f"aten.{name}": _binary for name in ("add", "mul", "sub", "div")},
     "aten.mean": _mean,
+    "aten.convolution": _convolution,
     "aten.native_batch_norm": _batch_norm,
     "aten.native_layer_norm": _layer_norm,
 }

@@ -30,7 +30,7 @@ from compressor.graph.attributes import integer_attributes
 from compressor.graph.axes import BROADCAST, unlabeled
 from compressor.graph.calls import Call, comparable_args, memory_order, partition_tensors, tensors_in
 from compressor.graph.context import Axes, Origin, Rule, TensorInfo, TraceContext
-from compressor.graph.environment import decomposed_layers, module_names, preserve_module_state
+from compressor.graph.environment import compiled_parts_eager, decomposed_layers, module_names, preserve_module_state
 from compressor.graph.meta_kernels import META_KERNELS
 from compressor.graph.recording import OpLog, OpRecord, TensorRecord
 from compressor.graph.replay import Mismatch
@@ -67,6 +67,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     _stand_ins: dict[int, Tensor] = field(default_factory=dict)
     _originals: list[Tensor] = field(default_factory=list)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Return False: torch would wrap every operation in `torch._dynamo`, whose import takes seconds."""
+        return False
+
     def __post_init__(self) -> None:
         """Set up the dispatch mode, and find the model's tensors by their names."""
         super().__init__()  # type: ignore[no-untyped-call]
@@ -89,6 +94,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         with (
             preserve_module_state(self.model, training),
             decomposed_layers(modules),
+            compiled_parts_eager(modules),
             module_names(modules, self.context),
             self,
         ):
