@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from compressor.errors import InputError
 
@@ -143,7 +143,11 @@ def named_tensors(value: Any) -> list[tuple[str, Tensor]]:
 
     The order is torch's own, which is also that of an exported file.
     """
-    leaves = tree_flatten_with_path(value)[0]
+    leaves: list[tuple[Any, Any]]
+    try:
+        leaves = tree_flatten_with_path(value)[0]
+    except ValueError:  # a container that torch knows without its keys, as diffusers registers its outputs
+        leaves = [((number,), leaf) for number, leaf in enumerate(tree_leaves(value))]
     return [(_place(path), leaf) for path, leaf in leaves if isinstance(leaf, Tensor)]
 
 

@@ -127,8 +127,8 @@ class Labels:
         # all labels: an entry that was overwritten costs a second rectangle, never a wrong one.
         self._by_merged: dict[int, Rectangle] = {}
         self._by_factor: dict[int, tuple[Rectangle, int]] = {}
-        # By `id` of a merged axis, the axis itself (so that the id stays) and where channels border on space in it.
-        self._merged_with_space: dict[int, tuple[IntArray, set[int]]] = {}
+        # By `id` of a merged axis, the axis itself (so that the id stays) and where channels begin and end in it.
+        self._merged_with_space: dict[int, tuple[IntArray, list[tuple[int, int]]]] = {}
 
     # -- what is recorded while the model runs
 
@@ -175,7 +175,7 @@ class Labels:
         shape = [size if isinstance(axis, np.ndarray) else 1 for axis, size in zip(axes, sizes, strict=True)]
         result = np.broadcast_to(labelled.reshape(shape), sizes).ravel()
         if any(axis is UNPRUNABLE for axis in axes):
-            self._merged_with_space[id(result)] = result, _borders(axes, sizes)
+            self._merged_with_space[id(result)] = result, _channel_runs(axes, sizes)
         return result
 
     def split(self, axis: Axis, sizes: Sequence[int]) -> list[Axis]:
@@ -184,9 +184,8 @@ class Labels:
             return [BROADCAST if size == 1 else axis for size in sizes]
         if len(sizes) == 1:
             return [axis]
-        # Channels beside 4 x 4 pixels, [16 64] read as [64 4 4]: right for images of this size, and of no other.
-        if not self._borders_of(axis) <= set(np.cumprod(sizes).tolist()):
-            self.freeze(axis, "a view splits across the border between channels and space, which moves with image size")
+        if self.depends_on_image_size(axis, sizes):
+            self.freeze(axis, "a view splits channels from where space ends, which moves with the size of the image")
             return [unlabeled(size) for size in sizes]
         result: list[Axis] = [unlabeled(size) for size in sizes]
         wide = [index for index, size in enumerate(sizes) if size > 1]
@@ -195,9 +194,14 @@ class Labels:
             result[index] = factor
         return result
 
-    def _borders_of(self, axis: IntArray) -> set[int]:
-        known = self._merged_with_space.get(id(axis))
-        return known[1] if known else set()
+    def depends_on_image_size(self, axis: IntArray, sizes: Sequence[int]) -> bool:
+        """Return whether a split takes channels apart from where space ends.
+
+        Channels beside 4 x 4 pixels, [16 64] read as [64 4 4]: right for images of this size, and of no other.
+        """
+        _, runs = self._merged_with_space.get(id(axis), (axis, []))
+        ends = {1, *np.cumprod(sizes).tolist()}
+        return any(start not in ends and any(start < end < stop for end in ends) for start, stop in runs)
 
     def merge_arrays(self, arrays: Sequence[IntArray]) -> IntArray:
         """Return the labels of several labelled axes flattened into one."""
@@ -292,11 +296,10 @@ class Labels:
         return max(range(len(rectangle.factors)), key=merit)
 
 
-def _borders(axes: Sequence[Axis], sizes: Sequence[int]) -> set[int]:
-    """Return how many blocks there are in front of each border between channels and others: {16} of [16 64]."""
-    wide = [(isinstance(axis, np.ndarray), size) for axis, size in zip(axes, sizes, strict=True) if size > 1]
-    before = np.cumprod([size for _, size in wide]).tolist()
-    return {before[i] for i in range(len(wide) - 1) if wide[i][0] != wide[i + 1][0]}
+def _channel_runs(axes: Sequence[Axis], sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Return of every run of channels how many blocks there are in front of it, and with it: (16, 1024) of [16 64]."""
+    ends = np.cumprod([1, *sizes]).tolist()
+    return [(ends[i], ends[i + 1]) for i, axis in enumerate(axes) if isinstance(axis, np.ndarray)]
 
 
 _NO_REASON = np.iinfo(np.int64).max

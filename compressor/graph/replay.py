@@ -92,6 +92,8 @@ class ReplayLabels(Labels):
         """Return what was returned here while tracing; an axis of which one position is left keeps its label."""
         if not isinstance(axis, np.ndarray) or len(sizes) == 1:
             return super().split(axis, sizes)
+        if self.depends_on_image_size(axis, sizes):
+            return [unlabeled(size) for size in sizes]
         found = self._next([size for size in sizes if size > 1], keep_single=True)
         result: list[Axis] = []
         for size in sizes:
