@@ -79,6 +79,9 @@ def main() -> None:
     _show_warnings()
     try:
         app(prog_name="compress")
+    except OSError as error:  # of a help page that could not be printed, say
+        _complain(f"cannot write the output: {error.strerror or error}")
+        sys.exit(1)
     finally:
         _flush()
 

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -444,3 +445,13 @@ def test_odd_things_that_a_file_says_of_its_data_are_refused(extra: dict, tmp_pa
     result = compress("export", str(path), "--factory", "user_models:tiny")
     assert result.exit_code == 2
     assert "says odd things of its data" in result.stderr
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["inspect", "alexnet", "--image-size", "64"]])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_an_output_that_cannot_be_written_is_one_line_and_an_exit_code(words: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "compressor", *words]
+        found = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert found.returncode == 1
+    assert re.fullmatch(r"compress: cannot write[a-z ]*: No space left on device\n", found.stderr)

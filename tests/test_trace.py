@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import resource
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -308,3 +309,17 @@ def test_what_is_frozen_later_is_logged_and_noted(caplog: pytest.LogCaptureFixtu
     note = "group layer1.0.conv1 stays as it is: a test"
     assert graph.notes[-1] == note
     assert caplog.messages[-1] == note
+
+
+def test_graphs_are_made_in_several_threads_at_once() -> None:
+    def made(seed: int) -> dict[str, int]:
+        model = nn.Sequential(nn.Conv2d(3, 8 + seed, 3), nn.BatchNorm2d(8 + seed), nn.ReLU(), nn.Conv2d(8 + seed, 4, 1))
+        x = torch.zeros(1, 3, 8, 8)
+        for _ in range(5):
+            model(x.expand(2, -1, -1, -1))
+            graph = compressor.trace(model, x)
+        compressor.cut(graph, {"0": range(4)})
+        return {"first": model[0].out_channels, "left": graph.sizes()["0"]}
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(made, range(24))) == [{"first": 4, "left": 4}] * 24

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -114,13 +115,19 @@ def module_names(modules: Mapping[str, nn.Module], context: TraceContext) -> Ite
     """Keep `context.module` the qualified name of the module that runs, for reasons that name it."""
     names = {id(module): name for name, module in modules.items()}
     stack = [""]
+    thread = threading.get_ident()
 
-    # Global hooks, because a hook on the model's own modules would change their hook state.
+    # Global hooks, because a hook on the model's own modules would change their hook state; other threads' runs of
+    # other models meet them too, and are none of our business.
     def enter(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         stack.append(names.get(id(module), stack[-1]))
         context.module = stack[-1]
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         stack.pop()
         context.module = stack[-1]
 

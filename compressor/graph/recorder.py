@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import operator
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,8 @@ from compressor.graph.sizes import named_model_tensors
 
 logger = logging.getLogger(__name__)
 
+# A run leaves torch's switches and random states as they were, which two at once would not.
+_ONE_RUN_AT_A_TIME = threading.RLock()
 NOTHING_FOUND = "met a tensor without elements (give an example on which the model finds something)"
 _CONSTANT_NUMEL = 1 << 20  # constants up to here keep their data: tables of positions, masks
 _SAME_VALUES = ("t", "transpose", "permute", "view", "alias", "detach", "_to_copy", "clone", "squeeze", "unsqueeze")
@@ -92,6 +95,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         args, kwargs = as_arguments(tree_map(self._input, example_inputs))
         modules = self._modules
         with (
+            _ONE_RUN_AT_A_TIME,
             preserve_module_state(self.model, training),
             decomposed_layers(modules),
             compiled_parts_eager(modules),
