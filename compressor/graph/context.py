@@ -152,8 +152,10 @@ class TraceContext:
     def info(self, tensor: Tensor) -> TensorInfo:
         """Return what is known of a tensor; a tensor never seen is a constant without channels."""
         found = self._info.get(id(tensor))
+        if found is not None:
+            return found
         strides = tensor.stride() if tensor.layout == torch.strided else tensor.shape
-        return found or TensorInfo(tuple(map(_constant_axis, tensor.shape, strides)))
+        return TensorInfo(tuple(map(_constant_axis, tensor.shape, strides)))
 
     def axes(self, tensor: Tensor) -> Axes:
         """Return the axes of a tensor, one per dimension."""
