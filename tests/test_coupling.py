@@ -131,3 +131,8 @@ def tokenwise(out: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
 def test_a_model_without_heads_is_not_tried() -> None:
     graph = compressor.trace(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)), X.float())
     assert graph.blocks == ()
+
+
+def test_what_is_coupled_stands_in_the_result() -> None:
+    result = compressor.prune(shake(Transformer()).eval(), X, "l1", 0.3, round_to=1)
+    assert any("stem" in note and "lose channels in proportion" in note for note in result.notes)

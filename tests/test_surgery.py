@@ -230,7 +230,7 @@ class Listing(torch.optim.SGD):
 HOPELESS = {
     "LBFGS": (torch.optim.LBFGS, "LBFGS keeps '"),
     "Adafactor": (torch.optim.Adafactor, "Adafactor keeps 'row_var' of shape"),
-    "a list": (Listing, "Listing keeps 'factors' of several"),
+    "a list": (Listing, "Listing keeps 'factors', a list of tensors, for a weight"),
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
 from compressor.errors import InputError
-
-_PLAIN = torch.contiguous_format
 
 
 @contextmanager
@@ -75,11 +73,21 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
 
     By the strides: of a 1x1 kernel torch says that it is laid out both ways, but it computes by the strides.
     """
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if last is None:
+    dims = range(tensor.dim())
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(len(dims))
+    if last is None or tensor.stride() == _dense_strides(tensor.shape, dims):
         return torch.contiguous_format
-    in_format = {each: torch.empty(tensor.shape, device="meta", memory_format=each).stride() for each in (last, _PLAIN)}
-    return last if tensor.stride() == in_format[last] != in_format[_PLAIN] else _PLAIN
+    is_last = tensor.stride() == _dense_strides(tensor.shape, (0, *dims[2:], 1))
+    return last if is_last else torch.contiguous_format
+
+
+def _dense_strides(shape: Sequence[int], order: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a tensor whose dimensions lie in this order, the slowest first."""
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(shape[dim], 1)
+    return tuple(strides)
 
 
 def unwrap_compiled(model: nn.Module) -> nn.Module:

@@ -155,6 +155,7 @@ class ChannelGraph:
         self.offsets = fresh.offsets
         self.table = fresh.table
         self.recording = fresh.recording
+        self.coupled = fresh.coupled
         return missing
 
     def narrow(self, removed: BoolArray, recording: Recording) -> None:
@@ -169,7 +170,7 @@ class ChannelGraph:
         exact = {group.name: group.exact for group in self.groups}
         table = self.table.without(removed)
         parts = {group.name: group for group in table.groups([exact.get(name, True) for name in table.names])}
-        for name, shares in self.coupled.items():
+        for name, shares in ((name, each) for name, each in self.coupled.items() if name in exact):
             parts[name] = replace(_joined(name, [parts[each] for each in shares], shares), exact=exact.get(name, True))
         self.table = table
         self.recording = recording

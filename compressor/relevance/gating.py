@@ -37,7 +37,7 @@ def may_reuse_memory(module: nn.Module) -> bool:
 def in_checkpoint() -> bool:
     """Return whether what runs now will run again in the backward pass, under `torch.utils.checkpoint`."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    is_reentrant = not torch.is_grad_enabled()
+    is_reentrant = not torch.is_grad_enabled()  # of that kind the first pass records nothing
     return is_reentrant or any(getattr(hook, "__module__", "") == "torch.utils.checkpoint" for hook in hooks or ())
 
 

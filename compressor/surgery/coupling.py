@@ -31,7 +31,7 @@ def couple_blocks(graph: ChannelGraph) -> None:
         return
     beside = {name: graph.wider_groups_beside(name) for name in heads}
     tied = _refused(graph, {name for names in beside.values() for name in names})
-    for names in _joined({name: [each for each in beside[name] if each in tied] for name in heads}):
+    for names in _connected({name: [each for each in beside[name] if each in tied] for name in heads}):
         sizes = graph.sizes()
         if len(names) < 2 or math.gcd(*(sizes[name] for name in names)) < 2:
             continue
@@ -40,7 +40,9 @@ def couple_blocks(graph: ChannelGraph) -> None:
         if _refused(graph, [coupled]):
             graph.restore(before)
         else:
-            logger.info("%s lose channels in proportion: the model's code ties their numbers", ", ".join(names))
+            note = f"groups {', '.join(names)} lose channels in proportion: the model's code ties their numbers"
+            logger.info(note)
+            graph.notes += (note,)
 
 
 def _refused(graph: ChannelGraph, names: Iterable[str]) -> list[str]:
@@ -61,7 +63,7 @@ def _refused(graph: ChannelGraph, names: Iterable[str]) -> list[str]:
     return refused
 
 
-def _joined(neighbours: Mapping[str, Iterable[str]]) -> list[list[str]]:
+def _connected(neighbours: Mapping[str, Iterable[str]]) -> list[list[str]]:
     """Return the connected sets of names, each in the order in which it was met."""
     sets: list[list[str]] = []
     for name, others in neighbours.items():

@@ -201,7 +201,7 @@ def _take_back() -> NoReturn:
 def _verified(graph: ChannelGraph, removed: BoolArray) -> Recording:
     """Run the cut model without data and hold it against the trace; give the recording for the next cut.
 
-    Where a module's code does not follow, its attributes that say a size follow once, and so do those of its like.
+    Where a module's code does not follow, its attributes that say a size follow, and so do those of its like.
     """
     recording = graph.recording
     after = recording.without(removed)

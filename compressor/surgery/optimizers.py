@@ -42,11 +42,11 @@ def require_followed(optimizers: Iterable[Optimizer]) -> None:
         for key, value in _state_after_a_step(optimizer, weight).items():
             sized = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.numel() > 1]
             if sized and (sized != [value] or value.shape != weight.shape):
-                kind = type(optimizer).__name__
-                what = f"shape {tuple(value.shape)} for a weight of shape (3, 2)" if sized == [value] else "several"
+                is_tensor = sized == [value]
+                what = f" of shape {tuple(value.shape)}" if is_tensor else f", a {type(value).__name__} of tensors,"
                 raise InputError(
-                    f"{kind} keeps {key!r} of {what}, which does not say what belongs to a channel, so it cannot go on "
-                    "after a cut: use SGD, Adam(W) or RMSprop"
+                    f"{type(optimizer).__name__} keeps {key!r}{what} for a weight of shape (3, 2), which does not say "
+                    "what belongs to a channel, so it cannot go on after a cut: use SGD, Adam(W) or RMSprop"
                 )
 
 
