@@ -316,7 +316,6 @@ def inspect_(
     """Show which channels of a model can be cut together, what each costs, and what is frozen and why."""
     if svg and svg.suffix != ".svg":
         raise InputError(f"--svg {svg} is not the name of a picture: give one that ends in .svg, as in --svg graph.svg")
-    import torch
 
     if model.endswith(".safetensors"):
         network, shape = job.saved.loaded(Path(model), factory, image_size)
@@ -324,7 +323,8 @@ def inspect_(
         side = image_size or 224
         network = training.models.build(model, classes=classes, stem=stem, seed=0)
         shape = (3, side, side)
-    channels = graph.trace(network, torch.zeros(1, *shape))
+    job.require_memory((1, *shape))
+    channels = graph.trace(network, job.saved.example(network, shape))
     if svg:
         with atomic_write(svg) as part:
             part.write_text(report.draw_graph(channels), encoding="utf-8")
@@ -343,13 +343,12 @@ def export(
     image_size: ImageSize = None,
 ) -> None:
     """Write a saved model as ONNX, and prove with onnxruntime that it gives the same outputs."""
-    import torch
 
     target = out or file.with_suffix(".onnx")
     if target.suffix != ".onnx":
         raise InputError(f"--out {target} is not the name of an ONNX file: give one that ends in .onnx")
     model, shape = job.saved.loaded(file, factory, image_size)
-    made = deploy.export_onnx(model, target, torch.zeros(1, *shape))
+    made = deploy.export_onnx(model, target, job.saved.example(model, shape))
     typer.echo(
         f"{made.path}: {report.size(made.size_bytes)}, opset {made.opset}; largest difference from PyTorch "
         f"{made.relative:.1e} of the outputs' scale, {made.images} inputs, {', '.join(made.providers)}"
@@ -368,13 +367,19 @@ def benchmark(
     """Time models in turns, in one run: .safetensors files in PyTorch, .onnx files in onnxruntime."""
     for size in batch_size:
         times = job.saved.timed(files, size, device, threads, factory, image_size)
-        first = next(iter(times.values())).p50_ms
+        first = next(iter(times.values())).latency.p50_ms
         rows = [
-            (str(file), *map(report.milliseconds, (t.p50_ms, t.p90_ms, t.p99_ms)), str(t.n), f"{first / t.p50_ms:.2f}")
-            for file, t in times.items()
+            (
+                file,
+                ", ".join("x".join(map(str, shape)) or "1" for shape in each.shapes),
+                *map(report.milliseconds, (each.latency.p50_ms, each.latency.p90_ms, each.latency.p99_ms)),
+                str(each.latency.n),
+                f"{first / each.latency.p50_ms:.2f}",
+            )
+            for file, each in times.items()
         ]
         title = f"milliseconds, batch {size}, {device}, {threads} thread{'s' * (threads > 1)}"
-        _print_table(title, ("file", "p50", "p90", "p99", "calls", "times as fast"), rows)
+        _print_table(title, ("file", "inputs", "p50", "p90", "p99", "calls", "times as fast"), rows, (0, 1))
 
 
 @app.command("report")

@@ -303,6 +303,9 @@ BAD: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "benchmark": (nothing, "benchmark none.onnx", "there is no file none.onnx"),
     "benchmark kind": (a_run, "benchmark run/config.toml", "run/config.toml is no model file"),
     "benchmark damaged": (a_run, "benchmark run/model.onnx", "run/model.onnx is no ONNX file"),
+    "precision": (nothing, "--model user_models:half", "'0.weight' of user_models:half is torch.float16, and images"),
+    "all classes": (nothing, "inspect resnet18 --classes 1000000000", "classes = 1000000000 is out of range: give"),
+    "large images": (nothing, "inspect resnet18 --image-size 200000", "inputs of 1 x 3 x 200000 x 200000 need about"),
     "report": (a_run, "report run", "run holds no report.json; give the folder of a finished run"),
 }  # fmt: skip
 
@@ -400,6 +403,50 @@ def test_export_and_benchmark_take_what_was_saved(saved: Path, tmp_path: Path) -
     assert "batch 1, cpu, 1 thread" in shown
     assert "batch 3, cpu, 1 thread" in shown
     assert shown.count("small.onnx") == shown.count("small.safetensors") == 2
+
+
+def onnx_file(path: Path, **inputs: tuple[int, list[int | str | None]]) -> None:
+    """Write an ONNX file that hands its inputs on as floats; each has a type and a shape."""
+    from onnx import TensorProto, helper, save
+
+    ends = [(name, f"{name}_out", kind, shape) for name, (kind, shape) in inputs.items()]
+    graph = helper.make_graph(
+        [helper.make_node("Cast", [name], [out], to=TensorProto.FLOAT) for name, out, _, _ in ends],
+        "g",
+        [helper.make_tensor_value_info(name, kind, shape) for name, _, kind, shape in ends],
+        [helper.make_tensor_value_info(out, TensorProto.FLOAT, shape) for _, out, _, shape in ends],
+    )
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+
+
+FLOAT, UINT8, INT64, FLOAT16, BFLOAT16 = 1, 2, 7, 10, 16
+OTHERS = {  # what is in the file, what is typed, and the inputs that it gets or what is said
+    "scalar": ({"x": (FLOAT, ["b", 3, 8, 8]), "s": (FLOAT, [])}, "", "1x3x8x8, 1"),
+    "fixed batch": ({"x": (FLOAT, [4, 3, 8, 8])}, "", "input 'x' of m.onnx is (4, 3, 8, 8), with a fixed batch: g"),
+    "its batch": ({"x": (FLOAT, [4, 3, 8, 8])}, "--batch-size 4", "4x3x8x8"),
+    "fixed size": ({"x": (FLOAT, ["b", 3, 8, 8])}, "--image-size 9", "input 'x' of m.onnx is (b, 3, 8, 8), with a f"),
+    "any size": ({"x": (FLOAT, ["b", 3, "h", "w"])}, "", "input 'x' of m.onnx is (b, 3, h, w), and its height an"),
+    "a size": ({"x": (FLOAT, ["b", 3, "h", "w"])}, "--image-size 9", "1x3x9x9"),
+    "channels last": ({"x": (UINT8, [None, None, None, 3])}, "--image-size 9", "1x9x9x3"),
+    "half": ({"x": (FLOAT16, ["b", 3, 8, 8])}, "", "1x3x8x8"),
+    "text": ({"ids": (INT64, ["b", 16]), "mask": (INT64, ["b", 16])}, "--batch-size 2", "2x16, 2x16"),
+    "any length": ({"ids": (INT64, ["b", "s"])}, "", "input 'ids' of m.onnx is (b, s), and nothing says how long d"),
+    "odd type": ({"x": (BFLOAT16, ["b", 3])}, "", "input 'x' of m.onnx is tensor(bfloat16): only inputs of floats"),
+    "no memory": ({"x": (FLOAT, ["b", 99])}, "--batch-size 99999999999", "inputs of 99999999999 x 99 need about"),
+    "threads": ({"x": (FLOAT, ["b", 99])}, "--threads 99999", "threads = 99999 is out of range: give threads in 1 to"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_files_of_others_are_fed_what_they_declare(case: str, tmp_path: Path) -> None:
+    inputs, words, expected = OTHERS[case]
+    onnx_file(tmp_path / "m.onnx", **inputs)
+    result = compress("benchmark", "m.onnx", *(words if "batch" in words else f"--batch-size 1 {words}").split())
+    if result.exit_code:
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"compress: {expected}")
+    else:
+        assert expected in result.stdout
 
 
 def test_report_renders_again_what_is_in_the_json(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from .export import require_exportable as require_exportable
 from .flops import fvcore_macs as fvcore_macs
 from .machine import describe_machine as describe_machine
 from .model_file import Description as Description
+from .onnx_inputs import example_inputs as example_inputs
 from .session import open_session as open_session
 from .timing import Latency as Latency
 from .timing import Runner as Runner
 from .timing import measure as measure
 from .timing import onnx_runner as onnx_runner
+from .timing import session_runner as session_runner
 from .timing import torch_runner as torch_runner

@@ -1,4 +1,5 @@
 from . import saved as saved
+from .capacity import require_memory as require_memory
 from .folder import resumed as resumed
 from .main_job import run as run
 from .options import as_written as as_written

@@ -17,6 +17,7 @@ from torch import nn
 
 from compressor import report
 from compressor._utils import StopRequest
+from compressor.errors import InputError
 from compressor.graph import trace
 from compressor.job.folder import clear_unfinished, locked, require_usable, resumed, start
 from compressor.job.results import finish
@@ -85,6 +86,12 @@ def _run_in(
 def _initial(settings: Settings, data: Data) -> nn.Module:
     """Return the dense model as both ways begin with it."""
     model = models.build(settings.model, classes=len(data.classes), stem=settings.stem, seed=settings.seed)
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype is not torch.float32:
+            raise InputError(
+                f"{name!r} of {settings.model} is {parameter.dtype}, and images come as torch.float32: let its "
+                "factory return model.float(); for other precisions use compressor.prune in a loop of your own"
+            )
     if settings.weights:
         load_weights(model, Path(settings.weights))
     return model

@@ -9,24 +9,28 @@ from typing import Annotated, Any
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compressor.deploy import (
     Description,
     Latency,
     Runner,
     describe,
+    example_inputs,
     load,
     measure,
-    onnx_runner,
     open_session,
+    session_runner,
     torch_runner,
 )
 from compressor.errors import ArtifactError, InputError
+from compressor.job.capacity import require_memory, require_threads
 from compressor.job.device import usable_device
 from compressor.training import models
 
 Shape = tuple[int, ...]  # of one image, (C, H, W)
+
+_TOO_MUCH = "this machine has too little memory for {} images at once: give a smaller --batch-size or --image-size"
 
 
 def loaded(path: Path, factory: str = "", image_size: int | None = None) -> tuple[nn.Module, Shape]:
@@ -51,18 +55,36 @@ def loaded(path: Path, factory: str = "", image_size: int | None = None) -> tupl
         )
     make = partial(models.build, factory, classes=_classes(path, description)) if factory else None
     channels, height, width = _extra(path, description).image_shape
-    return load(path, factory=make), (channels, image_size or height, image_size or width)
+    shape = (channels, image_size or height, image_size or width)
+    require_memory((1, *shape))
+    return load(path, factory=make), shape
+
+
+def example(model: nn.Module, shape: Shape, batch_size: int = 1) -> Tensor:
+    """Return noise for a model to run on, `(batch_size, *shape)`, in the precision of its weights."""
+    weights = (each for each in model.parameters() if each.is_floating_point())
+    images = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
+    return images.to(next(weights, images).dtype)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """How long a model in a file takes, and for inputs of which shapes, the batch included."""
+
+    latency: Latency
+    shapes: tuple[Shape, ...]
 
 
 def timed(
     files: list[Path], batch_size: int, device: str, threads: int, factory: str, image_size: int | None
-) -> dict[str, Latency]:
+) -> dict[str, Timed]:
     """Time models in files in turns: .safetensors files in PyTorch, .onnx files in onnxruntime.
 
     Raises:
         InputError: files of another kind, or a device that cannot be used.
         ArtifactError: a file that cannot be read.
     """
+    require_threads(threads)
     makers = {".safetensors": partial(_in_torch, factory=factory), ".onnx": partial(_in_onnxruntime, threads=threads)}
     for file in files:
         if file.suffix not in makers:
@@ -71,29 +93,41 @@ def timed(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        runners = {str(file): makers[file.suffix](file, batch_size, device, image_size) for file in files}
-        return measure(runners)
+        made = {str(file): makers[file.suffix](file, batch_size, device, image_size) for file in files}
+        times = measure({name: runner for name, (runner, _) in made.items()})
+        return {name: Timed(times[name], shapes) for name, (_, shapes) in made.items()}
+    except MemoryError as error:
+        raise InputError(_TOO_MUCH.format(batch_size)) from error
+    except RuntimeError as error:  # torch and onnxruntime have no class of their own for it on a CPU
+        if "alloc" not in str(error):
+            raise
+        raise InputError(_TOO_MUCH.format(batch_size)) from error
     finally:
         torch.set_num_threads(before)
 
 
-def _in_torch(file: Path, batch_size: int, device: str, image_size: int | None, *, factory: str) -> Runner:
+_Made = tuple[Runner, tuple[Shape, ...]]
+
+
+def _in_torch(file: Path, batch_size: int, device: str, image_size: int | None, *, factory: str) -> _Made:
     model, shape = loaded(file, factory, image_size)
-    return torch_runner(model.to(device), torch.randn(batch_size, *shape))
+    require_memory((batch_size, *shape))
+    return torch_runner(model.to(device), example(model, shape, batch_size)), ((batch_size, *shape),)
 
 
-def _in_onnxruntime(file: Path, batch_size: int, device: str, image_size: int | None, *, threads: int) -> Runner:
-    channels, *sides = _image_shape(file)
-    size = [image_size or side for side in sides]
-    return onnx_runner(file, torch.randn(batch_size, channels, *size), device, threads=threads)
+def _in_onnxruntime(file: Path, batch_size: int, device: str, image_size: int | None, *, threads: int) -> _Made:
+    session = _opened(file, device, threads)
+    inputs = example_inputs(session, batch_size, image_size, name=str(file), check=require_memory)
+    return session_runner(session, inputs, torch.device(device)), tuple(tuple(each.shape) for each in inputs.values())
 
 
-def _image_shape(file: Path) -> list[Any]:
-    """Read from an ONNX file which images it takes."""
+def _opened(file: Path, device: str, threads: int) -> Any:
     if not file.is_file():
-        raise ArtifactError(f"there is no file {file}: give a model that compress exported")
+        raise ArtifactError(f"there is no file {file}: give an ONNX file")
     try:
-        return list(open_session(file).get_inputs()[0].shape[1:])
+        return open_session(file, device, threads=threads)
+    except InputError:
+        raise
     except Exception as error:  # onnxruntime's own exceptions share no base class of their own
         raise ArtifactError(f"{file} is no ONNX file that onnxruntime can read: {error}") from error
 

@@ -25,6 +25,7 @@ from compressor.errors import InputError, RangeError, UnknownNameError
 logger = logging.getLogger(__name__)
 
 STEMS = ("imagenet", "cifar")
+_MOST = 1_000_000  # classes and input channels: far more fill the memory before anything is refused
 
 # What a factory needs beside the number of classes. Auxiliary classifiers exist for training from the 2014 recipe only;
 # init_weights is named because torchvision warns about its own default.
@@ -59,8 +60,8 @@ class ModelSpec:
             raise InputError(f"factory = {self.factory!r} is no name: give the name of a model")
         # `type(...) is`, not isinstance: True would pass for one class.
         for name, value in (("classes", self.classes), ("in_channels", self.in_channels)):
-            if type(value) is not int or value < 1:
-                raise RangeError(name, value, "1, 2, 3, ...")
+            if type(value) is not int or not 1 <= value <= _MOST:
+                raise RangeError(name, value, f"1 to {_MOST:,}")
         if self.stem not in STEMS:
             raise UnknownNameError("stem", str(self.stem), STEMS)
 
