@@ -296,3 +296,24 @@ def test_another_choice_of_the_cut_model_does_not_refuse_what_is_right(name: str
     expected = masked(graph, keep)(X)
     compressor.cut(graph, keep)
     assert relative_error(model(X), expected) <= 1e-12
+
+
+class Boxes(nn.Module):
+    """Boxes from a head, as detectors make them: slices of one, put together and flattened, and a label of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.head(torch.relu(self.stem(x))).flatten(2).view(1, 3, 4, -1).permute(0, 3, 1, 2).reshape(-1, 4)
+        shift, size = y[:, 0::4], y[:, 1::4]
+        return torch.stack((shift - size, shift + size), dim=2).flatten(1), torch.full((len(y),), 1.0) * 2
+
+
+def test_slices_of_one_are_read_as_in_the_trace() -> None:
+    model = Boxes()
+    graph = compressor.trace(model, torch.randn(1, 3, 4, 4))
+    verify_against_recording(graph, graph.recording)
+    compressor.cut(graph, {"stem": [0, 5, 6]})
+    assert model(torch.randn(1, 3, 4, 4))[0].shape == (48, 2)

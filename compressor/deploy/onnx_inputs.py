@@ -61,8 +61,8 @@ def example_inputs(
     for slot in slots:
         if slot.type not in _DTYPES:
             raise InputError(
-                f"input {slot.name!r} of {name} is {slot.type}: only inputs of floats, integers and booleans can be made"
-                " up"
+                f"input {slot.name!r} of {name} is {slot.type}: only inputs of floats, integers and booleans can be"
+                " made up"
             )
     sizes = {slot.name: _sizes(slot.name, slot.shape, batch_size, image_size, batches, name) for slot in slots}
     if check:

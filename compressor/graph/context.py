@@ -264,8 +264,8 @@ class TraceContext:
         self.labels.tie(np.broadcast_to(first, block.shape).ravel(), block.ravel())
         return np.ascontiguousarray(first).ravel()
 
-    def was_labelled(self, dim: int) -> bool:
-        """Return whether a dimension of the result carried channels before a cut, of which one may be left."""
+    def was_labelled(self, tensor: Tensor, dim: int) -> bool:
+        """Return whether `dim` of the result carried channels before a cut that left this tensor smaller."""
         return False
 
     def require_size(self, tensor: Tensor, dim: int) -> None:

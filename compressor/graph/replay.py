@@ -159,11 +159,18 @@ class ReplayContext(TraceContext):
         block = axis.reshape(rows, -1)
         return block[0] if tie == 0 else block[:, 0]
 
-    def was_labelled(self, dim: int) -> bool:
-        """Return whether a dimension of the result carried channels before the cut."""
-        if self.index >= len(self._recording.log.records):
+    def was_labelled(self, tensor: Tensor, dim: int) -> bool:
+        """Return whether `dim` of the result carried channels before the cut, if that left the tensor smaller.
+
+        Where nothing went, a dimension of size one is none that a cut left, and is read as it was in the trace.
+        """
+        origin = self.origins.get(id(tensor), ("constant",))
+        records = self._recording.log.records
+        if self.index >= len(records):
             return False
-        slots = self._recording.log.records[self.index].results[0].slots
+        if origin[0] == "op" and records[origin[1]].results[origin[2]].shape == tuple(tensor.shape):
+            return False
+        slots = records[self.index].results[0].slots
         return dim < len(slots) and not isinstance(slots[dim], Unlabeled)
 
     def require_size(self, tensor: Tensor, dim: int) -> None:

@@ -18,7 +18,7 @@ def view(context: TraceContext, out: Tensor, x: Tensor, *args: object, **kwargs:
     """Merge and split dimensions, one block of them at a time."""
     axes: list[Axis] = [BROADCAST] * out.dim()
     before = [_Dim(size, isinstance(axis, np.ndarray)) for size, axis in zip(x.shape, context.axes(x), strict=True)]
-    after = [_Dim(size, context.was_labelled(dim)) for dim, size in enumerate(out.shape)]
+    after = [_Dim(size, context.was_labelled(x, dim)) for dim, size in enumerate(out.shape)]
     # (2, 4, 3, 3) -> (2, 36) has the blocks [2]-[2] and [4 3 3]-[36]: each is merged, then split, on its own, so that
     # channels stay apart from a batch that a view only carries along.
     for merged, split in _blocks(before, after):
