@@ -87,8 +87,8 @@ def test_nothing_is_left_open() -> None:
     assert (watching.when, watching.finetune_epochs, watching.relevance_estimator) == ("during", None, "gate")
     assert (after.when, after.finetune_epochs, after.relevance_estimator) == ("after", 3, None)
     assert watching.device in ("cpu", "cuda")
-    assert (watching.compensate, watching.recalibrate, watching.verify) == ("mean", 0, True)
-    assert (after.compensate, after.recalibrate, after.verify) == ("mean", 2000, True)
+    assert (watching.compensate, watching.recalibrate, watching.verify) == ("linear", 0, True)
+    assert (after.compensate, after.recalibrate, after.verify) == ("linear", 2000, True)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,10 @@ class Settings:
     only: tuple[str, ...] = option((), "How much", "The groups that may lose channels; may be repeated.", "all")
 
     compensate: Compensation | None = option(
-        None, "Cuts", "Fold a removed channel's mean into the next layer, or none.", COMPENSATIONS[0]
+        None,
+        "Cuts",
+        "Into what stays goes what predicts a removed channel (linear), its mean, or none.",
+        COMPENSATIONS[0],
     )
     recalibrate: int | None = option(
         None,

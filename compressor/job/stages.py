@@ -39,7 +39,8 @@ from compressor.training import (
 Progress = Callable[[str, int, int], None]  # what, done, total
 
 VERIFIED_IMAGES = 8  # on which a cut is compared with the masked model
-CALIBRATION_IMAGES = 512  # over which the means of removed channels are taken
+# Over which means and covariances are taken: 4 for each channel of a ResNet's widest group, as its last layer sees it.
+CALIBRATION_IMAGES = 2048
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,9 @@ class Stages:
             return
         for parameter in double.parameters():
             parameter.grad = torch.ones_like(parameter)  # some gradient, so that a criterion that wants one can judge
-        result = self._cut(double, "random" if settings.criterion == OBSERVING else settings.criterion)
+        # With few images it is also tried whether they are enough; more always are.
+        images = CALIBRATION_IMAGES if len(self.data.train) < CALIBRATION_IMAGES else 0
+        result = self._cut(double, "random" if settings.criterion == OBSERVING else settings.criterion, images)
         if not result.reached:
             raise BudgetError(result.measure, result.asked, result.removed, result.blocked)
 
@@ -195,6 +198,7 @@ class Stages:
             round_to=settings.round_to,
             limits=settings.limits(),
             compensate=settings.compensate,
+            calibration=self._calibration(CALIBRATION_IMAGES) if settings.compensate == "linear" else None,
             verify=settings.verify,
             seed=settings.seed,
             relevance=settings.relevance() if settings.criterion == OBSERVING else None,
@@ -215,8 +219,9 @@ class Stages:
         recalibrate(model, self.data.train, images=self.settings.recalibrate or 0, device=self.settings.device)
 
     def _cut(self, model: nn.Module, criterion: str, images: int = 0) -> PruneResult:
-        """Cut a model on so many calibration images, at least those that the cut is verified on."""
+        """Cut a model, compensated over so many calibration images; verified on a few in any case."""
         settings = self.settings
+        compensate = settings.compensate if images else "none"
         return prune(
             model,
             self._example(),
@@ -226,8 +231,8 @@ class Stages:
             round_to=settings.round_to,
             seed=settings.seed,
             limits=settings.limits(),
-            calibration=self._calibration(images) if settings.verify or settings.compensate == "mean" else None,
-            compensate=settings.compensate,
+            calibration=self._calibration(images) if settings.verify or compensate != "none" else None,
+            compensate=compensate,
             verify=settings.verify,
         )
 
@@ -235,7 +240,7 @@ class Stages:
         """Return the first images of the training part as batches: a small one to verify on, then the others."""
         few = [next(iter(self.data.train.batches(VERIFIED_IMAGES, device=self.settings.device)))[0]]
         batches = self.data.train.batches(self.settings.batch_size, device=self.settings.device)
-        return few + [inputs for inputs, _ in islice(batches, images // self.settings.batch_size)]
+        return few + [inputs for inputs, _ in islice(batches, -(-images // self.settings.batch_size))]
 
     def _sum_gradients(self, model: nn.Module) -> None:
         """Leave the gradient of the loss over the training part on the model's parameters."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor.budget import Budget, Limits, PruneResult, PruningProgress, Scope, SelectionOptions
 from compressor.criteria import Criterion, Snapshot, lookup, score
 from compressor.errors import IdleArgumentError, InputError, UnknownNameError
+from compressor.graph import ChannelGraph
 from compressor.pruning.to_budget import CutOptions, prune_to_budget, traced
-from compressor.surgery import Compensation, all_optimizers, input_means
+from compressor.surgery import Compensation, Moments, all_optimizers, input_means, input_moments
 
 
 def prune(
@@ -47,8 +48,9 @@ def prune(
         optimizer: optimizers whose state is sliced along.
         copies: models that lose the same channels, as for `compressor.cut`.
         calibration: batches of real inputs, for `compensate` and `verify`.
-        compensate: "mean" folds what a removed channel carried on average, over `calibration`, into the next bias or
-            running mean; "none" does not. None: "mean" where there is `calibration`.
+        compensate: "linear" moves what the channels that stay predict of a removed one, over `calibration`, into
+            their weights, and the rest of its mean into the next bias or running mean; "mean" does so with its mean
+            alone, and "none" with nothing. None: "linear" where there is `calibration`.
         verify: also compare every cut with the masked model, on the first batch of `calibration`, or on
             `example_inputs` where there is none; a group whose cut differs from its mask stays whole, like every group
             that refuses.
@@ -69,7 +71,7 @@ def prune(
     selection = SelectionOptions(scope, round_to)
     judge = lookup(criterion)
     batches = list(calibration or ())
-    folds = _folds(compensate, batches, verify)
+    chosen = _chosen(compensate, batches, verify)
     graph = traced(model, example_inputs, outputs)
     progress = PruningProgress(graph)
     shares = (limits or Limits()).shares(graph)
@@ -79,22 +81,32 @@ def prune(
         lambda groups: score(judge, groups, Snapshot.from_model(graph.model, generator)),
         budget,
         CutOptions(selection, shares, all_optimizers(optimizer), list(copies), verify),
-        means=input_means(graph, batches) if folds else None,
+        means=KNOWN[chosen](graph, batches),
         real_inputs=batches[0] if batches else example_inputs,
     )
     return progress.result(budget, made.blocked if made else ())
 
 
-def _folds(compensate: Compensation | None, batches: list[Any], verify: bool) -> bool:
-    """Return whether means are folded, if real inputs are there where they are needed, and only there."""
+# What has to be known of the consumers' inputs for each way of compensation.
+KNOWN: dict[Compensation, Callable[[ChannelGraph, list[Any]], Moments | Mapping[str, Tensor] | None]] = {
+    "linear": input_moments,
+    "mean": input_means,
+    "none": lambda graph, batches: None,
+}
+
+
+def _chosen(compensate: Compensation | None, batches: list[Any], verify: bool) -> Compensation:
+    """Return how to compensate, if real inputs are there where they are needed, and only there."""
     if compensate is None:
-        return bool(batches)
+        return "linear" if batches else "none"
     require_compensation(compensate)
-    if compensate == "mean" and not batches:
-        raise InputError("compensate='mean' needs real inputs: pass calibration=[inputs, ...], or compensate='none'")
+    if compensate != "none" and not batches:
+        raise InputError(
+            f"compensate={compensate!r} needs real inputs: pass calibration=[inputs, ...], or compensate='none'"
+        )
     if batches and compensate == "none" and not verify:
         raise IdleArgumentError("calibration", "compensate='none' and verify=False")
-    return compensate == "mean"
+    return compensate
 
 
 def require_compensation(name: str) -> None:

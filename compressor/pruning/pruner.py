@@ -27,13 +27,13 @@ from compressor.budget import (
     usual_period,
 )
 from compressor.criteria import Criterion, Snapshot, lookup, score
-from compressor.errors import IdleArgumentError, PeriodError, RangeError
+from compressor.errors import IdleArgumentError, InputError, PeriodError, RangeError
 from compressor.graph import Group
-from compressor.pruning.one_shot import require_compensation
+from compressor.pruning.one_shot import KNOWN, require_compensation
 from compressor.pruning.relevance_scores import relevance_scores
 from compressor.pruning.to_budget import CutOptions, prune_to_budget, require_reachable, traced
 from compressor.relevance import Relevance, RelevanceConfig, per_sample
-from compressor.surgery import Compensation, all_optimizers, input_means, require_followed, require_held
+from compressor.surgery import Compensation, Moments, all_optimizers, require_followed, require_held
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +68,12 @@ class Pruner:
             to tell any channel from chance.
         scope, round_to, limits, verify: as for `prune`; the groups' own shares follow the schedule too, and cuts are
             verified on the last batch. With scope "global" relevance counts per what a channel costs in the budget.
-        compensate: "mean" folds what a removed channel carries on average into the next bias or running mean, over the
-            steps that were observed, or over the last batch where the criterion does not observe; "none" does not.
-            None: "mean".
+        compensate: "linear" moves what the channels that stay predict of a removed one, over `calibration`, into
+            their weights and momentum; "mean" folds what it carries on average into the next bias or running mean, over
+            the steps that were observed, or over the last batch where the criterion does not observe; "none" does
+            neither. None: "linear" where there is `calibration`, else "mean".
+        calibration: batches of real inputs, over which "linear" takes its covariances anew before every cut: running
+            sums would mix in what the weights of many steps ago made of other inputs.
         copies: models that lose the same channels, as for `compressor.cut`.
         outputs: as for `compressor.trace`.
         seed: for whatever draws.
@@ -104,6 +107,7 @@ class Pruner:
         round_to: int | None = SelectionOptions.round_to,
         limits: Limits | None = None,
         compensate: Compensation | None = None,
+        calibration: Iterable[Any] | None = None,
         verify: bool = False,
         copies: Iterable[nn.Module] = (),
         outputs: Callable[[Any], Any] | None = None,
@@ -114,7 +118,8 @@ class Pruner:
         self.budget = Budget.from_share(budget)
         self.steps = 0
         selection = SelectionOptions(scope, round_to)
-        require_compensation(compensate or "mean")
+        self._calibration = list(calibration or ())
+        self._compensation = _chosen(compensate, self._calibration)
         self._total = _positive("total_steps", total_steps)
         self._schedule = schedule
         self._last = step_of_whole_budget(schedule, total_steps)
@@ -131,7 +136,6 @@ class Pruner:
         self._options = CutOptions(selection, shares, all_optimizers(optimizer), list(copies), verify)
         require_held(self.graph.model, self._options.optimizers)
         require_followed(self._options.optimizers)
-        self._compensates = compensate != "none"
         self._inputs = example_inputs  # of the last batch
         self._progress = PruningProgress(self.graph)
         self._blocked: tuple[str, ...] = ()
@@ -258,7 +262,7 @@ class Pruner:
             target,
             self._options,
             due=due,
-            means=self._means() if self._compensates else None,
+            means=self._known(),
             normalise=self.relevance is None,
             real_inputs=self._inputs,
         )
@@ -270,8 +274,11 @@ class Pruner:
         event = cut_event(self.result(), widths, step=self.steps, target=target.sparsity)
         return event | {"observed": observed} if event and observed else event
 
-    def _means(self) -> Mapping[str, Tensor]:
-        return self.relevance.means() if self.relevance else input_means(self.graph, [self._inputs])
+    def _known(self) -> Mapping[str, Tensor] | Moments | None:
+        """Return what is known of the consumers' inputs, as far as compensation asks for it."""
+        if self.relevance and self._compensation == "mean":
+            return self.relevance.means()
+        return KNOWN[self._compensation](self.graph, self._calibration or [self._inputs])
 
     def _scores(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         if self.relevance:
@@ -305,6 +312,18 @@ class Pruner:
         self.graph.freeze(stuck, "frozen before the run was interrupted")
         if self.relevance:
             self.relevance.load_state_dict(state["relevance"])
+
+
+def _chosen(compensate: Compensation | None, calibration: Sequence[Any]) -> Compensation:
+    """Return how to compensate, if real inputs are there where they are needed, and only there."""
+    if compensate is None:
+        return "linear" if calibration else "mean"
+    require_compensation(compensate)
+    if compensate == "linear" and not calibration:
+        raise InputError("compensate='linear' needs real inputs: pass calibration=[inputs, ...], or compensate='mean'")
+    if calibration and compensate != "linear":
+        raise IdleArgumentError("calibration", f"compensate={compensate!r}")
+    return compensate
 
 
 def _positive(name: str, value: int) -> int:

@@ -15,7 +15,7 @@ from compressor._utils import unwrap_compiled
 from compressor.budget import Budget, CostModel, PruningProgress, Selection, SelectionOptions, select
 from compressor.errors import BudgetError, InputError
 from compressor.graph import ChannelGraph, Group, trace
-from compressor.surgery import couple_blocks, cut, retry_without_refused, verified_cut
+from compressor.surgery import Moments, couple_blocks, cut, retry_without_refused, verified_cut
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def prune_to_budget(
     options: CutOptions,
     *,
     due: float = 1.0,
-    means: Mapping[str, Tensor] | None = None,
+    means: Mapping[str, Tensor] | Moments | None = None,
     normalise: bool = True,
     real_inputs: Any = None,
 ) -> Selection | None:

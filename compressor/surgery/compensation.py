@@ -51,12 +51,17 @@ def input_means(graph: ChannelGraph, batches: Iterable[Any]) -> dict[str, Tensor
     if not count:
         raise InputError("no batch to take means of: give at least one batch of inputs that the model accepts")
     means = {weight: total.mean() for weight, total in sums.items() if total.count}
+    require_finite(means)
+    return means
+
+
+def require_finite(means: Mapping[str, Tensor]) -> None:
+    """Raise InputError if what a consumer reads is not finite on average."""
     for weight, mean in means.items():
         if not mean.isfinite().all():
             raise InputError(
                 f"the input of {weight!r} is not finite on these inputs: leave out those that hold NaN or inf"
             )
-    return means
 
 
 @dataclass

@@ -36,8 +36,9 @@ from compressor.graph import (
     trace,
     verify_against_recording,
 )
-from compressor.surgery.compensation import constant_output, removed_means
+from compressor.surgery.compensation import constant_output
 from compressor.surgery.optimizers import all_optimizers
+from compressor.surgery.prediction import Moments, compensations
 from compressor.surgery.transaction import Transaction
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def cut(
     graph: ChannelGraph,
     keep: Mapping[str, Tensor | Sequence[int]],
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
-    means: Mapping[str, Tensor] | None = None,
+    means: Mapping[str, Tensor] | Moments | None = None,
     check: Callable[[], None] | None = None,
     copies: Iterable[nn.Module] = (),
 ) -> None:
@@ -61,7 +62,8 @@ def cut(
             named stay whole.
         optimizer: optimizers whose state is to be sliced along.
         means: by consuming weight, the mean of its input per channel, `(channels of that input,)`. Where given, what
-            the removed channels contribute on average is folded into the next bias or running mean.
+            the removed channels contribute on average is folded into the next bias or running mean. Given `Moments`,
+            what the channels that stay predict of them goes into their weights, and into these weights' momentum.
         check: called when the model is cut and verified; what it raises takes the cut back.
         copies: models with tensors of the same names and shapes that lose the same channels, such as an exponential
             moving average (`AveragedModel(...).module`).
@@ -95,7 +97,7 @@ def _cut_once(
     graph: ChannelGraph,
     kept: Mapping[str, Tensor],
     optimizers: Sequence[Optimizer],
-    means: Mapping[str, Tensor] | None,
+    means: Mapping[str, Tensor] | Moments | None,
     check: Callable[[], None] | None,
     copies: Sequence[nn.Module],
 ) -> None:
@@ -269,11 +271,15 @@ def _refusal(graph: ChannelGraph, removed: BoolArray, mismatch: Mismatch, same_o
 
 
 def _fold(
-    graph: ChannelGraph, kept: Mapping[str, Tensor], means: Mapping[str, Tensor], transaction: Transaction
+    graph: ChannelGraph, kept: Mapping[str, Tensor], means: Mapping[str, Tensor] | Moments, transaction: Transaction
 ) -> None:
-    """Add what removed channels contribute on average to the bias, or running mean, behind each consumer."""
+    """Add what removed channels contribute to what stays: the weights, and the bias or running mean behind them."""
     removed = {name: removed_channels(graph[name], indices) for name, indices in kept.items()}
-    for weight, mean in removed_means(graph, removed, means).items():
+    found = compensations(graph, removed, Moments.of(means))
+    for weight, constant in found.constants.items():
         offset = graph.offsets[weight]
         for tensors in transaction.tensors:  # the model and its copies, each with weights of its own
-            transaction.add(tensors[offset.tensor], offset.sign * constant_output(tensors[weight], mean))
+            transaction.add(tensors[offset.tensor], offset.sign * constant_output(tensors[weight], constant))
+    for weight, merges in found.merges.items():
+        for merge in merges:
+            transaction.add_linear(weight, merge.change)

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Compensation = Literal["mean", "none"]
+Compensation = Literal["linear", "mean", "none"]
 COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation)

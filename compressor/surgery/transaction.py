@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from compressor.graph import (
     set_numeric_attributes,
     sync_size_attributes,
 )
+
+# What torch's optimizers call their running mean of gradients or steps.
+_FIRST_MOMENTS = {"momentum_buffer", "exp_avg"}
 
 
 class Transaction:
@@ -79,6 +82,23 @@ class Transaction:
         """Add to a tensor, into new memory so that the old values can come back."""
         self._remember(tensor)
         tensor.data = tensor.data + amount.to(tensor)
+
+    def add_linear(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        """Add a linear function of itself to a weight, and to every first moment that an optimizer keeps of it.
+
+        Momentum is a sum of steps of the weight, so it moves as the weight does; a second moment has no direction.
+        The gradient stays: the slope by a weight does not depend on what was added to it.
+        """
+        for tensors in self.tensors:
+            tensor = tensors[name]
+            self._remember(tensor)
+            tensor.data = tensor.data + change(tensor.data)
+            for optimizer in self._optimizers:
+                state = optimizer.state.get(tensor, {})
+                for key in _FIRST_MOMENTS & state.keys():
+                    if isinstance(value := state[key], Tensor) and value.shape == tensor.shape:
+                        self._state.append((state, key, value))
+                        state[key] = value + change(value)
 
     def renumber(self, name: str, new: Tensor) -> None:
         """Replace every position in a buffer of positions by its new number."""

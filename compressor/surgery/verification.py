@@ -23,12 +23,13 @@ from torch.optim import Optimizer
 from compressor._utils import device_of, named_tensors, run_model, tf32_disabled, to_device
 from compressor.errors import CutError, TraceError
 from compressor.graph import ChannelGraph, named_model_tensors, owner, preserve_module_state
-from compressor.surgery.compensation import constant_output, removed_means
+from compressor.surgery.compensation import constant_output
 from compressor.surgery.cutting import cut, removed_channels
 from compressor.surgery.masks import mask_channels
+from compressor.surgery.prediction import Moments, compensations
 
 Outputs = list[tuple[str, Tensor]]
-Means = Mapping[str, Tensor]
+Means = Mapping[str, Tensor] | Moments
 
 
 def verified_cut(
@@ -41,8 +42,8 @@ def verified_cut(
 ) -> None:
     """Cut as `compressor.cut` does, and only if the outputs are those of the masked model.
 
-    Where a mean is folded, the removed channel is masked by its mean. Allowed is a difference of `sqrt(eps)` of the
-    output's largest value, half of the digits that the coarsest tensor has.
+    Where a channel is compensated, it is masked by what is known of it: its mean, or its prediction. Allowed is a
+    difference of `sqrt(eps)` of the output's largest value, half of the digits that the coarsest tensor has.
 
     Args:
         graph, keep, optimizer, means, copies: as for `compressor.cut`; indices sorted.
@@ -82,7 +83,7 @@ def _cut_as_masked(
     copies: Sequence[nn.Module] = (),
     afterwards: Callable[[], None] = lambda: None,
 ) -> None:
-    with _masked(graph, {name: removed_channels(graph[name], kept) for name, kept in keep.items()}, means or {}):
+    with _masked(graph, {name: removed_channels(graph[name], kept) for name, kept in keep.items()}, Moments.of(means)):
         expected = _run(graph, inputs)
 
     def check() -> None:
@@ -116,21 +117,23 @@ def _agrees(graph: ChannelGraph, keep: Mapping[str, Tensor], inputs: Any, means:
 
 
 @contextmanager
-def _masked(graph: ChannelGraph, gone: Mapping[str, Tensor], means: Means) -> Iterator[None]:
-    """Let consumers multiply the channels by zero, and add what their means come to; afterwards nothing is left."""
+def _masked(graph: ChannelGraph, gone: Mapping[str, Tensor], moments: Moments) -> Iterator[None]:
+    """Let consumers multiply the channels by zero, and add what is known of them; afterwards nothing is left."""
     tensors = named_model_tensors(dict(graph.model.named_modules()))
     read = {member.tensor for name in gone for member in graph[name].of_role("consumer")}
-    before = {name: tensors[name].data for name in read}
+    known = compensations(graph, gone, moments)
+    before = {name: tensors[name].data for name in read | known.merges.keys()}
     with ExitStack() as hooks:
-        for weight, mean in removed_means(graph, gone, means).items():
-            constant = constant_output(tensors[weight], mean)
+        for weight, left in known.constants.items():
+            constant = constant_output(tensors[weight], left)
             module = graph.model.get_submodule(owner(weight)[0])
             dim = 1 - max(tensors[weight].dim() - 1, 1)
             hooks.callback(module.register_forward_hook(_adding(constant, dim - 1)).remove)
         try:
             # NOTE: Masked copies are put in by `.data`, so that the parameters stay the objects that optimizers hold.
             for name, data in before.items():
-                tensors[name].data = data.clone()
+                changes = [merge.change(data) for merge in known.merges.get(name, ())]
+                tensors[name].data = data.clone() + sum(changes) if changes else data.clone()
             mask_channels(graph, gone)
             yield
         finally:

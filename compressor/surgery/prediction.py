@@ -1,0 +1,296 @@
+"""Linear compensation: what removed channels carry is predicted from those that stay, and moved into their weights.
+
+Channels of one group are correlated. Pixel by pixel, of the channels R that go and K that stay,
+
+    z_R ~ mu_R + A (z_K - mu_K),   A = Cov_RK (Cov_KK + ridge)^-1
+
+so a consumer with weight W loses least when `W[:, K] += W[:, R] A`, and `W[:, R] (mu_R - A mu_K)` goes into the next
+bias or running mean. With A = 0 that is compensation by the mean alone.
+
+    z = [1, 2] in one pixel, [2, 4] in another: channel 1 is twice channel 0, A = [[2]]
+    consumer W = [[5, 1]], channel 1 goes: W[:, 0] becomes 5 + 1 * 2 = 7, and nothing was lost
+
+One A serves every tap of a kernel (exact but for padded borders), and every pixel that a flatten laid side by side:
+a regression for each pixel would have as many times fewer samples. A grouped convolution has one A for each block.
+
+Shape letters: D positions along the channel dimension of a consumer's input; C channels of a group, n of which stay
+and r go; K positions that one channel holds along D; N rows, one for each sample and place of the input.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor._utils import device_of, eval_mode, run_model, to_device
+from compressor.errors import InputError
+from compressor.graph import ChannelGraph, ConsumerInput, owner
+from compressor.surgery.compensation import removed_means, require_finite
+
+logger = logging.getLogger(__name__)
+
+# Of the mean variance: what float64 cannot tell from zero. It decides between equal solutions, and loses nothing.
+_LEAST_RIDGE = 1e-13
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """What is known of the inputs of all consumers.
+
+    Attributes:
+        means: `(D,)` float64 by the name of the consuming weight.
+        covariances: by consuming weight and group, `(blocks, C, C)` float64, of the group's channels in each block.
+        samples: how many samples they are from.
+    """
+
+    means: Mapping[str, Tensor]
+    covariances: Mapping[tuple[str, str], Tensor] = field(default_factory=dict)
+    samples: int = 0
+
+    @staticmethod
+    def of(known: Mapping[str, Tensor] | Moments | None) -> Moments:
+        """Return what is known as moments, be it nothing, or means alone."""
+        return known if isinstance(known, Moments) else Moments(known or {})
+
+    def __bool__(self) -> bool:
+        """Return whether anything is known."""
+        return bool(self.means)
+
+
+def input_moments(graph: ChannelGraph, batches: Iterable[Any]) -> Moments:
+    """Return mean and covariance of every consumer's input; the model is left as it was.
+
+    Args:
+        graph: of a model, which is run in evaluation mode.
+        batches: inputs that the model accepts: tensors, tuples or dicts.
+
+    Raises:
+        InputError: no batch came, too few samples for every consumer, or what came is not finite.
+    """
+    sums = _sums(graph)
+    device, count = device_of(graph.model), 0
+    with ExitStack() as hooks, eval_mode(graph.model):
+        for weight, each in sums.items():
+            module = graph.model.get_submodule(owner(weight)[0])
+            hooks.callback(module.register_forward_pre_hook(each).remove)
+        for batch in batches:
+            run_model(graph.model, to_device(batch, device))
+            count += 1
+    if not count:
+        raise InputError("no batch to take moments of: give at least one batch of inputs that the model accepts")
+    seen = {weight: each for weight, each in sums.items() if each.rows}
+    means = {weight: each.mean() for weight, each in seen.items()}
+    require_finite(means)
+    few = {weight: each.too_few() for weight, each in seen.items() if each.too_few()}
+    if few and len(few) == len(seen):
+        raise InputError(f"compensate='linear' {next(iter(few.values()))}, or compensate='mean'")
+    for weight, reason in few.items():
+        logger.warning("%s is compensated by the mean alone: 'linear' %s", weight, reason)
+    covariances = {
+        (weight, name): found
+        for weight, each in seen.items()
+        if weight not in few
+        for name, found in each.covariances().items()
+    }
+    return Moments(means, covariances, max((each.samples for each in seen.values()), default=0))
+
+
+def _sums(graph: ChannelGraph) -> dict[str, _Sums]:
+    found: dict[str, _Sums] = {}
+    for group in graph.groups:
+        for seen in group.inputs:
+            if seen.weight in graph.offsets:
+                at = found.setdefault(seen.weight, _Sums(seen.dim))
+                blocks = _blocks(graph, seen)
+                if blocks is not None:
+                    at.positions[group.name] = blocks
+    return found
+
+
+def _blocks(graph: ChannelGraph, seen: ConsumerInput) -> list[Tensor] | None:
+    """Return the positions of a group's channels block by block, `(C, K)` each; None where they are not cut alike."""
+    module = graph.model.get_submodule(seen.module)
+    weight = graph.model.get_parameter(seen.weight)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd) or weight.dim() < 2:
+        return None
+    width = weight.shape[1]  # of one block
+    block = seen.positions // width
+    if not (block == block[:1]).all():
+        return None
+    return [seen.positions[:, block[0] == index] for index in sorted(set(block[0].tolist()))]
+
+
+@dataclass
+class _Sums:
+    """A forward-pre-hook that adds up its module's first input, and the products of its channels.
+
+    Sums are of what is left above the first batch's mean: sums of squares of large means would drown the variances.
+    """
+
+    dim: int
+    positions: dict[str, list[Tensor]] = field(default_factory=dict)
+    shift: Tensor | None = None
+    total: Tensor | None = None
+    products: dict[str, Tensor] = field(default_factory=dict)
+    rows: int = 0
+    samples: int = 0
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        h = inputs[0] if inputs else None
+        if not isinstance(h, Tensor) or h.dim() < -self.dim:
+            return
+        rows = h.detach().movedim(self.dim, -1).flatten(0, -2)
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        if self.shift is None or self.total is None:
+            self.shift = rows.mean(0)
+            self.total = torch.zeros_like(self.shift, dtype=torch.float64)
+        rows = rows - self.shift
+        self.total = self.total + rows.sum(0, dtype=torch.float64)
+        for name, blocks in self.positions.items():
+            new = torch.stack([_product(rows, each.to(rows.device)) for each in blocks]).double()
+            self.products[name] = self.products[name] + new if name in self.products else new
+        self.rows += len(rows)
+        self.samples += len(h)
+
+    def too_few(self) -> str:
+        """Return why a regression on so few rows would say nothing; an empty text where there are enough."""
+        widest = max((len(blocks[0]) for blocks in self.positions.values()), default=0)
+        rows = self.rows * min((blocks[0].shape[1] for blocks in self.positions.values()), default=1)
+        if rows >= 2 * widest:
+            return ""
+        needed = -(-2 * widest * self.samples // rows)
+        return (
+            f"predicts each of {widest} channels from the others, and {self.samples} samples are too few for it: give "
+            f"{needed} or more"
+        )
+
+    def mean(self) -> Tensor:
+        """Return the mean, `(D,)` float64."""
+        assert self.shift is not None
+        assert self.total is not None
+        return self.shift.double() + self.total / self.rows
+
+    def covariances(self) -> dict[str, Tensor]:
+        """Return `(blocks, C, C)` float64 by group."""
+        assert self.total is not None
+        centre = (self.total / self.rows).unsqueeze(0)
+        found = {}
+        for name, blocks in self.positions.items():
+            squares = torch.stack([_product(centre, each.to(centre.device)) for each in blocks])
+            count = torch.tensor([each.shape[1] for each in blocks]).to(squares).view(-1, 1, 1)
+            found[name] = (self.products[name] / self.rows - squares) / count
+        return found
+
+
+def _product(rows: Tensor, positions: Tensor) -> Tensor:
+    """Return the sum over rows and places of all products of two channels, `(C, C)`."""
+    lines = rows[:, positions].movedim(2, 1).flatten(0, 1)
+    return lines.T @ lines
+
+
+# -- what a cut makes of it
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """How the weights of channels that stay take over from those that go, at one consumer.
+
+    Attributes:
+        kept, gone: `(n, K)` and `(r, K)`, columns of the weight within a block.
+        maps: `(blocks, r, n)`, A of each block.
+        blocks: how many the weight has.
+    """
+
+    kept: Tensor
+    gone: Tensor
+    maps: Tensor
+    blocks: int
+
+    def change(self, weight: Tensor) -> Tensor:
+        """Return what is to be added to a weight `(O, D / blocks, ...)`, or to its momentum."""
+        change = torch.zeros_like(weight)
+        parts = zip(weight.chunk(self.blocks), change.chunk(self.blocks), self.maps, strict=True)
+        for part, target, matrix in parts:
+            from_gone = part[:, self.gone.to(weight.device)]  # (O, r, K, ...)
+            moved = torch.tensordot(from_gone, matrix.to(from_gone), dims=([1], [0])).movedim(-1, 1)
+            target[:, self.kept.to(weight.device)] = moved
+        return change
+
+
+@dataclass(frozen=True, eq=False)
+class Compensations:
+    """What a cut adds to weights and offsets.
+
+    Attributes:
+        constants: by consuming weight, `(D,)`: what is left of the removed channels' means, zero for those that stay.
+        merges: by consuming weight, one for each group that loses channels there.
+    """
+
+    constants: Mapping[str, Tensor]
+    merges: Mapping[str, list[Merge]]
+
+
+def compensations(graph: ChannelGraph, removed: Mapping[str, Tensor], moments: Moments) -> Compensations:
+    """Return what to put where, before channels go.
+
+    Args:
+        graph: before the cut.
+        removed: by group, the channels that go, `(r,)`.
+        moments: of the consumers' inputs; without covariances their means alone are put into the offsets.
+    """
+    constants = removed_means(graph, removed, moments.means)
+    merges: dict[str, list[Merge]] = {}
+    fallbacks: list[str] = []
+    for name, gone in removed.items():
+        stays = torch.ones(graph[name].size, dtype=torch.bool)
+        stays[gone] = False
+        kept = stays.nonzero().flatten()
+        for seen in graph[name].inputs:
+            covariance = moments.covariances.get((seen.weight, name))
+            if covariance is None or seen.weight not in constants:
+                fallbacks.append(seen.weight)
+                continue
+            blocks = _blocks(graph, seen)
+            assert blocks is not None
+            maps = torch.stack([_prediction(each, kept, gone, moments.samples) for each in covariance])
+            mean = moments.means[seen.weight]
+            for positions, matrix in zip(blocks, maps, strict=True):
+                here, there = (positions[each].to(mean.device) for each in (kept, gone))
+                constants[seen.weight][there] = mean[there] - matrix.to(mean.device) @ mean[here]
+            width = graph.model.get_parameter(seen.weight).shape[1]
+            columns = blocks[0] % width
+            merges.setdefault(seen.weight, []).append(Merge(columns[kept], columns[gone], maps, len(blocks)))
+    if moments.covariances and fallbacks:
+        by_mean = [weight for weight in fallbacks if weight in constants]
+        by_nothing = [weight for weight in fallbacks if weight not in constants]
+        logger.info("by the mean alone: %s; not compensated: %s", ", ".join(by_mean), ", ".join(by_nothing))
+    return Compensations(constants, merges)
+
+
+def _prediction(covariance: Tensor, kept: Tensor, gone: Tensor, samples: int) -> Tensor:
+    """Return A, `(r, n)`: the coefficients of what goes in what stays.
+
+    The ridge is that of Hoerl, Kennard & Baldwin (1975), in units of each kept channel's deviation: `n s^2 / (N b^2)`
+    with the variance s^2 that the prediction leaves and its coefficients b. It is 0 where nothing is left, so that
+    copies are predicted exactly, and large where the prediction is noise.
+    """
+    c = covariance.double().cpu()
+    kk, rk, rr = c[kept][:, kept], c[gone][:, kept], c[gone, gone]
+    scale = kk.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
+    values, vectors = torch.linalg.eigh(kk / scale / scale.unsqueeze(1))
+    across = (rk / scale) @ vectors  # (r, n)
+    least = _LEAST_RIDGE * len(kept)
+    plain = torch.where(values > least, across / values.clamp_min(least), 0.0)
+    left = (rr - (plain * across).sum(1)).clamp_min(0)
+    strength = plain.square().sum(1)
+    ridge = len(kept) * left / (max(samples, 1) * strength.clamp_min(torch.finfo(torch.float64).tiny))
+    solved = torch.where(values > least, across / (values.clamp_min(least) + ridge.unsqueeze(1)), 0.0)
+    coefficients: Tensor = (solved @ vectors.T) / scale
+    return coefficients
