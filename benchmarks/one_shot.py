@@ -1,9 +1,10 @@
 """What a cut destroys: trained ResNets for CIFAR-10, cut at once and not trained any further.
 
-python benchmarks/one_shot.py --data cifar10 --weights FOLDER [--network resnet20] [--share 0.5]
+python benchmarks/one_shot.py --data cifar10 --weights FOLDER [--network resnet20] [--share 0.5] [--part rounds]
 
-Every criterion with every compensation. The inner channels of all blocks go, the same share of each group, which is
-that share of the blocks' MACs. BatchNorm statistics are then taken anew for everybody.
+Part `compensation`: every criterion with every compensation, the same share of the inner channels of every block.
+Part `rounds`: small cuts with statistics anew, and widths by relevance, at that share of the network's MACs, from the
+inner channels alone and from all channels. BatchNorm statistics are then taken anew for everybody.
 """
 
 from __future__ import annotations
@@ -33,16 +34,28 @@ NOTE = (
     f"of {SEEDS} seeds. Means and covariances from {CALIBRATION} training images."
 )
 
+NOTE_ROUNDS = (
+    "Accuracy on the 10,000 test images, in percent, without any training after the cut; `recalibrated`: after "
+    f"BatchNorm statistics were taken anew on {RECALIBRATION} training images. One run each: nothing draws. "
+    f"`scope`: how much of each group goes. Statistics from {CALIBRATION} training images, anew in every round."
+)
+
 
 def main(
     weights: Annotated[Path, typer.Option(help="Folder with NETWORK-cifar10.safetensors.")],
     source: Annotated[str, typer.Option("--data", help="As for compress --data.")] = "cifar10",
     network: Annotated[str, typer.Option(help="resnet20 or resnet32.")] = "resnet20",
-    share: Annotated[float, typer.Option(help="Of the inner channels of every block.")] = 0.5,
+    share: Annotated[float, typer.Option(help="Of the inner channels of every block, or of all MACs.")] = 0.5,
+    part: Annotated[str, typer.Option(help="compensation or rounds.")] = "compensation",
 ) -> None:
     """Measure, write, and print where the table is."""
     found = data(source)
     model = trained(network, weights)
+    print({"compensation": by_compensation, "rounds": in_rounds}[part](model, found, network, share))
+
+
+def by_compensation(model: nn.Module, found: Data, network: str, share: float) -> Path:
+    """Measure every criterion with every compensation."""
     for x, y in first_batches(found, GRADIENTS):
         F.cross_entropy(model(x), y, reduction="sum").backward()
     rows: list[dict[str, Any]] = [{"criterion": "dense", "recalibrated": 100 * evaluate(model, found.test).accuracy}]
@@ -55,7 +68,43 @@ def main(
                 row |= {name: mean(values), f"{name} sd": stdev(values) if len(values) > 1 else ""}
             rows.append(row)
             path = write(f"one-shot-{network}-{share:g}", rows, NOTE)
-    print(path)
+    return path
+
+
+# What is cut, and how: criterion, scope, rounds, compensation.
+WAYS = (
+    ("l1", "local", 1, "mean"),
+    ("l1", "local", 1, "linear"),
+    ("l1", "local", 8, "linear"),
+    ("l1", "relevance", 8, "linear"),
+    ("relevance", "local", 8, "linear"),
+    ("relevance", "relevance", 1, "linear"),
+    ("relevance", "relevance", 8, "mean"),
+    ("relevance", "relevance", 8, "linear"),
+    ("relevance", "relevance", 24, "linear"),
+)
+
+
+def in_rounds(model: nn.Module, found: Data, network: str, share: float) -> Path:
+    """Measure small cuts, and how much of each group goes."""
+    rows: list[dict[str, Any]] = []
+    for only in (("layer*.conv1",), ()):
+        for criterion, scope, rounds, compensate in WAYS:
+            smaller = copy.deepcopy(model)
+            losses = "relevance" in (criterion, scope)
+            pairs = first_batches(found, CALIBRATION)
+            result = compressor.prune(
+                smaller, pairs[0][0][:1], criterion, compressor.Budget(share, "macs"), rounds=rounds, scope=scope,
+                limits=compressor.Limits(only=only), compensate=compensate, round_to=1,
+                calibration=pairs if losses else [x for x, _ in pairs], loss_fn=F.cross_entropy if losses else None,
+            )  # fmt: skip
+            at_once = evaluate(smaller, found.test).accuracy
+            recalibrate(smaller, found.train, images=RECALIBRATION)
+            row = {"channels": "inner" if only else "all", "criterion": criterion, "scope": scope, "rounds": rounds}
+            row |= {"compensate": compensate, "MACs removed %": 100 * result.removed, "cut": 100 * at_once}
+            rows.append(row | {"recalibrated": 100 * evaluate(smaller, found.test).accuracy})
+            path = write(f"one-shot-rounds-{network}-{share:g}", rows, NOTE_ROUNDS)
+    return path
 
 
 def after_cut(

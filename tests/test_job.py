@@ -30,13 +30,21 @@ from compressor.training.data import sources as datasets
 
 DURING = {"model": "user_models:tiny", "epochs": 3, "round-to": 4, "prune-every": 9}
 AFTER = {"model": "user_models:tiny", "epochs": 2, "finetune-epochs": 2, "round-to": 4, "criterion": "l1"}
+BY_RELEVANCE = {
+    **AFTER,
+    "criterion": "relevance",
+    "when": "after",
+    "finetune-epochs": 0,
+    "rounds": 3,
+    "measure": "macs",
+}
 
 
 def files_in(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(scope="module", params=[DURING, AFTER], ids=["during", "after"])
+@pytest.fixture(scope="module", params=[DURING, AFTER, BY_RELEVANCE], ids=["during", "after", "rounds"])
 def finished(request, tmp_path_factory) -> tuple[Settings, Report, list[tuple[str, int, int]]]:
     torch.set_num_threads(1)
     settings = Settings.from_options({**request.param, "out": str(tmp_path_factory.mktemp("runs") / "run")})

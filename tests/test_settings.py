@@ -163,7 +163,17 @@ def test_a_number_out_of_range_is_refused(name: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("given_", "message"),
     [
-        ({"when": "after"}, "--criterion relevance observes the training: leave out --when after"),
+        ({"when": "after", "drop": 0.2}, "--drop has no effect with --when after"),
+        (
+            {"criterion": "set", "when": "after"},
+            "--criterion set changes its masks in training: leave out --when after",
+        ),
+        ({"rounds": 3}, "--rounds has no effect with --when during"),
+        ({"criterion": "l1", "rounds": 0}, "rounds = 0 is out of range: give rounds in 1 to 1000"),
+        (
+            {"criterion": "l1", "scope": "relevance", "when": "during"},
+            "--scope relevance needs --when after with --crit",
+        ),
         ({"finetune-epochs": 2}, "--finetune-epochs has no effect with --when during"),
         (
             {"criterion": "l1", "when": "during", "finetune-epochs": 2},

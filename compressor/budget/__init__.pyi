@@ -5,6 +5,7 @@ from .costs import CostModel as CostModel
 from .limits import Limits as Limits
 from .options import ALIGNED as ALIGNED
 from .options import LARGE as LARGE
+from .options import MOST_ROUNDS as MOST_ROUNDS
 from .options import Scope as Scope
 from .options import SelectionOptions as SelectionOptions
 from .progress import PruneResult as PruneResult

@@ -7,9 +7,10 @@ from typing import Literal, get_args
 
 from compressor.errors import RangeError, UnknownNameError
 
-Scope = Literal["local", "global"]
+Scope = Literal["local", "global", "relevance"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
+MOST_ROUNDS = 1000  # in which one budget is cut; more channels than that has hardly a group
 ALIGNED = 8  # channels: kernels of CPUs and GPUs work on so many at once
 LARGE = 64  # channels; in smaller groups a step of 8 is more than an eighth of the group, too coarse for a budget
 
@@ -19,8 +20,10 @@ class SelectionOptions:
     """How channels are chosen once they have scores.
 
     Attributes:
-        scope: "local" takes the same share of every group, "global" ranks all channels together. Weights say little
-            about which layer can spare more (`benchmarks/scope.py`), so "local" is the default.
+        scope: how much of each group goes. "local" takes the same share of every group, "global" what the criterion's
+            ranking of all channels together says, "relevance" what relevance per cost says, whichever of them the
+            criterion then chooses. Weights say little about which layer can spare more (`benchmarks/scope.py`), so
+            "local" is the default.
         round_to: a group that loses channels ends with a multiple of this. None: of 8 in groups of 64 channels or more,
             whatever in smaller ones.
         floor: the share of every group that stays in any case, in [0, 1); at least one channel always does.

@@ -109,7 +109,7 @@ def select(
         return costs.measure(budget.measure, kept(gone)) <= goal
 
     queue = _queue(keys, widths.sizes - widths.lowest)
-    counts = kept(_gone(queue, len(free), fits, refill=options.scope == "global"))
+    counts = kept(_gone(queue, len(free), fits, refill=options.scope != "local"))
     after = costs.measure(budget.measure, counts)
     return Selection(
         keep=_keep(groups, orders, counts),

@@ -32,6 +32,11 @@ def is_during(given: Values) -> bool:
     return given["when"] == "during" or (trains and given["when"] is None)
 
 
+def observes(given: Values) -> bool:
+    """Return whether relevance is gathered from the training steps."""
+    return given["criterion"] == OBSERVING and is_during(given)
+
+
 def require_names(given: Values) -> None:
     """Refuse a criterion or another name that does not exist, where no component's config looks at it.
 
@@ -58,9 +63,13 @@ def require_effects(given: Values, usual: Values) -> None:
         InputError: says what to leave out.
     """
     criterion = given["criterion"]
-    if given["when"] == "after" and (criterion == OBSERVING or is_sparse(criterion)):
-        does = "observes the training" if criterion == OBSERVING else "changes its masks in training"
-        raise InputError(f"--criterion {criterion} {does}: leave out --when after, or choose another criterion")
+    if given["when"] == "after" and is_sparse(criterion):
+        raise InputError(
+            f"--criterion {criterion} changes its masks in training: leave out --when after, or choose another "
+            "criterion"
+        )
+    if given["scope"] == "relevance" and is_during(given) and criterion != OBSERVING:
+        raise InputError(f"--scope relevance needs --when after with --criterion {criterion}: give one of them up")
     for name, other in _idle(given).items():
         if other and given[name] != usual[name]:
             typed = {"sparsity_by_pattern": "sparsity PATTERN=...", "verify": "no-verify"}.get(name, as_typed(name))
@@ -71,7 +80,8 @@ def _idle(given: Values) -> dict[str, str]:
     """Return, by option, what makes it idle; nothing where it has an effect."""
     criterion = f"--criterion {given['criterion']}"
     data = given["data"]
-    observing = given["criterion"] == OBSERVING
+    observing = observes(given)
+    unobserved = criterion if given["criterion"] != OBSERVING else "--when after"
     sparse = is_sparse(given["criterion"])
     weights = "--granularity weight" if sparse and given["granularity"] != "channel" else ""
     relevance = ("relevance_estimator", "drop", "observe_every", "confidence", "dummies", "warmup")
@@ -79,7 +89,8 @@ def _idle(given: Values) -> dict[str, str]:
         "finetune_epochs": "--when during" if is_during(given) else "",
         "prune_every": "" if is_during(given) else "--when after",
         "download": "" if data in ("cifar10", "cifar100") else f"--data {data}",
-        **dict.fromkeys(relevance, "" if observing else criterion),
+        "rounds": "--when during" if is_during(given) else "",
+        **dict.fromkeys(relevance, "" if observing else unobserved),
         **dict.fromkeys(("granularity", "allocation"), "" if sparse else criterion),
         **dict.fromkeys(("scope", "compensate", "recalibrate", "verify"), criterion if sparse else ""),
         **dict.fromkeys(("measure", "round_to", "keep", "only", "sparsity_by_pattern"), weights),

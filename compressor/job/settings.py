@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compressor.budget import ALIGNED, LARGE, Budget, Limits, Measure, Scope, SelectionOptions
+from compressor.budget import ALIGNED, LARGE, MOST_ROUNDS, Budget, Limits, Measure, Scope, SelectionOptions
 from compressor.errors import InputError, RangeError, UnknownNameError
-from compressor.job.checks import OBSERVING, is_during, is_sparse, require_effects, require_names
+from compressor.job.checks import OBSERVING, is_during, is_sparse, observes, require_effects, require_names
 from compressor.job.device import usable_device
 from compressor.job.options import (
     Origin,
@@ -64,11 +64,11 @@ class Settings:
     )
     sparsity_by_pattern: tuple[str, ...] = typed_with("sparsity")
     measure: Measure = from_config(Budget, "measure", "How much", "Of what: params, macs or channels.")
-    scope: Scope = from_config(
-        SelectionOptions,
-        "scope",
+    scope: Scope | None = option(
+        None,
         "How much",
-        "Rank each group by itself (local), or all channels together (global).",
+        "Of each group: alike (local), as all channels rank together (global), by relevance per cost (relevance).",
+        "relevance with --criterion relevance --when after, else local",
     )
     round_to: int | None = from_config(
         SelectionOptions, "round_to", "How much", "Round channel counts to multiples of this.", _USUAL_ROUNDING
@@ -82,6 +82,7 @@ class Settings:
         "Into what stays goes what predicts a removed channel (linear), its mean, or none.",
         COMPENSATIONS[0],
     )
+    rounds: int = option(1, "Cuts", "Cut in so many steps, with all statistics anew before each, with --when after.")
     recalibrate: int | None = option(
         None,
         "Cuts",
@@ -170,6 +171,7 @@ class Settings:
         allowed = {
             "recalibrate": ("0, 2, 3, 4, ...", images is None or images == 0 or images >= 2),
             "finetune_epochs": ("0, 1, 2, ...", (self.finetune_epochs or 0) >= 0),
+            "rounds": (f"1 to {MOST_ROUNDS}", 1 <= self.rounds <= MOST_ROUNDS),
             "prune_every": ("1, 2, 3, ...", self.prune_every is None or self.prune_every >= 1),
         }
         for name, (text, holds) in allowed.items():
@@ -186,7 +188,7 @@ class Settings:
 
     def selection(self) -> SelectionOptions:
         """Return how channels are chosen."""
-        return SelectionOptions(self.scope, self.round_to)
+        return SelectionOptions(self.scope or SelectionOptions.scope, self.round_to)
 
     def training(self, epochs: int | None = None) -> TrainingConfig:
         """Return how one stage trains, for so many epochs."""
@@ -285,11 +287,13 @@ class Settings:
             opened["granularity"] = sparse.granularity
             opened["allocation"] = sparse.allocation_for(self.criterion)
             return opened
+        if self.scope is None:
+            opened["scope"] = "relevance" if self.criterion == OBSERVING and not during else SelectionOptions.scope
         if self.compensate is None:
             opened["compensate"] = COMPENSATIONS[0]
         if self.recalibrate is None:
             opened["recalibrate"] = 0 if during else RECALIBRATION_IMAGES
-        if self.criterion == OBSERVING:
+        if observes(vars(self)):
             config = self.relevance()
             of_relevance = {name: at.name for name, at in _origins().items() if at.config is RelevanceConfig}
             opened |= {name: getattr(config, own) for name, own in of_relevance.items()}

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
 from compressor._utils import StopRequest
-from compressor.budget import PruneResult, cut_event
+from compressor.budget import PruneResult, Scope, cut_event
 from compressor.criteria import needs_gradients
 from compressor.deploy import require_exportable
 from compressor.errors import BudgetError, InputError
-from compressor.job.checks import OBSERVING, is_sparse
+from compressor.job.checks import OBSERVING, is_sparse, observes
 from compressor.job.folder import Metrics, checkpoint
 from compressor.job.settings import Settings
 from compressor.pruning import Pruner, prune
@@ -91,7 +91,7 @@ class Stages:
     def _try_pruning(self, double: nn.Module) -> None:
         """Make the pruner, and cut; writes the model, which is of no use afterwards."""
         settings = self.settings
-        if settings.criterion == OBSERVING or is_sparse(settings.criterion):
+        if observes(vars(settings)) or is_sparse(settings.criterion):
             trained = copy.deepcopy(double)
             pruner = self._pruner(trained, SGD(trained.parameters()), settings.epochs * self._epoch_steps())
             inputs, targets = next(iter(self.data.validation.batches(2, device=settings.device)))
@@ -104,7 +104,8 @@ class Stages:
             parameter.grad = torch.ones_like(parameter)  # some gradient, so that a criterion that wants one can judge
         # With few images it is also tried whether they are enough; more always are.
         images = CALIBRATION_IMAGES if len(self.data.train) < CALIBRATION_IMAGES else 0
-        result = self._cut(double, "random" if settings.criterion == OBSERVING else settings.criterion, images)
+        blind = settings.criterion == OBSERVING or settings.scope == "relevance"  # without training there is none
+        result = self._cut(double, "random" if blind else settings.criterion, images, scope="local" if blind else None)
         if not result.reached:
             raise BudgetError(result.measure, result.asked, result.removed, result.blocked)
 
@@ -194,23 +195,20 @@ class Stages:
             optimizer=optimizer,
             total_steps=total_steps,
             prune_every=settings.prune_every,
-            scope=settings.scope,
+            scope=settings.selection().scope,
             round_to=settings.round_to,
             limits=settings.limits(),
             compensate=settings.compensate,
-            calibration=self._calibration(CALIBRATION_IMAGES) if settings.compensate == "linear" else None,
+            calibration=self._inputs(CALIBRATION_IMAGES) if settings.compensate == "linear" else None,
             verify=settings.verify,
             seed=settings.seed,
-            relevance=settings.relevance() if settings.criterion == OBSERVING else None,
+            relevance=settings.relevance() if observes(vars(settings)) else None,
         )
 
     def _prune(self, model: nn.Module) -> PruneResult:
         """Cut a trained model, and take its BatchNorm statistics anew; writes the model."""
         settings = self.settings
-        if needs_gradients(settings.criterion):
-            self._sum_gradients(model)
-        result = self._cut(model, settings.criterion, CALIBRATION_IMAGES)
-        model.zero_grad(set_to_none=True)
+        result = self._cut(model, settings.criterion, CALIBRATION_IMAGES, rounds=settings.rounds)
         if settings.recalibrate:
             self._recalibrate(model)
         return result
@@ -218,35 +216,42 @@ class Stages:
     def _recalibrate(self, model: nn.Module) -> None:
         recalibrate(model, self.data.train, images=self.settings.recalibrate or 0, device=self.settings.device)
 
-    def _cut(self, model: nn.Module, criterion: str, images: int = 0) -> PruneResult:
+    def _cut(
+        self, model: nn.Module, criterion: str, images: int = 0, *, scope: Scope | None = None, rounds: int = 1
+    ) -> PruneResult:
         """Cut a model, compensated over so many calibration images; verified on a few in any case."""
         settings = self.settings
         compensate = settings.compensate if images else "none"
+        scope = scope or settings.scope
+        reads_losses = bool(images) and ("relevance" in (criterion, scope) or needs_gradients(criterion))
+        pairs = self._calibration(images) if settings.verify or compensate != "none" or reads_losses else []
         return prune(
             model,
             self._example(),
             criterion,
             settings.budget(),
-            scope=settings.scope,
+            rounds=rounds,
+            scope=scope,
             round_to=settings.round_to,
             seed=settings.seed,
             limits=settings.limits(),
-            calibration=self._calibration(images) if settings.verify or compensate != "none" else None,
+            calibration=pairs if reads_losses else [inputs for inputs, _ in pairs],
+            loss_fn=F.cross_entropy if reads_losses else None,
             compensate=compensate,
             verify=settings.verify,
         )
 
-    def _calibration(self, images: int) -> list[Tensor]:
-        """Return the first images of the training part as batches: a small one to verify on, then the others."""
-        few = [next(iter(self.data.train.batches(VERIFIED_IMAGES, device=self.settings.device)))[0]]
-        batches = self.data.train.batches(self.settings.batch_size, device=self.settings.device)
-        return few + [inputs for inputs, _ in islice(batches, -(-images // self.settings.batch_size))]
+    def _inputs(self, images: int) -> list[Tensor]:
+        return [inputs for inputs, _ in self._calibration(images)]
 
-    def _sum_gradients(self, model: nn.Module) -> None:
-        """Leave the gradient of the loss over the training part on the model's parameters."""
-        model.eval()
-        for inputs, targets in self.data.train.batches(self.settings.batch_size, device=self.settings.device):
-            F.cross_entropy(model(inputs), targets, reduction="sum").backward()  # type: ignore[no-untyped-call]
+    def _calibration(self, images: int) -> list[tuple[Tensor, Tensor]]:
+        """Return images of the training part with their classes: a small batch to verify on, then the others."""
+        # In an order of their own: folders list one class behind the other.
+        few, others = (
+            self.data.train.batches(size, shuffle=torch.Generator().manual_seed(0), device=self.settings.device)
+            for size in (VERIFIED_IMAGES, self.settings.batch_size)
+        )
+        return [next(iter(few)), *islice(others, -(-images // self.settings.batch_size))]
 
     def _example(self) -> Tensor:
         return torch.zeros(1, *self.data.image_shape, device=self.settings.device)

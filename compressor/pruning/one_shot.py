@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor.budget import Budget, Limits, PruneResult, PruningProgress, Scope, SelectionOptions
-from compressor.criteria import Criterion, Snapshot, lookup, score
-from compressor.errors import IdleArgumentError, InputError, UnknownNameError
-from compressor.graph import ChannelGraph
+from compressor._utils import device_of, eval_mode, run_model, to_device
+from compressor.budget import MOST_ROUNDS, Budget, Limits, PruneResult, PruningProgress, Scope, SelectionOptions
+from compressor.criteria import Criterion, Snapshot, lookup, needs_gradients, score
+from compressor.errors import IdleArgumentError, InputError, RangeError, UnknownNameError
+from compressor.graph import ChannelGraph, Group
+from compressor.pruning.relevance_scores import per_cost
 from compressor.pruning.to_budget import CutOptions, prune_to_budget, traced
+from compressor.relevance import gate_relevance
 from compressor.surgery import Compensation, Moments, all_optimizers, input_means, input_moments
 
 
@@ -23,12 +27,14 @@ def prune(
     criterion: str | Criterion = "l1",
     budget: Budget | float = Budget.sparsity,
     *,
-    scope: Scope = SelectionOptions.scope,
+    rounds: int = 1,
+    scope: Scope | None = None,
     round_to: int | None = SelectionOptions.round_to,
     limits: Limits | None = None,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
     copies: Iterable[nn.Module] = (),
     calibration: Iterable[Any] | None = None,
+    loss_fn: Callable[..., Tensor] | None = None,
     compensate: Compensation | None = None,
     verify: bool = False,
     outputs: Callable[[Any], Any] | None = None,
@@ -41,13 +47,17 @@ def prune(
             `module`, which is to be wrapped anew afterwards: the wrapper keeps the old shapes.
         example_inputs: a tensor, a tuple or a dict that `model` accepts.
         criterion: a name from `compressor.CRITERIA`, or a function of a group and a snapshot that returns `(C,)`
-            scores, larger means keep.
+            scores, larger means keep. Or "relevance", which reads gate gradients over `calibration` with `loss_fn`.
         budget: what is to go: a number in `[0, 1)`, a share of the parameters, or `Budget(0.5, "macs")`.
-        scope, round_to: as in `compressor.budget.SelectionOptions`.
+        rounds: cut in so many steps, and take all statistics anew before each.
+        scope, round_to: as in `compressor.budget.SelectionOptions`. Scope None: "relevance" for that criterion, else
+            "local".
         limits: groups that stay whole, that alone lose channels, or that lose a share of their own.
         optimizer: optimizers whose state is sliced along.
         copies: models that lose the same channels, as for `compressor.cut`.
-        calibration: batches of real inputs, for `compensate` and `verify`.
+        calibration: batches of real inputs, for `compensate` and `verify`; with `loss_fn` pairs of inputs and targets.
+        loss_fn: like `torch.nn.functional.cross_entropy`: takes outputs, targets and `reduction=`. For "relevance", as
+            criterion or scope, and for criteria that read gradients, which are then gathered here.
         compensate: "linear" moves what the channels that stay predict of a removed one, over `calibration`, into
             their weights, and the rest of its mean into the next bias or running mean; "mean" does so with its mean
             alone, and "none" with nothing. None: "linear" where there is `calibration`.
@@ -68,23 +78,96 @@ def prune(
         TraceError: the model does not run on the example inputs.
     """
     budget = Budget.from_share(budget)
-    selection = SelectionOptions(scope, round_to)
-    judge = lookup(criterion)
-    batches = list(calibration or ())
+    by_itself = criterion == RELEVANCE
+    selection = SelectionOptions(scope or ("relevance" if by_itself else SelectionOptions.scope), round_to)
+    if not 1 <= rounds <= MOST_ROUNDS:
+        raise RangeError("rounds", rounds, f"1 to {MOST_ROUNDS}")
+    pairs = _pairs(calibration, loss_fn, criterion, selection.scope)
+    batches = [inputs for inputs, _ in pairs] if loss_fn else list(calibration or ())
+    judge = None if by_itself else lookup(criterion)
     chosen = _chosen(compensate, batches, verify)
     graph = traced(model, example_inputs, outputs)
     progress = PruningProgress(graph)
     shares = (limits or Limits()).shares(graph)
     generator = torch.Generator().manual_seed(seed)
-    made = prune_to_budget(
-        progress,
-        lambda groups: score(judge, groups, Snapshot.from_model(graph.model, generator)),
-        budget,
-        CutOptions(selection, shares, all_optimizers(optimizer), list(copies), verify),
-        means=KNOWN[chosen](graph, batches),
-        real_inputs=batches[0] if batches else example_inputs,
-    )
+    options = CutOptions(selection, shares, all_optimizers(optimizer), list(copies), verify)
+    made = None
+    for due in ((number + 1) / rounds for number in range(rounds)):
+        known = Moments.of(KNOWN[chosen](graph, batches))
+        reads = loss_fn and RELEVANCE in (criterion, selection.scope)
+        relevance = gate_relevance(graph, pairs, loss_fn, known) if loss_fn and reads else {}
+
+        def judged(groups: Sequence[Group], found: Mapping[str, Tensor] = relevance) -> Mapping[str, Tensor]:
+            if judge is None:
+                return found
+            with _gradients(graph.model, pairs, loss_fn if needs_gradients(criterion) else None):
+                return score(judge, groups, Snapshot.from_model(graph.model, generator))
+
+        def allocated(groups: Sequence[Group], found: Mapping[str, Tensor] = relevance) -> Mapping[str, Tensor]:
+            return per_cost(found, graph, budget.measure)
+
+        made = prune_to_budget(
+            progress,
+            judged,
+            budget.scaled(due),
+            options,
+            due=due,
+            means=known if known else None,
+            normalise=selection.scope != RELEVANCE,
+            real_inputs=batches[0] if batches else example_inputs,
+            allocation=allocated if selection.scope == RELEVANCE else None,
+        )
     return progress.result(budget, made.blocked if made else ())
+
+
+RELEVANCE = "relevance"
+
+
+def _pairs(
+    calibration: Iterable[Any] | None, loss_fn: Callable[..., Tensor] | None, criterion: str | Criterion, scope: str
+) -> list[tuple[Any, Any]]:
+    """Return inputs with targets, where a loss is to be computed, and only there.
+
+    Raises:
+        InputError: no loss or no pairs where something reads them.
+        IdleArgumentError: a loss that nothing reads.
+    """
+    reads = RELEVANCE in (criterion, scope)
+    if loss_fn is None:
+        if reads:
+            raise InputError(
+                "relevance needs losses: pass calibration=[(inputs, targets), ...] and loss_fn=F.cross_entropy"
+            )
+        return []
+    if not reads and not needs_gradients(criterion):
+        raise IdleArgumentError("loss_fn", f"criterion {criterion!r}")
+    pairs = list(calibration or ())
+    if not pairs or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        raise InputError("with loss_fn, calibration is pairs: pass calibration=[(inputs, targets), ...]")
+    return pairs
+
+
+@contextmanager
+def _gradients(
+    model: nn.Module, pairs: Sequence[tuple[Any, Any]], loss_fn: Callable[..., Tensor] | None
+) -> Iterator[None]:
+    """Leave the gradient of the summed loss on the parameters inside the `with`, and what was there afterwards."""
+    if loss_fn is None:
+        yield
+        return
+    before = [(parameter, parameter.grad) for parameter in model.parameters()]
+    device = device_of(model)
+    try:
+        for parameter, _ in before:
+            parameter.grad = None
+        with eval_mode(model), torch.enable_grad():
+            for inputs, targets in pairs:
+                loss = loss_fn(run_model(model, to_device(inputs, device)), to_device(targets, device), reduction="sum")
+                loss.backward()  # type: ignore[no-untyped-call]
+        yield
+    finally:
+        for parameter, gradient in before:
+            parameter.grad = gradient
 
 
 # What has to be known of the consumers' inputs for each way of compensation.

@@ -118,6 +118,11 @@ class Pruner:
         self.budget = Budget.from_share(budget)
         self.steps = 0
         selection = SelectionOptions(scope, round_to)
+        if scope == "relevance" and criterion != "relevance":
+            raise InputError(
+                f"scope='relevance' with criterion {criterion!r} needs losses of a trained model: use "
+                "compressor.prune, or criterion='relevance'"
+            )
         self._calibration = list(calibration or ())
         self._compensation = _chosen(compensate, self._calibration)
         self._total = _positive("total_steps", total_steps)

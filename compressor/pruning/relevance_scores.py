@@ -30,10 +30,14 @@ def relevance_scores(
         measure: in which the budget counts: relevance is taken per what a channel costs in it.
         confidence: channels that are above this go only when the budget leaves no others.
     """
+    return _protected(per_cost(relevance.scores(), graph, measure), relevance.confidence(), confidence)
+
+
+def per_cost(relevance: Mapping[str, Tensor], graph: ChannelGraph, measure: Measure) -> dict[str, Tensor]:
+    """Return relevance by group per what a channel costs in a measure, a channel of the usual price costing 1."""
     price = CostModel(graph).per_channel(measure, graph.sizes())
     usual = sum(price.values()) / max(len(price), 1)
-    scores = {name: _per_cost(each, price[name] / usual) for name, each in relevance.scores().items()}
-    return _protected(scores, relevance.confidence(), confidence)
+    return {name: _per_cost(each, price[name] / usual) for name, each in relevance.items()}
 
 
 def _per_cost(relevance: Tensor, price: float) -> Tensor:

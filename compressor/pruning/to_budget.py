@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ def prune_to_budget(
     means: Mapping[str, Tensor] | Moments | None = None,
     normalise: bool = True,
     real_inputs: Any = None,
+    allocation: Callable[[Sequence[Group]], Mapping[str, Tensor]] | None = None,
 ) -> Selection | None:
     """Select and cut; a group that refuses is frozen with the reason, and the selection is made again without it.
 
@@ -76,6 +77,7 @@ def prune_to_budget(
         means: to be folded, as for `cut`.
         normalise: as for `select`.
         real_inputs: what a verified cut is compared on.
+        allocation: returns the scores that say how much of each group goes, where those are not `scores`.
 
     Returns:
         The selection that was cut, None where all was done before.
@@ -88,12 +90,14 @@ def prune_to_budget(
     shares = {name: share * due for name, share in options.shares.items()}
     if progress.remaining(budget) is None and not any(shares.values()):
         return None
-    known = scores([group for group in graph.groups if shares.get(group.name) != 0])
+    groups = [group for group in graph.groups if shares.get(group.name) != 0]
+    known = scores(groups)
+    decide = {name: each for name, each in allocation(groups).items() if name in known} if allocation else known
 
     def attempt() -> Selection:
         selection = select(
             graph,
-            {name: each for name, each in known.items() if name in graph.sizes()},
+            {name: each for name, each in decide.items() if name in graph.sizes()},
             progress.remaining(budget) or Budget(0.0, budget.measure),
             costs=CostModel(graph),
             options=options.selection,
@@ -101,6 +105,8 @@ def prune_to_budget(
             shares=shares,
             normalise=normalise,
         )
+        if allocation:
+            selection = replace(selection, keep=_best(known, selection.keep))
         if options.verify:
             verified_cut(graph, selection.keep, real_inputs, options.optimizers, means, options.copies)
         else:
@@ -111,6 +117,12 @@ def prune_to_budget(
     for line in made.blocked:
         logger.warning("the budget is not reached: %s", line)
     return made
+
+
+def _best(scores: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return as many channels of each group as `keep` has, those of the highest scores."""
+    best = {name: scores[name].argsort(descending=True, stable=True)[: len(kept)] for name, kept in keep.items()}
+    return {name: each.sort().values.cpu() for name, each in best.items()}
 
 
 def _require_finite(model: nn.Module) -> None:

@@ -1,3 +1,4 @@
+from .after_training import gate_relevance as gate_relevance
 from .config import EstimatorName as EstimatorName
 from .config import RelevanceConfig as RelevanceConfig
 from .estimators import ESTIMATORS as ESTIMATORS

@@ -10,6 +10,7 @@ from .optimizers import require_held as require_held
 from .options import COMPENSATIONS as COMPENSATIONS
 from .options import Compensation as Compensation
 from .prediction import Moments as Moments
+from .prediction import channel_blocks as channel_blocks
 from .prediction import input_moments as input_moments
 from .retry import retry_without_refused as retry_without_refused
 from .transaction import require_alike as require_alike

@@ -107,13 +107,13 @@ def _sums(graph: ChannelGraph) -> dict[str, _Sums]:
         for seen in group.inputs:
             if seen.weight in graph.offsets:
                 at = found.setdefault(seen.weight, _Sums(seen.dim))
-                blocks = _blocks(graph, seen)
+                blocks = channel_blocks(graph, seen)
                 if blocks is not None:
                     at.positions[group.name] = blocks
     return found
 
 
-def _blocks(graph: ChannelGraph, seen: ConsumerInput) -> list[Tensor] | None:
+def channel_blocks(graph: ChannelGraph, seen: ConsumerInput) -> list[Tensor] | None:
     """Return the positions of a group's channels block by block, `(C, K)` each; None where they are not cut alike."""
     module = graph.model.get_submodule(seen.module)
     weight = graph.model.get_parameter(seen.weight)
@@ -256,7 +256,7 @@ def compensations(graph: ChannelGraph, removed: Mapping[str, Tensor], moments: M
             if covariance is None or seen.weight not in constants:
                 fallbacks.append(seen.weight)
                 continue
-            blocks = _blocks(graph, seen)
+            blocks = channel_blocks(graph, seen)
             assert blocks is not None
             maps = torch.stack([_prediction(each, kept, gone, moments.samples) for each in covariance])
             mean = moments.means[seen.weight]
