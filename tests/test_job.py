@@ -30,14 +30,7 @@ from compressor.training.data import sources as datasets
 
 DURING = {"model": "user_models:tiny", "epochs": 3, "round-to": 4, "prune-every": 9}
 AFTER = {"model": "user_models:tiny", "epochs": 2, "finetune-epochs": 2, "round-to": 4, "criterion": "l1"}
-BY_RELEVANCE = {
-    **AFTER,
-    "criterion": "relevance",
-    "when": "after",
-    "finetune-epochs": 0,
-    "rounds": 3,
-    "measure": "macs",
-}
+BY_RELEVANCE = {**AFTER, "criterion": "relevance", "when": "after", "rounds": 3}
 
 
 def files_in(folder: Path) -> dict[str, bytes]:

@@ -168,6 +168,7 @@ def test_a_number_out_of_range_is_refused(name: str, value: float) -> None:
             {"criterion": "set", "when": "after"},
             "--criterion set changes its masks in training: leave out --when after",
         ),
+        ({"epochs": 0}, "epochs = 0 is out of range: give epochs in 1, 2, 3, ...; 0 with --when after"),
         ({"rounds": 3}, "--rounds has no effect with --when during"),
         ({"criterion": "l1", "rounds": 0}, "rounds = 0 is out of range: give rounds in 1 to 1000"),
         (

@@ -94,7 +94,9 @@ class Settings:
     when: str | None = option(
         None, "Training", "Prune during or after training.", "during for relevance, magnitude, set, rigl; else after"
     )
-    epochs: int = from_config(TrainingConfig, "epochs", "Training", "Epochs of training.")
+    epochs: int = from_config(
+        TrainingConfig, "epochs", "Training", "Epochs of training; 0 only cuts, with --when after."
+    )
     finetune_epochs: int | None = option(
         None, "Training", "Epochs after the cut, with --when after.", "half of --epochs"
     )
@@ -168,9 +170,11 @@ class Settings:
     def _require_ranges(self) -> None:
         """Refuse numbers that belong to the run itself."""
         images = self.recalibrate
+        trains = self.epochs or not is_during(vars(self))  # a network that is trained already may only be cut
         allowed = {
             "recalibrate": ("0, 2, 3, 4, ...", images is None or images == 0 or images >= 2),
             "finetune_epochs": ("0, 1, 2, ...", (self.finetune_epochs or 0) >= 0),
+            "epochs": ("1, 2, 3, ...; 0 with --when after", trains),
             "rounds": (f"1 to {MOST_ROUNDS}", 1 <= self.rounds <= MOST_ROUNDS),
             "prune_every": ("1, 2, 3, ...", self.prune_every is None or self.prune_every >= 1),
         }
@@ -192,9 +196,7 @@ class Settings:
 
     def training(self, epochs: int | None = None) -> TrainingConfig:
         """Return how one stage trains, for so many epochs."""
-        return TrainingConfig(
-            self.epochs if epochs is None else epochs, self.batch_size, self.lr, seed=self.seed, device=self.device
-        )
+        return TrainingConfig(epochs or self.epochs or 1, self.batch_size, self.lr, seed=self.seed, device=self.device)
 
     def relevance(self) -> RelevanceConfig:
         """Return how relevance observes."""
