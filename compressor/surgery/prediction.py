@@ -215,11 +215,14 @@ class Merge:
     def change(self, weight: Tensor) -> Tensor:
         """Return what is to be added to a weight `(O, D / blocks, ...)`, or to its momentum."""
         change = torch.zeros_like(weight)
+        kept, gone = (each.flatten().to(weight.device) for each in (self.kept, self.gone))
         parts = zip(weight.chunk(self.blocks), change.chunk(self.blocks), self.maps, strict=True)
         for part, target, matrix in parts:
-            from_gone = part[:, self.gone.to(weight.device)]  # (O, r, K, ...)
+            from_gone = part.index_select(1, gone).reshape(
+                len(part), *self.gone.shape, *part.shape[2:]
+            )  # (O, r, K, ...)
             moved = torch.tensordot(from_gone, matrix.to(from_gone), dims=([1], [0])).movedim(-1, 1)
-            target[:, self.kept.to(weight.device)] = moved
+            target.index_copy_(1, kept, moved.flatten(1, 2))
         return change
 
 
