@@ -175,6 +175,29 @@ def test_in_rounds_a_budget_is_met_as_at_once(criterion: str) -> None:
     assert 0.5 <= result.removed < 0.62
 
 
+def test_relevance_without_compensation_still_reads_its_calibration() -> None:
+    model, batches = shake(small()), pairs()
+    result = compressor.prune(
+        model, batches[0][0], "relevance", 0.4, calibration=batches, loss_fn=F.cross_entropy, compensate="none"
+    )
+    assert result.reached
+
+
+def test_a_fixed_kernel_that_reads_channels_can_be_judged() -> None:
+    class Blur(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.ones(5, 8, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight)
+
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Blur(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    graph = compressor.trace(model, pairs()[0][0])
+    found = gate_relevance(graph, pairs(), F.cross_entropy, Moments({}))
+    assert found.keys() == graph.sizes().keys()
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

@@ -85,7 +85,7 @@ def prune(
     pairs = _pairs(calibration, loss_fn, criterion, selection.scope)
     batches = [inputs for inputs, _ in pairs] if loss_fn else list(calibration or ())
     judge = None if by_itself else lookup(criterion)
-    chosen = _chosen(compensate, batches, verify)
+    chosen = _chosen(compensate, batches, idle=not verify and loss_fn is None)
     graph = traced(model, example_inputs, outputs)
     progress = PruningProgress(graph)
     shares = (limits or Limits()).shares(graph)
@@ -94,8 +94,8 @@ def prune(
     made = None
     for due in ((number + 1) / rounds for number in range(rounds)):
         known = Moments.of(KNOWN[chosen](graph, batches))
-        reads = loss_fn and RELEVANCE in (criterion, selection.scope)
-        relevance = gate_relevance(graph, pairs, loss_fn, known) if loss_fn and reads else {}
+        reads_gates = RELEVANCE in (criterion, selection.scope)
+        relevance = gate_relevance(graph, pairs, loss_fn, known) if loss_fn and reads_gates else {}
 
         def judged(groups: Sequence[Group], found: Mapping[str, Tensor] = relevance) -> Mapping[str, Tensor]:
             if judge is None:
@@ -178,8 +178,11 @@ KNOWN: dict[Compensation, Callable[[ChannelGraph, list[Any]], Moments | Mapping[
 }
 
 
-def _chosen(compensate: Compensation | None, batches: list[Any], verify: bool) -> Compensation:
-    """Return how to compensate, if real inputs are there where they are needed, and only there."""
+def _chosen(compensate: Compensation | None, batches: list[Any], idle: bool) -> Compensation:
+    """Return how to compensate, if real inputs are there where they are needed, and only there.
+
+    `idle`: nothing but compensation would read the batches.
+    """
     if compensate is None:
         return "linear" if batches else "none"
     require_compensation(compensate)
@@ -187,7 +190,7 @@ def _chosen(compensate: Compensation | None, batches: list[Any], verify: bool) -
         raise InputError(
             f"compensate={compensate!r} needs real inputs: pass calibration=[inputs, ...], or compensate='none'"
         )
-    if batches and compensate == "none" and not verify:
+    if batches and compensate == "none" and idle:
         raise IdleArgumentError("calibration", "compensate='none' and verify=False")
     return compensate
 

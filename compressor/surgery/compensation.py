@@ -11,7 +11,7 @@ Shape letters: D positions along the channel dimension of one consumer's input; 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -39,20 +39,30 @@ def input_means(graph: ChannelGraph, batches: Iterable[Any]) -> dict[str, Tensor
         InputError: no batch came, or what came is not finite.
     """
     sums = {seen.weight: _Sum(seen.dim) for group in graph.groups for seen in group.inputs}
-    count = 0
-    device = device_of(graph.model)
-    with ExitStack() as hooks, eval_mode(graph.model):
-        for weight, total in sums.items():
+    watch_inputs(graph, sums, batches, "means")
+    means = {weight: total.mean() for weight, total in sums.items() if total.count}
+    require_finite(means)
+    return means
+
+
+def watch_inputs(
+    graph: ChannelGraph, hooks: Mapping[str, Callable[..., None]], batches: Iterable[Any], what: str
+) -> None:
+    """Run batches in evaluation mode under forward-pre-hooks on the modules of the consuming weights.
+
+    Raises:
+        InputError: no batch came; the message says what it was for.
+    """
+    count, device = 0, device_of(graph.model)
+    with ExitStack() as handles, eval_mode(graph.model):
+        for weight, hook in hooks.items():
             module = graph.model.get_submodule(owner(weight)[0])
-            hooks.callback(module.register_forward_pre_hook(total).remove)
+            handles.callback(module.register_forward_pre_hook(hook).remove)
         for batch in batches:
             run_model(graph.model, to_device(batch, device))
             count += 1
     if not count:
-        raise InputError("no batch to take means of: give at least one batch of inputs that the model accepts")
-    means = {weight: total.mean() for weight, total in sums.items() if total.count}
-    require_finite(means)
-    return means
+        raise InputError(f"no batch to take {what} of: give at least one batch of inputs that the model accepts")
 
 
 def require_finite(means: Mapping[str, Tensor]) -> None:

@@ -21,22 +21,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressor._utils import device_of, eval_mode, run_model, to_device
 from compressor.errors import InputError
-from compressor.graph import ChannelGraph, ConsumerInput, owner
-from compressor.surgery.compensation import removed_means, require_finite
+from compressor.graph import ChannelGraph, ConsumerInput
+from compressor.surgery.compensation import removed_means, require_finite, watch_inputs
 
 logger = logging.getLogger(__name__)
 
-# Of the mean variance: what float64 cannot tell from zero. It decides between equal solutions, and loses nothing.
-_LEAST_RIDGE = 1e-13
+# Eigenvalues of a correlation matrix below this, times its size, are rounding: such directions predict nothing.
+_RANK_TOLERANCE = 1e-13
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,16 +72,7 @@ def input_moments(graph: ChannelGraph, batches: Iterable[Any]) -> Moments:
         InputError: no batch came, too few samples for every consumer, or what came is not finite.
     """
     sums = _sums(graph)
-    device, count = device_of(graph.model), 0
-    with ExitStack() as hooks, eval_mode(graph.model):
-        for weight, each in sums.items():
-            module = graph.model.get_submodule(owner(weight)[0])
-            hooks.callback(module.register_forward_pre_hook(each).remove)
-        for batch in batches:
-            run_model(graph.model, to_device(batch, device))
-            count += 1
-    if not count:
-        raise InputError("no batch to take moments of: give at least one batch of inputs that the model accepts")
+    watch_inputs(graph, sums, batches, "moments")
     seen = {weight: each for weight, each in sums.items() if each.rows}
     means = {weight: each.mean() for weight, each in seen.items()}
     require_finite(means)
@@ -116,7 +105,7 @@ def _sums(graph: ChannelGraph) -> dict[str, _Sums]:
 def channel_blocks(graph: ChannelGraph, seen: ConsumerInput) -> list[Tensor] | None:
     """Return the positions of a group's channels block by block, `(C, K)` each; None where they are not cut alike."""
     module = graph.model.get_submodule(seen.module)
-    weight = graph.model.get_parameter(seen.weight)
+    weight = _tensor(graph, seen.weight)
     if isinstance(module, nn.modules.conv._ConvTransposeNd) or weight.dim() < 2:
         return None
     width = weight.shape[1]  # of one block
@@ -124,6 +113,13 @@ def channel_blocks(graph: ChannelGraph, seen: ConsumerInput) -> list[Tensor] | N
     if not (block == block[:1]).all():
         return None
     return [seen.positions[:, block[0] == index] for index in sorted(set(block[0].tolist()))]
+
+
+def _tensor(graph: ChannelGraph, name: str) -> Tensor:
+    """Return a weight by name; a fixed kernel may be a buffer."""
+    module, _, leaf = name.rpartition(".")
+    found: Tensor = getattr(graph.model.get_submodule(module), leaf)
+    return found
 
 
 @dataclass
@@ -218,9 +214,8 @@ class Merge:
         kept, gone = (each.flatten().to(weight.device) for each in (self.kept, self.gone))
         parts = zip(weight.chunk(self.blocks), change.chunk(self.blocks), self.maps, strict=True)
         for part, target, matrix in parts:
-            from_gone = part.index_select(1, gone).reshape(
-                len(part), *self.gone.shape, *part.shape[2:]
-            )  # (O, r, K, ...)
+            # (O, r * K, ...) -> (O, r, K, ...)
+            from_gone = part.index_select(1, gone).reshape(len(part), *self.gone.shape, *part.shape[2:])
             moved = torch.tensordot(from_gone, matrix.to(from_gone), dims=([1], [0])).movedim(-1, 1)
             target.index_copy_(1, kept, moved.flatten(1, 2))
         return change
@@ -266,7 +261,7 @@ def compensations(graph: ChannelGraph, removed: Mapping[str, Tensor], moments: M
             for positions, matrix in zip(blocks, maps, strict=True):
                 here, there = (positions[each].to(mean.device) for each in (kept, gone))
                 constants[seen.weight][there] = mean[there] - matrix.to(mean.device) @ mean[here]
-            width = graph.model.get_parameter(seen.weight).shape[1]
+            width = _tensor(graph, seen.weight).shape[1]
             columns = blocks[0] % width
             merges.setdefault(seen.weight, []).append(Merge(columns[kept], columns[gone], maps, len(blocks)))
     if moments.covariances and fallbacks:
@@ -289,7 +284,7 @@ def _prediction(covariance: Tensor, kept: Tensor, gone: Tensor, samples: int) ->
     scale = torch.where(scale > 0, scale, 1.0)
     values, vectors = torch.linalg.eigh(kk / scale / scale.unsqueeze(1))
     across = (rk / scale) @ vectors  # (r, n)
-    least = _LEAST_RIDGE * len(kept)
+    least = _RANK_TOLERANCE * len(kept)
     plain = torch.where(values > least, across / values.clamp_min(least), 0.0)
     left = (rr - (plain * across).sum(1)).clamp_min(0)
     strength = plain.square().sum(1)
