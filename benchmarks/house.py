@@ -24,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 # Options that the command line offers, by the names that parameters have (the old names beside the new ones).
 OPTIONS = {
-    *("sparsity", "measure", "scope", "round_to", "floor", "compensate", "recalibrate", "images", "epochs"),
+    *("sparsity", "measure", "allocate", "round_to", "floor", "compensate", "recalibrate", "images", "epochs"),
     *("batch_size", "lr", "prune_every", "collect", "granularity", "allocation", "estimator", "relevance_estimator"),
     *("drop", "observe_every", "confidence", "delta", "dummies", "warmup", "half_life", "seed"),
 }

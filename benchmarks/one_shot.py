@@ -37,7 +37,7 @@ NOTE = (
 NOTE_ROUNDS = (
     "Accuracy on the 10,000 test images, in percent, without any training after the cut; `recalibrated`: after "
     f"BatchNorm statistics were taken anew on {RECALIBRATION} training images. One run each: nothing draws. "
-    f"`scope`: how much of each group goes. Statistics from {CALIBRATION} training images, anew in every round."
+    f"`allocate`: how much of each group goes. Statistics from {CALIBRATION} training images, anew in every round."
 )
 
 
@@ -71,13 +71,13 @@ def by_compensation(model: nn.Module, found: Data, network: str, share: float) -
     return path
 
 
-# What is cut, and how: criterion, scope, rounds, compensation.
+# What is cut, and how: criterion, allocate, rounds, compensation.
 WAYS = (
-    ("l1", "local", 1, "mean"),
-    ("l1", "local", 1, "linear"),
-    ("l1", "local", 8, "linear"),
+    ("l1", "uniform", 1, "mean"),
+    ("l1", "uniform", 1, "linear"),
+    ("l1", "uniform", 8, "linear"),
     ("l1", "relevance", 8, "linear"),
-    ("relevance", "local", 8, "linear"),
+    ("relevance", "uniform", 8, "linear"),
     ("relevance", "relevance", 1, "linear"),
     ("relevance", "relevance", 8, "mean"),
     ("relevance", "relevance", 8, "linear"),
@@ -89,18 +89,23 @@ def in_rounds(model: nn.Module, found: Data, network: str, share: float) -> Path
     """Measure small cuts, and how much of each group goes."""
     rows: list[dict[str, Any]] = []
     for only in (("layer*.conv1",), ()):
-        for criterion, scope, rounds, compensate in WAYS:
+        for criterion, allocate, rounds, compensate in WAYS:
             smaller = copy.deepcopy(model)
-            losses = "relevance" in (criterion, scope)
+            losses = "relevance" in (criterion, allocate)
             pairs = first_batches(found, CALIBRATION)
             result = compressor.prune(
-                smaller, pairs[0][0][:1], criterion, compressor.Budget(share, "macs"), rounds=rounds, scope=scope,
+                smaller, pairs[0][0][:1], criterion, compressor.Budget(share, "macs"), rounds=rounds, allocate=allocate,
                 limits=compressor.Limits(only=only), compensate=compensate, round_to=1,
                 calibration=pairs if losses else [x for x, _ in pairs], loss_fn=F.cross_entropy if losses else None,
             )  # fmt: skip
             at_once = evaluate(smaller, found.test).accuracy
             recalibrate(smaller, found.train, images=RECALIBRATION)
-            row = {"channels": "inner" if only else "all", "criterion": criterion, "scope": scope, "rounds": rounds}
+            row = {
+                "channels": "inner" if only else "all",
+                "criterion": criterion,
+                "allocate": allocate,
+                "rounds": rounds,
+            }
             row |= {"compensate": compensate, "MACs removed %": 100 * result.removed, "cut": 100 * at_once}
             rows.append(row | {"recalibrated": 100 * evaluate(smaller, found.test).accuracy})
             path = write(f"one-shot-rounds-{network}-{share:g}", rows, NOTE_ROUNDS)

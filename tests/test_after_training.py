@@ -139,11 +139,11 @@ def test_planted_copies_go_first_and_nothing_is_lost() -> None:
 def test_widths_by_relevance_and_channels_by_the_criterion() -> None:
     batches = pairs()
     budget = compressor.Budget(0.4, "macs")
-    common = {"calibration": batches, "loss_fn": F.cross_entropy, "round_to": 1}
+    common = {"calibration": batches, "loss_fn": F.cross_entropy, "round_to": 1, "reconstruct": False}
     original = shake(small())
     by_itself, by_size = copy.deepcopy(original), copy.deepcopy(original)
     compressor.prune(by_itself, batches[0][0], "relevance", budget, **common)
-    compressor.prune(by_size, batches[0][0], "l1", budget, scope="relevance", **common)
+    compressor.prune(by_size, batches[0][0], "l1", budget, allocate="relevance", **common)
     assert [tuple(each.shape) for each in by_itself.parameters()] == [
         tuple(each.shape) for each in by_size.parameters()
     ]
@@ -160,7 +160,7 @@ def test_gradients_are_gathered_from_the_calibration_and_taken_away_again() -> N
         F.cross_entropy(there.eval()(x), y, reduction="sum").backward()
     there.train()
     for model, settings in ((here, {"calibration": batches, "loss_fn": F.cross_entropy}), (there, {})):
-        compressor.prune(model, batches[0][0], "taylor", 0.4, compensate="none" if not settings else None, **settings)
+        compressor.prune(model, batches[0][0], "taylor", 0.4, compensate="none", **settings)
     assert torch.equal(here[0].weight, there[0].weight)
     assert all(parameter.grad is None for parameter in here.parameters())
 
@@ -203,7 +203,7 @@ def test_a_fixed_kernel_that_reads_channels_can_be_judged() -> None:
     [
         ({"criterion": "relevance"}, InputError, "relevance needs losses: pass calibration="),
         (
-            {"scope": "relevance", "calibration": inputs(pairs())},
+            {"allocate": "relevance", "calibration": inputs(pairs())},
             InputError,
             "relevance needs losses: pass calibration=",
         ),
@@ -236,5 +236,5 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
 def test_a_pruner_cannot_allocate_by_relevance_that_it_does_not_observe() -> None:
     model = shake(small())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(InputError, match="scope='relevance' with criterion 'l1' needs losses of a trained model"):
-        compressor.Pruner(model, pairs()[0][0], "l1", optimizer=optimizer, total_steps=10, scope="relevance")
+    with pytest.raises(InputError, match="allocate='relevance' with criterion 'l1' needs losses of a trained model"):
+        compressor.Pruner(model, pairs()[0][0], "l1", optimizer=optimizer, total_steps=10, allocate="relevance")

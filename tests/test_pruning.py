@@ -53,7 +53,7 @@ def test_a_function_of_ones_own_is_a_criterion() -> None:
         return group.rows(snapshot.values).abs().amax(dim=1)
 
     strong = model[0].weight[::2].clone()
-    compressor.prune(model, X, criterion=widest, budget=compressor.Budget(0.5, "channels"), scope="local")
+    compressor.prune(model, X, criterion=widest, budget=compressor.Budget(0.5, "channels"), allocate="uniform")
     assert torch.equal(model[0].weight, strong)
 
 
@@ -100,7 +100,7 @@ def test_the_share_is_of_the_whole_model_also_where_a_group_refuses() -> None:
         ({"budget": -0.1}, RangeError, "sparsity = -0.1 is out of range"),
         ({"budget": "half"}, InputError, r"budget = 'half': give a share of the parameters, 0\.5 say, or Budget\(0\.5"),
         ({"budget": True}, InputError, "budget = True: give a share"),
-        ({"scope": "layer"}, UnknownNameError, "unknown scope 'layer'"),
+        ({"allocate": "layer"}, UnknownNameError, "unknown allocation 'layer'"),
         ({"round_to": 0}, RangeError, "round_to = 0 is out of range"),
     ],
 )
@@ -455,7 +455,7 @@ def test_verified_cuts_while_training_are_the_same_cuts(criterion: str) -> None:
     [
         ({"rund_to": 4}, TypeError, "unexpected keyword argument 'rund_to'"),
         ({"relevance": RelevanceConfig()}, IdleArgumentError, "relevance has no effect with criterion 'l1': leave one"),
-        ({"scope": "globl"}, UnknownNameError, "unknown scope 'globl': did you mean 'global'"),
+        ({"allocate": "globl"}, UnknownNameError, "unknown allocation 'globl': did you mean 'global'"),
         ({"round_to": 0}, RangeError, "round_to = 0 is out of range"),
         ({"compensate": "means"}, UnknownNameError, "unknown compensation 'means': did you mean 'mean'"),
     ],

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from compressor.budget import MEASURES, Budget, CostModel, Selection, SelectionOptions, select
-from compressor.budget.options import SCOPES
+from compressor.budget.options import ALLOCATIONS
 from compressor.budget.widths import Widths
 from compressor.errors import RangeError, ScoreError, UnknownNameError
 from compressor.graph import ChannelGraph, Extent, Frozen, Group, Term
@@ -47,8 +47,8 @@ OPTIONS = {each.name for each in fields(SelectionOptions)}
 def choose(
     graph: ChannelGraph, scores: dict[str, Tensor], sparsity: float, measure: str = "params", **how: Any
 ) -> Selection:
-    """Select; the scope is global here, and counts are not rounded, where nothing else is asked."""
-    chosen = {"scope": "global", "round_to": 1} | {name: how.pop(name) for name in OPTIONS & how.keys()}
+    """Select; the allocation is global here, and counts are not rounded, where nothing else is asked."""
+    chosen = {"allocate": "global", "round_to": 1} | {name: how.pop(name) for name in OPTIONS & how.keys()}
     options = SelectionOptions(**chosen)
     return select(graph, scores, Budget(sparsity, measure), costs=CostModel(graph), options=options, **how)
 
@@ -62,7 +62,7 @@ SEEDS = st.integers(0, 10**6)
 SPARSITIES = st.floats(0, 0.99)
 HOW = st.fixed_dictionaries(
     {
-        "scope": st.sampled_from(SCOPES),
+        "allocate": st.sampled_from(ALLOCATIONS),
         "round_to": st.sampled_from([1, 3, 8]),
         "floor": st.sampled_from([0.0, 0.1, 0.5]),
     }
@@ -127,7 +127,7 @@ def test_more_sparsity_keeps_no_more(
     scores = random_scores(graph, seed)
     less, more = (choose(graph, scores, share, measure, **how) for share in (sparsity / 2, sparsity))
     assert more.after <= less.after
-    if how["scope"] == "local":
+    if how["allocate"] == "uniform":
         for name, size in graph.sizes().items():
             everything = torch.arange(size)
             assert set(more.keep.get(name, everything).tolist()) <= set(less.keep.get(name, everything).tolist())
@@ -154,7 +154,7 @@ def test_no_step_of_any_group_could_come_back(
     made = choose(graph, random_scores(graph, seed), sparsity, measure, **how)
     assume(made.reached and made.keep)
     missed = misses(graph, made, measure, how["round_to"])
-    assert all(missed) if how["scope"] == "global" else any(missed)
+    assert all(missed) if how["allocate"] == "global" else any(missed)
 
 
 @settings(deadline=None)
@@ -213,7 +213,9 @@ def test_the_other_groups_serve_the_budget_exactly(
     others = [name for name in made.keep if name not in shares]
     assert made.reached == (made.after <= Budget(sparsity, measure).goal(made.before)) == (not made.blocked)
     missed = dict(zip(made.keep, misses(graph, made, measure, how["round_to"]), strict=True))
-    assert not (made.reached and others) or (all if how["scope"] == "global" else any)(missed[name] for name in others)
+    assert not (made.reached and others) or (all if how["allocate"] == "global" else any)(
+        missed[name] for name in others
+    )
 
 
 def test_a_share_is_of_the_width_before_earlier_cuts() -> None:
@@ -264,7 +266,7 @@ def test_no_sparsity_cuts_nothing(sizes: list[int], seed: int, how: dict[str, An
 @given(sizes=SIZES, seed=SEEDS, sparsity=SPARSITIES)
 def test_local_takes_the_same_share_of_every_group(sizes: list[int], seed: int, sparsity: float) -> None:
     graph = chain(sizes)
-    made = choose(graph, random_scores(graph, seed), sparsity, scope="local", floor=0.0)
+    made = choose(graph, random_scores(graph, seed), sparsity, allocate="uniform", floor=0.0)
     gone = {name: graph[name].size - left for name, left in widths(graph, made).items()}
     # Some share, times the size, is within half a channel of what went; only "one always stays" comes before it.
     least = [Fraction(2 * n - 1, 2 * graph[name].size) for name, n in gone.items()]
@@ -395,8 +397,8 @@ def test_settings_out_of_range_and_unknown_names_are_refused() -> None:
     scores = random_scores(graph, 0)
     with pytest.raises(UnknownNameError, match="unknown measure 'flops'"):
         Budget(0.5, "flops")
-    with pytest.raises(UnknownNameError, match="unknown scope 'globl': did you mean 'global'"):
-        choose(graph, scores, 0.5, scope="globl")
+    with pytest.raises(UnknownNameError, match="unknown allocation 'globl': did you mean 'global'"):
+        choose(graph, scores, 0.5, allocate="globl")
     with pytest.raises(UnknownNameError, match="unknown group '00': did you mean '0'"):
         choose(graph, {"00": scores["0"]}, 0.5)
     with pytest.raises(RangeError, match="round_to = 0 is out of range"):
@@ -421,7 +423,7 @@ def test_scores_that_cannot_be_ranked_are_refused(scores: Tensor, reason: str) -
 def test_left_open_large_groups_end_with_multiples_of_eight_and_small_ones_with_any_number() -> None:
     graph = chain([128, 64, 63, 20])
     scores = random_scores(graph, 0)
-    left = widths(graph, choose(graph, scores, 0.37, scope="local", round_to=None))
+    left = widths(graph, choose(graph, scores, 0.37, allocate="uniform", round_to=None))
     assert [left[name] % 8 for name in ("0", "1")] == [0, 0]
     assert [left[name] for name in ("2", "3")] == [51, 16]
     # A group keeps its step however narrow earlier cuts made it.

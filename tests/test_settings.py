@@ -111,7 +111,7 @@ def test_the_folder_is_named_after_the_run(given_: dict, folder: str) -> None:
         ({"criterion": "relevnce"}, "unknown criterion 'relevnce': did you mean 'relevance'"),
         ({"criterion": "l3"}, "unknown criterion 'l3': did you mean 'l"),
         ({"measure": "param"}, "unknown measure 'param': did you mean 'params'"),
-        ({"scope": "globl"}, "unknown scope 'globl': did you mean 'global'"),
+        ({"allocate": "globl"}, "unknown allocation 'globl': did you mean 'global'"),
         ({"stem": "cifr"}, "unknown stem 'cifr': did you mean 'cifar'"),
         ({"when": "afer"}, "unknown when 'afer': did you mean 'after'"),
         ({"relevance-estimator": "sft"}, "unknown relevance estimator 'sft': did you mean 'soft'"),
@@ -172,8 +172,8 @@ def test_a_number_out_of_range_is_refused(name: str, value: float) -> None:
         ({"rounds": 3}, "--rounds has no effect with --when during"),
         ({"criterion": "l1", "rounds": 0}, "rounds = 0 is out of range: give rounds in 1 to 1000"),
         (
-            {"criterion": "l1", "scope": "relevance", "when": "during"},
-            "--scope relevance needs --when after with --crit",
+            {"criterion": "l1", "allocate": "relevance", "when": "during"},
+            "--allocate relevance needs --when after with --crit",
         ),
         ({"finetune-epochs": 2}, "--finetune-epochs has no effect with --when during"),
         (

@@ -40,7 +40,7 @@ def made(
     model = model or wide()
     optimizer = OPTIMIZERS[kind](model.parameters())
     how = {"budget": compressor.Budget(0.6), "total_steps": 40, "prune_every": 5, **how}
-    config = SparseConfig(granularity, how.pop("allocation", None))
+    config = SparseConfig(granularity, how.pop("allocate", None))
     training = SparseTraining(model, X, criterion, optimizer=optimizer, config=config, **how)
     return model, optimizer, training
 
@@ -153,7 +153,7 @@ def test_magnitude_only_ever_switches_off_and_what_is_smallest(granularity: str)
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_a_weight_that_is_zero_but_on_does_not_change_places_with_one_that_is_off(allocation: str) -> None:
     model = wide()
-    training = made("magnitude", "weight", model, allocation=allocation)[2]
+    training = made("magnitude", "weight", model, allocate=allocation)[2]
     training.units.set_masks(training.units.dropped(0.5))
     before = training.masks
     for parameter in model.parameters():
@@ -173,7 +173,7 @@ def test_magnitude_switches_nothing_on_again_when_a_schedule_turns_back(granular
 @pytest.mark.parametrize("allocation", ["global", "erk", "uniform"])
 def test_magnitude_keeps_the_largest_weights_of_the_model_or_of_each_layer(allocation: str) -> None:
     model = wide()
-    training = made("magnitude", "weight", model, allocation=allocation)[2]
+    training = made("magnitude", "weight", model, allocate=allocation)[2]
     weights = {name: parameter.detach().abs() for name, parameter in model.named_parameters() if name in training.masks}
     masks = training.units.dropped(1.0)
     least = {name: float(weights[name][mask].min()) for name, mask in masks.items()}
@@ -194,7 +194,7 @@ def test_magnitude_keeps_the_largest_weights_of_the_model_or_of_each_layer(alloc
 def test_norms_biases_and_frozen_weights_are_never_masked(criterion: str) -> None:
     model = wide()
     model[3].weight.requires_grad_(False)
-    _, optimizer, training = made(criterion, "weight", model, allocation="erk", budget=compressor.Budget(0.1))
+    _, optimizer, training = made(criterion, "weight", model, allocate="erk", budget=compressor.Budget(0.1))
     frozen = model[3].weight.clone()
     list(steps(training, optimizer, range(10)))
     assert list(training.masks) == ["0.weight", "8.weight"]
@@ -268,7 +268,7 @@ def test_a_channel_that_grows_changes_nothing_at_first() -> None:
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_channels_meet_the_budget_in_its_measure(criterion: str, measure: str) -> None:
     model, optimizer, training = made(
-        criterion, "channel", budget=compressor.Budget(0.5, measure), round_to=1, allocation="uniform"
+        criterion, "channel", budget=compressor.Budget(0.5, measure), round_to=1, allocate="uniform"
     )
     events = [event for event in steps(training, optimizer, range(40)) if event]
     result = training.result()
@@ -446,7 +446,7 @@ def test_the_last_channel_of_a_group_is_never_cut() -> None:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_very_sparse_weights_empty_channels_that_are_cut_in_training(criterion: str) -> None:
-    model, optimizer, training = made(criterion, "weight", budget=compressor.Budget(0.97), allocation="erk")
+    model, optimizer, training = made(criterion, "weight", budget=compressor.Budget(0.97), allocate="erk")
     events = [event for event in steps(training, optimizer, range(40)) if event]
     result = training.result()
     assert events[-1]["event"] == "cut"
@@ -468,7 +468,7 @@ def test_very_sparse_weights_empty_channels_that_are_cut_in_training(criterion: 
 def test_a_run_that_is_taken_up_again_goes_on_as_if_nothing_had_happened(
     criterion: str, granularity: str, stop: int
 ) -> None:
-    how = {"budget": compressor.Budget(0.97), "allocation": "erk"} if granularity == "weight" else {}
+    how = {"budget": compressor.Budget(0.97), "allocate": "erk"} if granularity == "weight" else {}
     model, optimizer, training = made(criterion, granularity, **how)
     list(steps(training, optimizer, range(stop)))
     kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), training.state_dict()))
@@ -526,8 +526,8 @@ def test_the_same_seed_draws_the_same_and_another_seed_another() -> None:
     [
         ({"criterion": "rigel"}, UnknownNameError, "unknown criterion 'rigel': did you mean 'rigl'"),
         ({"granularity": "chanel"}, UnknownNameError, "unknown granularity 'chanel': did you mean 'channel'"),
-        ({"allocation": "erc"}, UnknownNameError, "unknown allocation 'erc': did you mean 'erk'"),
-        ({"allocation": "global"}, InputError, "rigl begins at random, so there is nothing to rank"),
+        ({"allocate": "erc"}, UnknownNameError, "unknown allocation 'erc': did you mean 'erk'"),
+        ({"allocate": "global"}, InputError, "rigl begins at random, so there is nothing to rank"),
         ({"round_to": 8}, InputError, "round_to has no effect with granularity 'weight'"),
         ({"budget": compressor.Budget(0.5, "macs")}, InputError, "a budget of macs cannot be met by single weights"),
         (

@@ -47,7 +47,7 @@ def test_single_weights_are_zeros_and_the_report_says_so(tmp_path: Path, monkeyp
 
 
 def test_channels_make_the_model_smaller(tmp_path: Path) -> None:
-    made = job.run(settings_of("rigl", "channel", tmp_path / "run", allocation="uniform", measure="macs"))
+    made = job.run(settings_of("rigl", "channel", tmp_path / "run", allocate="uniform", measure="macs"))
     assert made.goal.measure == "macs"
     assert made.goal.reached >= 0.8
     assert made.pruned.macs == made.pruned.fvcore_macs
@@ -66,7 +66,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path) 
 def test_options_that_are_left_open_are_as_published() -> None:
     for criterion, allocation in (("magnitude", "uniform"), ("set", "erk"), ("rigl", "erk")):
         settings = Settings(criterion=criterion)
-        assert (settings.when, settings.granularity, settings.allocation) == ("during", "weight", allocation)
+        assert (settings.when, settings.granularity, settings.allocate) == ("during", "weight", allocation)
         assert Settings.from_options(settings.given()) == settings
     assert Settings(criterion="l1").granularity is None
 
@@ -76,14 +76,15 @@ def test_options_that_are_left_open_are_as_published() -> None:
     [
         ({"criterion": "rigel"}, UnknownNameError, "unknown criterion 'rigel': did you mean 'rigl'"),
         ({"criterion": "rigl", "granularity": "filter"}, UnknownNameError, "unknown granularity 'filter'"),
-        ({"criterion": "rigl", "allocation": "erc"}, UnknownNameError, "unknown allocation 'erc': did you mean 'erk'"),
+        ({"criterion": "rigl", "allocate": "erc"}, UnknownNameError, "unknown allocation 'erc': did you mean 'erk'"),
         ({"criterion": "rigl", "when": "after"}, InputError, "--criterion rigl changes its masks in training"),
-        ({"criterion": "rigl", "scope": "global"}, InputError, "--scope has no effect with --criterion rigl"),
+        ({"criterion": "rigl", "allocate": "global"}, InputError, "rigl begins at random, so there is nothing to rank"),
+        ({"criterion": "rigl", "allocate": "relevance"}, UnknownNameError, "unknown allocation 'relevance'"),
         ({"criterion": "set", "round-to": 4}, InputError, "--round-to has no effect with --granularity weight"),
         ({"criterion": "set", "measure": "macs"}, InputError, "--measure has no effect with --granularity weight"),
         ({"criterion": "set", "confidence": 0.9}, InputError, "--confidence has no effect with --criterion set"),
         ({"criterion": "l1", "granularity": "weight"}, InputError, "--granularity has no effect with --criterion l1"),
-        ({"allocation": "erk"}, InputError, "--allocation has no effect with --criterion relevance"),
+        ({"allocate": "erk"}, UnknownNameError, "unknown allocation 'erk': known: global, relevance, uniform"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused(given: dict, error: type, message: str) -> None:

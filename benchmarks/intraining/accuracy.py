@@ -35,7 +35,7 @@ from compressor.training.loop import train
 NOTE = (
     "Share of the parameters removed while training, cubic from 10 % to 65 % of it (`set` and `rigl`: channels, masked "
     "from the beginning and cut at the end); accuracy on the test part after equally many epochs. `dense` is trained "
-    "alike. `relevance-...` ranks all channels together, per parameter (`--scope global`); `relevance-gate, local` "
+    "alike. `relevance-...` ranks all channels together, per parameter (`--allocate global`); `relevance-gate, local` "
     "(the default), `l1`, `euclidean`, `random` and `magnitude` take the same share of every group. With a GPU: "
     "ResNet-18 and all of CIFAR-10. On a CPU: a residual network of three blocks (32, 64, 128 channels), 16 x 16 "
     "digits, and 5,000 images of CIFAR-10; it is far from trained to the end, so that only differences count."
@@ -45,7 +45,7 @@ CRITERIA: dict[str, dict[str, Any]] = {
     "dense": {},
     "random": {},
     **{
-        f"relevance-{name}": {"criterion": "relevance", "relevance": RelevanceConfig(name), "scope": "global"}
+        f"relevance-{name}": {"criterion": "relevance", "relevance": RelevanceConfig(name), "allocate": "global"}
         for name in ESTIMATORS
     },
     "relevance-gate, local": {"criterion": "relevance"},
@@ -54,11 +54,11 @@ CRITERIA: dict[str, dict[str, Any]] = {
     **{name: {} for name in METHODS},
 }
 VARIANTS: dict[str, dict[str, Any]] = {  # what the defaults are chosen from
-    "l1, global": {"criterion": "l1", "scope": "global"},
+    "l1, global": {"criterion": "l1", "allocate": "global"},
     "relevance-gate, every step": {
         "criterion": "relevance",
         "relevance": RelevanceConfig(observe_every=1),
-        "scope": "global",
+        "allocate": "global",
     },
 }
 BY_MACS = (

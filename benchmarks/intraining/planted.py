@@ -143,18 +143,18 @@ def measure(name: str, seed: int) -> Row:
     scores, graph, reliability = ranking(name, copy.deepcopy(planted(seed)), seed)
     watched = name in ESTIMATORS or name == EXACT
     row: Row = {"criterion": name, "seed": seed, "steps": STEPS, **reliability}
-    for scope in ("global", "local"):
+    for allocate in ("global", "uniform"):
         chosen = select(
             graph,
             scores,
             Budget(0.5, "channels"),
             costs=CostModel(graph),
-            options=SelectionOptions(scope, 1),
+            options=SelectionOptions(allocate, 1),
             normalise=not watched,
         )
         gone = {group.name: set(range(group.size)) - set(chosen.keep[group.name].tolist()) for group in graph.groups}
         hits = sum(len([c for c in gone[group.name] if c >= group.size // 2]) for group in graph.groups)
-        row[f"found %, {scope}"] = 100 * hits / sum(map(len, gone.values()))
+        row[f"found %, {allocate}"] = 100 * hits / sum(map(len, gone.values()))
     return row
 
 

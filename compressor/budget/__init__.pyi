@@ -6,7 +6,7 @@ from .limits import Limits as Limits
 from .options import ALIGNED as ALIGNED
 from .options import LARGE as LARGE
 from .options import MOST_ROUNDS as MOST_ROUNDS
-from .options import Scope as Scope
+from .options import Allocation as Allocation
 from .options import SelectionOptions as SelectionOptions
 from .progress import PruneResult as PruneResult
 from .progress import PruningProgress as PruningProgress

@@ -7,8 +7,8 @@ from typing import Literal, get_args
 
 from compressor.errors import RangeError, UnknownNameError
 
-Scope = Literal["local", "global", "relevance"]
-SCOPES: tuple[Scope, ...] = get_args(Scope)
+Allocation = Literal["uniform", "global", "relevance"]
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 MOST_ROUNDS = 1000  # in which one budget is cut; more channels than that has hardly a group
 ALIGNED = 8  # channels: kernels of CPUs and GPUs work on so many at once
@@ -20,27 +20,27 @@ class SelectionOptions:
     """How channels are chosen once they have scores.
 
     Attributes:
-        scope: how much of each group goes. "local" takes the same share of every group, "global" what the criterion's
-            ranking of all channels together says, "relevance" what relevance per cost says, whichever of them the
-            criterion then chooses. Weights say little about which layer can spare more (`benchmarks/scope.py`), so
-            "local" is the default.
+        allocate: how much of each group goes. "uniform" takes the same share of every group, "global" what the
+            criterion's ranking of all channels together says, "relevance" what relevance per cost says, whatever
+            criterion then chooses among its channels. Weights say little about which layer can spare more
+            (`benchmarks/allocation.py`), so "uniform" is the default.
         round_to: a group that loses channels ends with a multiple of this. None: of 8 in groups of 64 channels or more,
             whatever in smaller ones.
         floor: the share of every group that stays in any case, in [0, 1); at least one channel always does.
 
     Raises:
-        UnknownNameError: no such scope.
+        UnknownNameError: no such allocation.
         RangeError: `round_to` or `floor` out of range.
     """
 
-    scope: Scope = "local"
+    allocate: Allocation = "uniform"
     round_to: int | None = None
     floor: float = 0.1
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
-        if self.scope not in SCOPES:
-            raise UnknownNameError("scope", self.scope, SCOPES)
+        if self.allocate not in ALLOCATIONS:
+            raise UnknownNameError("allocation", self.allocate, ALLOCATIONS)
         if self.round_to is not None and not (1 <= self.round_to <= 65_536 and self.round_to == int(self.round_to)):
             raise RangeError("round_to", self.round_to, "1 to 65,536")
         if not 0 <= self.floor < 1:

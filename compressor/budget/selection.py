@@ -63,21 +63,21 @@ def select(
 ) -> Selection:
     """Choose the channels to keep: as many as the budget allows.
 
-    With scope "global" not one step of any group could come back, with "local" not one of the group that went last.
+    Allocated "global", not one step of any group could come back, "uniform", not one of the group that went last.
 
     Args:
         graph: whose groups are to lose channels.
         scores: by group, `(C,)`, larger means keep, ties broken by position; a group without scores stays whole.
         budget: how much is to go.
         costs: the cost model of `graph`.
-        options: with scope "global" all channels are queued by their scores, with "local" by their share of the group.
+        options: allocated "global", all channels are queued by their scores, "uniform", by their share of the group.
             A group that loses channels keeps the multiple of `round_to` that is nearest to its place in the queue; one
             that is not larger stays whole. The budget is judged after rounding.
         whole: by group, the width that floor, steps and `shares` go by, for a model that has been cut before; the
             present one by default.
         shares: by group, the share of its own channels that goes, rounded to the nearest that `round_to` allows,
             whatever budget and floor are; 0 keeps a group whole. The other groups serve the budget.
-        normalise: with scope "global", divide a group's scores by their mean magnitude. Weights of different layers
+        normalise: allocated "global", divide a group's scores by their mean magnitude. Weights of different layers
             differ in scale by far more than channels do, and the layer with the smallest would be emptied first. False
             for scores that mean the same in every group, as a loss does.
 
@@ -97,7 +97,7 @@ def select(
     fixed = fixed_counts(groups, shares, options, whole)
     free = [group for group in groups if group.name not in fixed]
     widths = Widths.for_groups(free, options, options.floor, whole)
-    keys = [_key(values[group.name][orders[group.name]], options.scope, normalise) for group in free]
+    keys = [_key(values[group.name][orders[group.name]], options.allocate, normalise) for group in free]
     before = costs.dense[budget.measure]
     goal = budget.goal(before)
 
@@ -109,7 +109,7 @@ def select(
         return costs.measure(budget.measure, kept(gone)) <= goal
 
     queue = _queue(keys, widths.sizes - widths.lowest)
-    counts = kept(_gone(queue, len(free), fits, refill=options.scope != "local"))
+    counts = kept(_gone(queue, len(free), fits, refill=options.allocate != "uniform"))
     after = costs.measure(budget.measure, counts)
     return Selection(
         keep=_keep(groups, orders, counts),
@@ -125,9 +125,9 @@ def select(
 # -- who goes first
 
 
-def _key(ascending: FloatArray, scope: str, normalise: bool) -> FloatArray:
+def _key(ascending: FloatArray, allocate: str, normalise: bool) -> FloatArray:
     """Return the places of a group's channels in the queue, from their scores in ascending order: `(C,)`."""
-    if scope == "local":
+    if allocate == "uniform":
         return (np.arange(len(ascending)) + 0.5) / len(ascending)
     scale = np.abs(ascending).mean() if normalise else 1.0
     return ascending / scale if scale > 0 else ascending

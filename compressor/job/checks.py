@@ -68,8 +68,8 @@ def require_effects(given: Values, usual: Values) -> None:
             f"--criterion {criterion} changes its masks in training: leave out --when after, or choose another "
             "criterion"
         )
-    if given["scope"] == "relevance" and is_during(given) and criterion != OBSERVING:
-        raise InputError(f"--scope relevance needs --when after with --criterion {criterion}: give one of them up")
+    if given["allocate"] == "relevance" and is_during(given) and criterion != OBSERVING:
+        raise InputError(f"--allocate relevance needs --when after with --criterion {criterion}: give one of them up")
     for name, other in _idle(given).items():
         if other and given[name] != usual[name]:
             typed = {"sparsity_by_pattern": "sparsity PATTERN=...", "verify": "no-verify"}.get(name, as_typed(name))
@@ -90,8 +90,9 @@ def _idle(given: Values) -> dict[str, str]:
         "prune_every": "" if is_during(given) else "--when after",
         "download": "" if data in ("cifar10", "cifar100") else f"--data {data}",
         "rounds": "--when during" if is_during(given) else "",
+        "reconstruct": "--when during" if is_during(given) and given["reconstruct"] else "",
         **dict.fromkeys(relevance, "" if observing else unobserved),
-        **dict.fromkeys(("granularity", "allocation"), "" if sparse else criterion),
-        **dict.fromkeys(("scope", "compensate", "recalibrate", "verify"), criterion if sparse else ""),
+        "granularity": "" if sparse else criterion,
+        **dict.fromkeys(("compensate", "recalibrate", "verify"), criterion if sparse else ""),
         **dict.fromkeys(("measure", "round_to", "keep", "only", "sparsity_by_pattern"), weights),
     }

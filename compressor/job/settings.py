@@ -12,9 +12,9 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from compressor.budget import ALIGNED, LARGE, MOST_ROUNDS, Budget, Limits, Measure, Scope, SelectionOptions
+from compressor.budget import ALIGNED, LARGE, MOST_ROUNDS, Allocation, Budget, Limits, Measure, SelectionOptions
 from compressor.errors import InputError, RangeError, UnknownNameError
 from compressor.job.checks import OBSERVING, is_during, is_sparse, observes, require_effects, require_names
 from compressor.job.device import usable_device
@@ -32,7 +32,7 @@ from compressor.job.options import (
     typed_with,
 )
 from compressor.relevance import EstimatorName, RelevanceConfig
-from compressor.sparse import Allocation, Granularity, SparseConfig
+from compressor.sparse import Granularity, MaskAllocation, SparseConfig
 from compressor.surgery import COMPENSATIONS, Compensation
 from compressor.training import RECALIBRATION_IMAGES, TrainingConfig
 
@@ -44,7 +44,7 @@ class Settings:
     """The options of one run; a wrong one is refused when the object is made.
 
     Raises:
-        UnknownNameError: a criterion, measure, scope, ... that does not exist.
+        UnknownNameError: a criterion, measure, allocation, ... that does not exist.
         RangeError: a number outside its range.
         InputError: options that contradict each other, or would have no effect.
     """
@@ -64,11 +64,12 @@ class Settings:
     )
     sparsity_by_pattern: tuple[str, ...] = typed_with("sparsity")
     measure: Measure = from_config(Budget, "measure", "How much", "Of what: params, macs or channels.")
-    scope: Scope | None = option(
+    allocate: str | None = option(
         None,
         "How much",
-        "Of each group: alike (local), as all channels rank together (global), by relevance per cost (relevance).",
-        "relevance with --criterion relevance --when after, else local",
+        "Of each group: alike (uniform), as all channels rank together (global), by relevance per cost (relevance); of "
+        "a masked layer: erk, uniform, or global (magnitude).",
+        "relevance with --criterion relevance --when after, erk for set and rigl, else uniform",
     )
     round_to: int | None = from_config(
         SelectionOptions, "round_to", "How much", "Round channel counts to multiples of this.", _USUAL_ROUNDING
@@ -81,6 +82,12 @@ class Settings:
         "Cuts",
         "Into what stays goes what predicts a removed channel (linear), its mean, or none.",
         COMPENSATIONS[0],
+    )
+    reconstruct: bool | None = option(
+        None,
+        "Cuts",
+        "After the last cut, fit every layer to what it returned in the whole model.",
+        "with --when after and --compensate linear",
     )
     rounds: int = option(1, "Cuts", "Cut in so many steps, with all statistics anew before each, with --when after.")
     recalibrate: int | None = option(
@@ -111,13 +118,6 @@ class Settings:
 
     granularity: Granularity | None = left_open(
         SparseConfig, "granularity", "Masks", "What magnitude, set and rigl mask: weight or channel."
-    )
-    allocation: Allocation | None = left_open(
-        SparseConfig,
-        "allocation",
-        "Masks",
-        "How sparse each layer is: erk, uniform, or global (magnitude).",
-        "erk; uniform for magnitude",
     )
 
     relevance_estimator: EstimatorName | None = left_open(
@@ -192,7 +192,9 @@ class Settings:
 
     def selection(self) -> SelectionOptions:
         """Return how channels are chosen."""
-        return SelectionOptions(self.scope or SelectionOptions.scope, self.round_to)
+        if is_sparse(self.criterion):
+            return SelectionOptions(round_to=self.round_to)
+        return SelectionOptions(cast(Allocation, self.allocate or SelectionOptions.allocate), self.round_to)
 
     def training(self, epochs: int | None = None) -> TrainingConfig:
         """Return how one stage trains, for so many epochs."""
@@ -204,7 +206,8 @@ class Settings:
 
     def sparse(self) -> SparseConfig:
         """Return what is masked."""
-        return SparseConfig(**self._given_to(SparseConfig))
+        allocate = cast(MaskAllocation | None, self.allocate) if is_sparse(self.criterion) else None
+        return SparseConfig(**self._given_to(SparseConfig), allocate=allocate)
 
     def _given_to(self, config: type) -> dict[str, Any]:
         """Return the options of a config that have a value, by the names of its own fields."""
@@ -287,12 +290,15 @@ class Settings:
         if is_sparse(self.criterion):
             sparse = self.sparse()
             opened["granularity"] = sparse.granularity
-            opened["allocation"] = sparse.allocation_for(self.criterion)
+            opened["allocate"] = sparse.allocation_for(self.criterion)
             return opened
-        if self.scope is None:
-            opened["scope"] = "relevance" if self.criterion == OBSERVING and not during else SelectionOptions.scope
+        if self.allocate is None:
+            by_relevance = self.criterion == OBSERVING and not during
+            opened["allocate"] = "relevance" if by_relevance else SelectionOptions.allocate
         if self.compensate is None:
             opened["compensate"] = COMPENSATIONS[0]
+        if self.reconstruct is None:
+            opened["reconstruct"] = not during and self.compensate in (None, "linear")
         if self.recalibrate is None:
             opened["recalibrate"] = 0 if during else RECALIBRATION_IMAGES
         if observes(vars(self)):

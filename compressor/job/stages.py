@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
 from compressor._utils import StopRequest
-from compressor.budget import PruneResult, Scope, cut_event
+from compressor.budget import Allocation, PruneResult, cut_event
 from compressor.criteria import needs_gradients
 from compressor.deploy import require_exportable
 from compressor.errors import BudgetError, InputError
@@ -104,8 +104,10 @@ class Stages:
             parameter.grad = torch.ones_like(parameter)  # some gradient, so that a criterion that wants one can judge
         # With few images it is also tried whether they are enough; more always are.
         images = CALIBRATION_IMAGES if len(self.data.train) < CALIBRATION_IMAGES else 0
-        blind = settings.criterion == OBSERVING or settings.scope == "relevance"  # without training there is none
-        result = self._cut(double, "random" if blind else settings.criterion, images, scope="local" if blind else None)
+        blind = settings.criterion == OBSERVING or settings.allocate == "relevance"  # without training there is none
+        result = self._cut(
+            double, "random" if blind else settings.criterion, images, allocate="uniform" if blind else None
+        )
         if not result.reached:
             raise BudgetError(result.measure, result.asked, result.removed, result.blocked)
 
@@ -195,7 +197,7 @@ class Stages:
             optimizer=optimizer,
             total_steps=total_steps,
             prune_every=settings.prune_every,
-            scope=settings.selection().scope,
+            allocate=settings.selection().allocate,
             round_to=settings.round_to,
             limits=settings.limits(),
             compensate=settings.compensate,
@@ -217,27 +219,29 @@ class Stages:
         recalibrate(model, self.data.train, images=self.settings.recalibrate or 0, device=self.settings.device)
 
     def _cut(
-        self, model: nn.Module, criterion: str, images: int = 0, *, scope: Scope | None = None, rounds: int = 1
+        self, model: nn.Module, criterion: str, images: int = 0, *, allocate: Allocation | None = None, rounds: int = 1
     ) -> PruneResult:
         """Cut a model, compensated over so many calibration images; verified on a few in any case."""
         settings = self.settings
         compensate = settings.compensate if images else "none"
-        scope = scope or settings.scope
-        reads_losses = bool(images) and ("relevance" in (criterion, scope) or needs_gradients(criterion))
-        pairs = self._calibration(images) if settings.verify or compensate != "none" or reads_losses else []
+        allocate = allocate or settings.selection().allocate
+        reads_losses = bool(images) and ("relevance" in (criterion, allocate) or needs_gradients(criterion))
+        reads = settings.verify or settings.reconstruct or compensate != "none" or reads_losses
+        pairs = self._calibration(images) if reads else []
         return prune(
             model,
             self._example(),
             criterion,
             settings.budget(),
             rounds=rounds,
-            scope=scope,
+            allocate=allocate,
             round_to=settings.round_to,
             seed=settings.seed,
             limits=settings.limits(),
             calibration=pairs if reads_losses else [inputs for inputs, _ in pairs],
             loss_fn=F.cross_entropy if reads_losses else None,
             compensate=compensate,
+            reconstruct=bool(settings.reconstruct and images),
             verify=settings.verify,
         )
 

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor._utils import device_of, eval_mode, run_model, to_device
-from compressor.budget import MOST_ROUNDS, Budget, Limits, PruneResult, PruningProgress, Scope, SelectionOptions
+from compressor.budget import MOST_ROUNDS, Allocation, Budget, Limits, PruneResult, PruningProgress, SelectionOptions
 from compressor.criteria import Criterion, Snapshot, lookup, needs_gradients, score
 from compressor.errors import IdleArgumentError, InputError, RangeError, UnknownNameError
 from compressor.graph import ChannelGraph, Group
 from compressor.pruning.relevance_scores import per_cost
 from compressor.pruning.to_budget import CutOptions, prune_to_budget, traced
 from compressor.relevance import gate_relevance
-from compressor.surgery import Compensation, Moments, all_optimizers, input_means, input_moments
+from compressor.surgery import Compensation, Moments, Reference, all_optimizers, input_means, input_moments
+from compressor.surgery import reconstruct as fit_layers
 
 
 def prune(
@@ -28,7 +29,7 @@ def prune(
     budget: Budget | float = Budget.sparsity,
     *,
     rounds: int = 1,
-    scope: Scope | None = None,
+    allocate: Allocation | None = None,
     round_to: int | None = SelectionOptions.round_to,
     limits: Limits | None = None,
     optimizer: Optimizer | Iterable[Optimizer] | None = None,
@@ -36,6 +37,7 @@ def prune(
     calibration: Iterable[Any] | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
     compensate: Compensation | None = None,
+    reconstruct: bool | None = None,
     verify: bool = False,
     outputs: Callable[[Any], Any] | None = None,
     seed: int = 0,
@@ -50,17 +52,19 @@ def prune(
             scores, larger means keep. Or "relevance", which reads gate gradients over `calibration` with `loss_fn`.
         budget: what is to go: a number in `[0, 1)`, a share of the parameters, or `Budget(0.5, "macs")`.
         rounds: cut in so many steps, and take all statistics anew before each.
-        scope, round_to: as in `compressor.budget.SelectionOptions`. Scope None: "relevance" for that criterion, else
-            "local".
+        allocate, round_to: as in `compressor.budget.SelectionOptions`. Allocate None: "relevance" for that criterion,
+            else "uniform".
         limits: groups that stay whole, that alone lose channels, or that lose a share of their own.
         optimizer: optimizers whose state is sliced along.
         copies: models that lose the same channels, as for `compressor.cut`.
         calibration: batches of real inputs, for `compensate` and `verify`; with `loss_fn` pairs of inputs and targets.
         loss_fn: like `torch.nn.functional.cross_entropy`: takes outputs, targets and `reduction=`. For "relevance", as
-            criterion or scope, and for criteria that read gradients, which are then gathered here.
+            criterion or allocation, and for criteria that read gradients, which are then gathered here.
         compensate: "linear" moves what the channels that stay predict of a removed one, over `calibration`, into
             their weights, and the rest of its mean into the next bias or running mean; "mean" does so with its mean
             alone, and "none" with nothing. None: "linear" where there is `calibration`.
+        reconstruct: after the last cut fit every layer, over `calibration`, to what it returned in the whole model
+            (`compressor.surgery.reconstruct`). None: where `compensate` is "linear".
         verify: also compare every cut with the masked model, on the first batch of `calibration`, or on
             `example_inputs` where there is none; a group whose cut differs from its mask stays whole, like every group
             that refuses.
@@ -72,29 +76,34 @@ def prune(
         is removed, and `blocked` says why.
 
     Raises:
-        UnknownNameError, RangeError: a criterion, measure, scope or group that does not exist; a number out of range.
+        UnknownNameError, RangeError: a criterion, measure, allocation or group that does not exist; a number out of
+            range.
         InputError: a model without parameters; limits that contradict each other; an argument that lacks what it needs
             or has no effect.
         TraceError: the model does not run on the example inputs.
     """
     budget = Budget.from_share(budget)
     by_itself = criterion == RELEVANCE
-    selection = SelectionOptions(scope or ("relevance" if by_itself else SelectionOptions.scope), round_to)
+    selection = SelectionOptions(allocate or ("relevance" if by_itself else SelectionOptions.allocate), round_to)
     if not 1 <= rounds <= MOST_ROUNDS:
         raise RangeError("rounds", rounds, f"1 to {MOST_ROUNDS}")
-    pairs = _pairs(calibration, loss_fn, criterion, selection.scope)
+    pairs = _pairs(calibration, loss_fn, criterion, selection.allocate)
     batches = [inputs for inputs, _ in pairs] if loss_fn else list(calibration or ())
     judge = None if by_itself else lookup(criterion)
-    chosen = _chosen(compensate, batches, idle=not verify and loss_fn is None)
+    if reconstruct and not batches:
+        raise InputError("reconstruct=True needs real inputs: pass calibration=[inputs, ...]")
+    chosen = _chosen(compensate, batches, idle=not verify and not reconstruct and loss_fn is None)
+    reconstruct = chosen == "linear" if reconstruct is None else reconstruct
     graph = traced(model, example_inputs, outputs)
     progress = PruningProgress(graph)
     shares = (limits or Limits()).shares(graph)
     generator = torch.Generator().manual_seed(seed)
     options = CutOptions(selection, shares, all_optimizers(optimizer), list(copies), verify)
+    reference = Reference(graph) if reconstruct else None
     made = None
     for due in ((number + 1) / rounds for number in range(rounds)):
         known = Moments.of(KNOWN[chosen](graph, batches))
-        reads_gates = RELEVANCE in (criterion, selection.scope)
+        reads_gates = RELEVANCE in (criterion, selection.allocate)
         relevance = gate_relevance(graph, pairs, loss_fn, known) if loss_fn and reads_gates else {}
 
         def judged(groups: Sequence[Group], found: Mapping[str, Tensor] = relevance) -> Mapping[str, Tensor]:
@@ -106,6 +115,7 @@ def prune(
         def allocated(groups: Sequence[Group], found: Mapping[str, Tensor] = relevance) -> Mapping[str, Tensor]:
             return per_cost(found, graph, budget.measure)
 
+        table = graph.table
         made = prune_to_budget(
             progress,
             judged,
@@ -113,10 +123,15 @@ def prune(
             options,
             due=due,
             means=known if known else None,
-            normalise=selection.scope != RELEVANCE,
+            normalise=selection.allocate != RELEVANCE,
             real_inputs=batches[0] if batches else example_inputs,
-            allocation=allocated if selection.scope == RELEVANCE else None,
+            allocation=allocated if selection.allocate == RELEVANCE else None,
         )
+        if reference and made:
+            reference.follow(table, graph.uncoupled(made.keep))
+
+    if reference:
+        fit_layers(graph, reference, batches)
     return progress.result(budget, made.blocked if made else ())
 
 
@@ -124,7 +139,7 @@ RELEVANCE = "relevance"
 
 
 def _pairs(
-    calibration: Iterable[Any] | None, loss_fn: Callable[..., Tensor] | None, criterion: str | Criterion, scope: str
+    calibration: Iterable[Any] | None, loss_fn: Callable[..., Tensor] | None, criterion: str | Criterion, allocate: str
 ) -> list[tuple[Any, Any]]:
     """Return inputs with targets, where a loss is to be computed, and only there.
 
@@ -132,7 +147,7 @@ def _pairs(
         InputError: no loss or no pairs where something reads them.
         IdleArgumentError: a loss that nothing reads.
     """
-    reads = RELEVANCE in (criterion, scope)
+    reads = RELEVANCE in (criterion, allocate)
     if loss_fn is None:
         if reads:
             raise InputError(

@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from compressor._utils import count_samples, run_model
 from compressor.budget import (
     USUAL_SCHEDULE,
+    Allocation,
     Budget,
     Limits,
     PruneResult,
     PruningProgress,
     Schedule,
-    Scope,
     SelectionOptions,
     cut_event,
     step_of_whole_budget,
@@ -66,8 +66,8 @@ class Pruner:
         total_steps: how many times `step` will be called in all.
         prune_every: steps between two cuts; a twentieth of the training by default, with relevance as many as it takes
             to tell any channel from chance.
-        scope, round_to, limits, verify: as for `prune`; the groups' own shares follow the schedule too, and cuts are
-            verified on the last batch. With scope "global" relevance counts per what a channel costs in the budget.
+        allocate, round_to, limits, verify: as for `prune`; the groups' own shares follow the schedule too, and cuts are
+            verified on the last batch. Allocated "global", relevance counts per what a channel costs in the budget.
         compensate: "linear" moves what the channels that stay predict of a removed one, over `calibration`, into
             their weights and momentum; "mean" folds what it carries on average into the next bias or running mean, over
             the steps that were observed, or over the last batch where the criterion does not observe; "none" does
@@ -103,7 +103,7 @@ class Pruner:
         optimizer: Optimizer | Iterable[Optimizer],
         total_steps: int,
         prune_every: int | None = None,
-        scope: Scope = SelectionOptions.scope,
+        allocate: Allocation = SelectionOptions.allocate,
         round_to: int | None = SelectionOptions.round_to,
         limits: Limits | None = None,
         compensate: Compensation | None = None,
@@ -117,10 +117,10 @@ class Pruner:
         self.model = model
         self.budget = Budget.from_share(budget)
         self.steps = 0
-        selection = SelectionOptions(scope, round_to)
-        if scope == "relevance" and criterion != "relevance":
+        selection = SelectionOptions(allocate, round_to)
+        if allocate == "relevance" and criterion != "relevance":
             raise InputError(
-                f"scope='relevance' with criterion {criterion!r} needs losses of a trained model: use "
+                f"allocate='relevance' with criterion {criterion!r} needs losses of a trained model: use "
                 "compressor.prune, or criterion='relevance'"
             )
         self._calibration = list(calibration or ())

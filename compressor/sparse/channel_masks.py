@@ -18,7 +18,7 @@ from compressor.budget import Budget, CostModel, SelectionOptions, select
 from compressor.errors import BudgetError, InputError
 from compressor.graph import ChannelGraph, Group
 from compressor.sparse.allocation import relative_density
-from compressor.sparse.config import Allocation
+from compressor.sparse.config import MaskAllocation
 from compressor.sparse.units import MaskedUnits, Masks, grad_magnitude
 from compressor.surgery import cut, require_held, retry_without_refused, try_cut
 
@@ -44,14 +44,14 @@ class ChannelMasks(MaskedUnits):
         graph: ChannelGraph,
         optimizers: Sequence[Optimizer],
         budget: Budget,
-        allocation: Allocation,
+        allocation: MaskAllocation,
         round_to: int | None,
         shares: Mapping[str, float],
         copies: Sequence[nn.Module],
     ) -> None:
         super().__init__(graph, optimizers, budget, copies)
         self._is_erk = allocation == "erk"
-        self._options = SelectionOptions("local" if allocation == "uniform" else "global", round_to)
+        self._options = SelectionOptions("uniform" if allocation == "uniform" else "global", round_to)
         self._shares = shares
         _freeze_unmaskable(graph)
         consumers = [member.tensor for group in graph.groups for member in group.of_role("consumer")]

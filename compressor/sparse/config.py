@@ -9,7 +9,7 @@ from compressor.errors import InputError, UnknownNameError
 
 Method = Literal["magnitude", "set", "rigl"]
 Granularity = Literal["weight", "channel"]
-Allocation = Literal["erk", "uniform", "global"]
+MaskAllocation = Literal["erk", "uniform", "global"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class SparseConfig:
 
     Attributes:
         granularity: "weight" masks single weights, as published; "channel" masks whole channels.
-        allocation: "erk" makes large layers sparser (RigL's Erdős-Rényi kernel), "uniform" makes all alike, "global"
+        allocate: "erk" makes large layers sparser (RigL's Erdős-Rényi kernel), "uniform" makes all alike, "global"
             ranks everything together, with "magnitude" alone. None: "uniform" with "magnitude", "erk" otherwise.
 
     Raises:
@@ -26,16 +26,16 @@ class SparseConfig:
     """
 
     granularity: Granularity = "weight"
-    allocation: Allocation | None = None
+    allocate: MaskAllocation | None = None
 
     def __post_init__(self) -> None:
         """Check the names."""
         if self.granularity not in get_args(Granularity):
             raise UnknownNameError("granularity", self.granularity, get_args(Granularity))
-        if self.allocation is not None and self.allocation not in get_args(Allocation):
-            raise UnknownNameError("allocation", self.allocation, get_args(Allocation))
+        if self.allocate is not None and self.allocate not in get_args(MaskAllocation):
+            raise UnknownNameError("allocation", self.allocate, get_args(MaskAllocation))
 
-    def allocation_for(self, method: str) -> Allocation:
+    def allocation_for(self, method: str) -> MaskAllocation:
         """Return the allocation of a method; its usual one where none was chosen.
 
         Raises:
@@ -44,8 +44,6 @@ class SparseConfig:
         """
         if method not in get_args(Method):
             raise UnknownNameError("criterion", method, get_args(Method))
-        if method != "magnitude" and self.allocation == "global":
-            raise InputError(
-                f"{method} begins at random, so there is nothing to rank: give allocation 'erk' or 'uniform'"
-            )
-        return self.allocation or ("uniform" if method == "magnitude" else "erk")
+        if method != "magnitude" and self.allocate == "global":
+            raise InputError(f"{method} begins at random, so there is nothing to rank: give 'erk' or 'uniform'")
+        return self.allocate or ("uniform" if method == "magnitude" else "erk")

@@ -97,7 +97,7 @@ class SparseTraining:
         self.steps = 0
         config = config or SparseConfig()
         self._criterion = criterion
-        self._config = replace(config, allocation=config.allocation_for(criterion))
+        self._config = replace(config, allocate=config.allocation_for(criterion))
         _require_effects(config, self.budget, round_to, limits)
         self._regrowth = METHODS[criterion]
         self._schedule = mask_schedule(criterion, total_steps, prune_every, schedule)

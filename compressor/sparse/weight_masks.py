@@ -17,7 +17,7 @@ from compressor.budget import Budget
 from compressor.errors import BudgetError, InputError
 from compressor.graph import ChannelGraph, stored_weight
 from compressor.sparse.allocation import ALLOCATIONS, counts_off
-from compressor.sparse.config import Allocation
+from compressor.sparse.config import MaskAllocation
 from compressor.sparse.empty import without_weight
 from compressor.sparse.regrowth import lowest
 from compressor.sparse.units import MaskedUnits, Masks, grad_magnitude
@@ -40,7 +40,7 @@ class WeightMasks(MaskedUnits):
         graph: ChannelGraph,
         optimizers: Sequence[Optimizer],
         budget: Budget,
-        allocation: Allocation,
+        allocation: MaskAllocation,
         copies: Sequence[nn.Module],
     ) -> None:
         super().__init__(graph, optimizers, budget, copies)

@@ -12,6 +12,8 @@ from .options import Compensation as Compensation
 from .prediction import Moments as Moments
 from .prediction import channel_blocks as channel_blocks
 from .prediction import input_moments as input_moments
+from .reconstruction import Reference as Reference
+from .reconstruction import reconstruct as reconstruct
 from .retry import retry_without_refused as retry_without_refused
 from .transaction import require_alike as require_alike
 from .verification import verified_cut as verified_cut
