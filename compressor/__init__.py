@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from compressor.budget import Budget, Cubic, Limits, Linear, OneShot, PruneResult
+    from compressor.budget import Budget, Cubic, Limits, Linear, OneShot, PruneResult, Threshold
     from compressor.criteria import CRITERIA, Snapshot
     from compressor.deploy import export_onnx, load, save
     from compressor.graph import RULES, ChannelGraph, Group, trace
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Budget": "budget",
+    "Threshold": "budget",
     "CRITERIA": "criteria",
     "ChannelGraph": "graph",
     "Cubic": "budget",
@@ -62,6 +63,7 @@ __all__ = [
     "Snapshot",
     "SparseConfig",
     "SparseTraining",
+    "Threshold",
     "cut",
     "export_onnx",
     "load",

@@ -127,8 +127,9 @@ def _takes_every_option(command: Callable[..., None]) -> Callable[..., None]:
 def _parameter(item: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     name = "--" + item.name.replace("_", "-")
     help_ = item.metadata
-    usual = "" if kind is bool else f" Default: {help_['shown'] or item.default}."
-    name += f"/--no-{item.name}" if item.default is True else ""
+    shown = help_["shown"] or ("" if kind is bool else item.default)
+    usual = "" if shown == "" else f" Default: {shown}."
+    name += f"/--no-{item.name}" if kind is bool and item.default is not False else ""
     kind = list[str] if item.name == "sparsity" else kind  # one number, and PATTERN=NUMBER as often as one likes
     typed = typer.Option(name, help=help_["help"] + usual, rich_help_panel=help_["panel"])
     return inspect.Parameter(

@@ -20,3 +20,4 @@ from .schedules import step_of_whole_budget as step_of_whole_budget
 from .schedules import usual_period as usual_period
 from .selection import Selection as Selection
 from .selection import select as select
+from .threshold import Threshold as Threshold

@@ -8,6 +8,7 @@ from typing import Any
 
 from compressor.budget.budget import Budget
 from compressor.budget.costs import CostModel
+from compressor.budget.threshold import Threshold
 from compressor.graph import ChannelGraph
 
 
@@ -22,6 +23,7 @@ class PruneResult:
         widths: by group name, the number of channels before and after.
         blocked: where the target was not reached, what stands in the way.
         notes: what else there is to know.
+        threshold: what channels went by, where it was not by a budget; then any removed share is what was asked.
     """
 
     reached: bool
@@ -34,6 +36,7 @@ class PruneResult:
     widths: Mapping[str, tuple[int, int]]
     blocked: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    threshold: float | None = None
 
 
 def cut_event(result: PruneResult, before: Mapping[str, int], *, step: int, target: float) -> dict[str, Any] | None:
@@ -60,13 +63,15 @@ class PruningProgress:
     """Params, MACs and channels before a pruning, and now.
 
     Attributes:
+        threshold: what channels go by, if not by a budget.
         graph: read anew for every answer.
         widths: by group, the number of channels before.
         before: by measure, the count before.
     """
 
-    def __init__(self, graph: ChannelGraph) -> None:
+    def __init__(self, graph: ChannelGraph, threshold: Threshold | None = None) -> None:
         self.graph = graph
+        self.threshold = threshold
         self.widths = graph.sizes()
         self._known = dict(self.widths)
         self.before = self._counts()
@@ -79,6 +84,10 @@ class PruningProgress:
     def _outside(self) -> int:
         """Return the number of channels in groups that left the graph: refused, or narrowed to a single channel."""
         return sum(size for name, size in self._sizes().items() if name not in self.graph.sizes())
+
+    def has_changed(self) -> bool:
+        """Return whether any group has lost a channel."""
+        return self._sizes() != self.widths
 
     def refused(self) -> list[str]:
         """List the groups that were frozen meanwhile; a lone channel is no group when the graph is made anew."""
@@ -125,6 +134,7 @@ class PruningProgress:
             widths={name: (width, sizes[name]) for name, width in self.widths.items()},
             blocked=() if reached else (*blocked, *(f"{name}: its cut was refused" for name in self.refused())),
             notes=self.graph.notes,
+            threshold=self.threshold.value if self.threshold else None,
         )
 
     def state_dict(self) -> dict[str, Any]:

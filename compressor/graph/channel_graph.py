@@ -79,6 +79,12 @@ class ChannelGraph:
         self.params = tuple(_with_constant_sizes(term, sizes) for term in self.params)
         self.macs = tuple(_with_constant_sizes(term, sizes) for term in self.macs)
 
+    def note(self, lines: Iterable[str]) -> None:
+        """Add what the user should know; writes the graph, not the model."""
+        for line in lines:
+            logger.info(line)
+            self.notes += (line,)
+
     # -- groups that are cut in proportion
 
     def couple(self, names: Sequence[str]) -> str:

@@ -70,6 +70,13 @@ def require_effects(given: Values, usual: Values) -> None:
         )
     if given["allocate"] == "relevance" and is_during(given) and criterion != OBSERVING:
         raise InputError(f"--allocate relevance needs --when after with --criterion {criterion}: give one of them up")
+    if given["threshold"] is not None and given["sparsity"] is not None:
+        raise InputError("--sparsity and --threshold both say how much goes: leave one of them out")
+    if given["threshold"] is not None and criterion == OBSERVING and not is_during(given):
+        raise InputError(
+            "--threshold with --criterion relevance is a confidence, which is gathered in training: leave out --when "
+            "after, or give --sparsity"
+        )
     for name, other in _idle(given).items():
         if other and given[name] != usual[name]:
             typed = {"sparsity_by_pattern": "sparsity PATTERN=...", "verify": "no-verify"}.get(name, as_typed(name))
@@ -85,14 +92,18 @@ def _idle(given: Values) -> dict[str, str]:
     sparse = is_sparse(given["criterion"])
     weights = "--granularity weight" if sparse and given["granularity"] != "channel" else ""
     relevance = ("relevance_estimator", "drop", "observe_every", "confidence", "dummies", "warmup")
+    threshold = "--threshold" if given["threshold"] is not None else ""
     return {
+        "threshold": criterion if sparse else "",
+        "measure": threshold or weights,
+        "allocate": threshold,
         "finetune_epochs": "--when during" if is_during(given) else "",
         "prune_every": "" if is_during(given) else "--when after",
         "download": "" if data in ("cifar10", "cifar100") else f"--data {data}",
-        "rounds": "--when during" if is_during(given) else "",
+        "rounds": "--when during" if is_during(given) else threshold,
         "reconstruct": "--when during" if is_during(given) and given["reconstruct"] else "",
         **dict.fromkeys(relevance, "" if observing else unobserved),
         "granularity": "" if sparse else criterion,
         **dict.fromkeys(("compensate", "recalibrate", "verify"), criterion if sparse else ""),
-        **dict.fromkeys(("measure", "round_to", "keep", "only", "sparsity_by_pattern"), weights),
+        **dict.fromkeys(("round_to", "keep", "only", "sparsity_by_pattern"), weights),
     }

@@ -31,7 +31,7 @@ _FAILED = ("model.failed.onnx", "dense.failed.onnx")
 _LOCK = ".lock"
 _HOLDER = ".lock.txt"
 # Every config.toml of a run has all of these; a file of somebody else's with one of them makes no folder a run.
-_MARK = {"criterion", "model", "stem", "data", "sparsity", "epochs", "batch-size", "lr", "seed", "device", "out"}
+_MARK = {"criterion", "model", "stem", "data", "epochs", "batch-size", "lr", "seed", "device", "out"}
 _FIXED = " (learning rate and cuts are planned from the first step to the last, so that no epoch can be added)"
 _FREE = {"out", "download", "device"}  # options that may differ when a run is taken up again
 

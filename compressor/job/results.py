@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -161,7 +162,8 @@ def _timing(place: latency.Comparison, model: str, times: Latency) -> report.Tim
 
 def _goal(trained: Trained) -> report.Goal:
     result = trained.result
-    return report.Goal(result.measure, result.asked, result.removed, result.blocked)
+    threshold = math.nan if result.threshold is None else result.threshold
+    return report.Goal(result.measure, result.asked, result.removed, result.blocked, threshold)
 
 
 def _cut(record: Mapping[str, Any]) -> report.Cut:

@@ -14,7 +14,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from compressor.budget import ALIGNED, LARGE, MOST_ROUNDS, Allocation, Budget, Limits, Measure, SelectionOptions
+from compressor.budget import (
+    ALIGNED,
+    LARGE,
+    MOST_ROUNDS,
+    Allocation,
+    Budget,
+    Limits,
+    Measure,
+    SelectionOptions,
+    Threshold,
+)
 from compressor.errors import InputError, RangeError, UnknownNameError
 from compressor.job.checks import OBSERVING, is_during, is_sparse, observes, require_effects, require_names
 from compressor.job.device import usable_device
@@ -56,13 +66,19 @@ class Settings:
     data: str = option("digits", "What", "digits, cifar10, cifar100, or imagefolder:PATH.")
     download: bool = option(False, "What", "Download the data set if it is not there.")
 
-    sparsity: float = from_config(
-        Budget,
-        "sparsity",
+    sparsity: float | None = option(
+        None,
         "How much",
         "Fraction to remove, in [0, 1); PATTERN=0.3 beside it: of the channels of these groups.",
+        f"{Budget.sparsity}; none with --threshold",
     )
     sparsity_by_pattern: tuple[str, ...] = typed_with("sparsity")
+    threshold: float | None = option(
+        None,
+        "How much",
+        "Instead of --sparsity: what scores below goes (an L1 norm, a distance, ...; not above, of confidences).",
+        "none",
+    )
     measure: Measure = from_config(Budget, "measure", "How much", "Of what: params, macs or channels.")
     allocate: str | None = option(
         None,
@@ -158,7 +174,15 @@ class Settings:
         """Check, and work out what was left open."""
         require_names(vars(self))
         try:
-            for component in (self.budget, self.selection, self.training, self.relevance, self.sparse, self.limits):
+            for component in (
+                self.budget,
+                self.goal,
+                self.selection,
+                self.training,
+                self.relevance,
+                self.sparse,
+                self.limits,
+            ):
                 component()
         except RangeError as error:
             raise RangeError(as_typed(error.name), error.value, error.allowed) from error
@@ -188,7 +212,13 @@ class Settings:
 
     def budget(self) -> Budget:
         """Return what is to go."""
-        return Budget(self.sparsity, self.measure)
+        if self.threshold is not None:
+            return Budget(0.0)
+        return Budget(Budget.sparsity if self.sparsity is None else self.sparsity, self.measure)
+
+    def goal(self) -> Budget | Threshold:
+        """Return what channels go by: a budget, or a threshold."""
+        return self.budget() if self.threshold is None else Threshold(self.threshold)
 
     def selection(self) -> SelectionOptions:
         """Return how channels are chosen."""
@@ -257,7 +287,8 @@ class Settings:
         """Return every option that has a value, by its name as typed; `Settings.from_options` takes it back."""
         values = {name: getattr(self, name.replace("-", "_")) for name in option_kinds()}
         if self.sparsity_by_pattern:
-            values["sparsity"] = [self.sparsity, *self.sparsity_by_pattern]
+            number = [] if self.sparsity is None else [self.sparsity]
+            values["sparsity"] = [*number, *self.sparsity_by_pattern]
         listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {name: value for name, value in listed.items() if value is not None}
 
@@ -267,7 +298,8 @@ class Settings:
 
     def command(self) -> str:
         """Return the shortest line to type that makes these settings."""
-        named = {name: self.given()[name] for name in ("criterion", "model", "data", "sparsity")}
+        how_much = "sparsity" if self.threshold is None else "threshold"
+        named = {name: self.given()[name] for name in ("criterion", "model", "data", how_much)}
         usual = Settings.from_options({**named, "when": self.when}).given()
         named |= {name: value for name, value in self.given().items() if value != usual.get(name)}
         words = [word for name, value in named.items() for word in as_words(name, value)]
@@ -287,12 +319,14 @@ class Settings:
             opened["finetune_epochs"] = self.finetune_epochs
             if self.finetune_epochs is None:
                 opened["finetune_epochs"] = (self.epochs + 1) // 2
+        if self.threshold is None:
+            opened["sparsity"] = self.budget().sparsity
         if is_sparse(self.criterion):
             sparse = self.sparse()
             opened["granularity"] = sparse.granularity
             opened["allocate"] = sparse.allocation_for(self.criterion)
             return opened
-        if self.allocate is None:
+        if self.allocate is None and self.threshold is None:
             by_relevance = self.criterion == OBSERVING and not during
             opened["allocate"] = "relevance" if by_relevance else SelectionOptions.allocate
         if self.compensate is None:
@@ -307,9 +341,12 @@ class Settings:
             opened |= {name: getattr(config, own) for name, own in of_relevance.items()}
         return opened
 
+    def _how_much(self) -> str:
+        return f"{self.budget().sparsity:g}" if self.threshold is None else f"below{self.threshold:g}"
+
     def _folder(self) -> str:
         data = self.data.rstrip("/").rpartition("/")[2]
-        parts = (self.model, data, self.criterion, f"{self.sparsity:g}", f"seed{self.seed}")
+        parts = (self.model, data, self.criterion, self._how_much(), f"seed{self.seed}")
         return "runs/" + "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", part).strip("._") for part in parts)
 
 

@@ -130,11 +130,12 @@ class Stages:
         settings = self.settings
         self._train(model, "train", settings.epochs)
         dense = model
-        pruned = copy.deepcopy(model)
-        result = self._prune(pruned)
-        # NOTE: The dense model gets the same treatment, or the pruned one would be ahead by BatchNorm statistics alone.
+        # NOTE: The dense model gets the same treatment, or the pruned one would be ahead by BatchNorm statistics alone;
+        # and before the cut, because its layers are what those of the pruned one are fitted to.
         if settings.recalibrate:
             self._recalibrate(dense)
+        pruned = copy.deepcopy(model)
+        result = self._prune(pruned)
         self._train(dense, "dense", settings.finetune_epochs or 0)
         self._train(pruned, "pruned", settings.finetune_epochs or 0, events=_cut_records(result))
         return Trained(dense, pruned, result)
@@ -193,11 +194,11 @@ class Stages:
             model,
             self._example(),
             settings.criterion,
-            settings.budget(),
+            settings.goal(),
             optimizer=optimizer,
             total_steps=total_steps,
             prune_every=settings.prune_every,
-            allocate=settings.selection().allocate,
+            allocate=None if settings.threshold is not None else settings.selection().allocate,
             round_to=settings.round_to,
             limits=settings.limits(),
             compensate=settings.compensate,
@@ -232,9 +233,9 @@ class Stages:
             model,
             self._example(),
             criterion,
-            settings.budget(),
+            settings.goal() if criterion == settings.criterion else settings.budget(),
             rounds=rounds,
-            allocate=allocate,
+            allocate=None if settings.threshold is not None else allocate,
             round_to=settings.round_to,
             seed=settings.seed,
             limits=settings.limits(),

@@ -11,7 +11,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor._utils import device_of, eval_mode, run_model, to_device
-from compressor.budget import MOST_ROUNDS, Allocation, Budget, Limits, PruneResult, PruningProgress, SelectionOptions
+from compressor.budget import (
+    MOST_ROUNDS,
+    Allocation,
+    Budget,
+    Limits,
+    PruneResult,
+    PruningProgress,
+    SelectionOptions,
+    Threshold,
+)
 from compressor.criteria import Criterion, Snapshot, lookup, needs_gradients, score
 from compressor.errors import IdleArgumentError, InputError, RangeError, UnknownNameError
 from compressor.graph import ChannelGraph, Group
@@ -26,7 +35,7 @@ def prune(
     model: nn.Module,
     example_inputs: Any,
     criterion: str | Criterion = "l1",
-    budget: Budget | float = Budget.sparsity,
+    budget: Budget | Threshold | float = Budget.sparsity,
     *,
     rounds: int = 1,
     allocate: Allocation | None = None,
@@ -51,6 +60,7 @@ def prune(
         criterion: a name from `compressor.CRITERIA`, or a function of a group and a snapshot that returns `(C,)`
             scores, larger means keep. Or "relevance", which reads gate gradients over `calibration` with `loss_fn`.
         budget: what is to go: a number in `[0, 1)`, a share of the parameters, or `Budget(0.5, "macs")`.
+            Or `Threshold(0.3)`: every channel whose score is below.
         rounds: cut in so many steps, and take all statistics anew before each.
         allocate, round_to: as in `compressor.budget.SelectionOptions`. Allocate None: "relevance" for that criterion,
             else "uniform".
@@ -82,8 +92,11 @@ def prune(
             or has no effect.
         TraceError: the model does not run on the example inputs.
     """
-    budget = Budget.from_share(budget)
+    threshold = budget if isinstance(budget, Threshold) else None
+    budget = Budget(0.0) if isinstance(budget, Threshold) else Budget.from_share(budget)
     by_itself = criterion == RELEVANCE
+    if threshold:
+        _require_threshold(threshold, criterion, rounds, allocate)
     selection = SelectionOptions(allocate or ("relevance" if by_itself else SelectionOptions.allocate), round_to)
     if not 1 <= rounds <= MOST_ROUNDS:
         raise RangeError("rounds", rounds, f"1 to {MOST_ROUNDS}")
@@ -95,10 +108,10 @@ def prune(
     chosen = _chosen(compensate, batches, idle=not verify and not reconstruct and loss_fn is None)
     reconstruct = chosen == "linear" if reconstruct is None else reconstruct
     graph = traced(model, example_inputs, outputs)
-    progress = PruningProgress(graph)
+    progress = PruningProgress(graph, threshold)
     shares = (limits or Limits()).shares(graph)
     generator = torch.Generator().manual_seed(seed)
-    options = CutOptions(selection, shares, all_optimizers(optimizer), list(copies), verify)
+    options = CutOptions(selection, shares, all_optimizers(optimizer), list(copies), verify, threshold)
     reference = Reference(graph) if reconstruct else None
     made = None
     for due in ((number + 1) / rounds for number in range(rounds)):
@@ -130,12 +143,27 @@ def prune(
         if reference and made:
             reference.follow(table, graph.uncoupled(made.keep))
 
-    if reference:
+    if reference and progress.has_changed():
         fit_layers(graph, reference, batches)
     return progress.result(budget, made.blocked if made else ())
 
 
 RELEVANCE = "relevance"
+
+
+def _require_threshold(threshold: Threshold, criterion: object, rounds: int, allocate: str | None) -> None:
+    """Refuse what a threshold has no use for.
+
+    Raises:
+        InputError: a criterion whose scores have no unit.
+        IdleArgumentError: how much goes is said twice.
+    """
+    threshold.require_unit(criterion)
+    if criterion == RELEVANCE:
+        raise InputError("a threshold for relevance is a confidence, which a Pruner gathers in training: give a budget")
+    for name, is_given in (("rounds", rounds != 1), ("allocate", allocate is not None)):
+        if is_given:
+            raise IdleArgumentError(name, "a threshold")
 
 
 def _pairs(

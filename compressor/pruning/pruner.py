@@ -22,6 +22,7 @@ from compressor.budget import (
     PruningProgress,
     Schedule,
     SelectionOptions,
+    Threshold,
     cut_event,
     step_of_whole_budget,
     usual_period,
@@ -59,7 +60,8 @@ class Pruner:
         criterion: "relevance", which observes the training; or a name from `compressor.CRITERIA` or a function of a
             group and a snapshot, asked at every cut.
         budget: what is to be gone at the end of the schedule: a number in `[0, 1)`, a share of the parameters, or
-            `Budget(0.5, "macs")`.
+            `Budget(0.5, "macs")`. Or `Threshold(0.3)`: at every cut every channel whose score is below; of
+            relevance, whose confidence is not above.
         schedule: the share of the budget that is due, over the progress of training; by default cubic, from 10 % of
             it to 65 %.
         optimizer: one or several; their state is sliced along.
@@ -97,13 +99,13 @@ class Pruner:
         model: nn.Module,
         example_inputs: Any,
         criterion: str | Criterion = "relevance",
-        budget: Budget | float = Budget.sparsity,
+        budget: Budget | Threshold | float = Budget.sparsity,
         schedule: Schedule = USUAL_SCHEDULE,
         *,
         optimizer: Optimizer | Iterable[Optimizer],
         total_steps: int,
         prune_every: int | None = None,
-        allocate: Allocation = SelectionOptions.allocate,
+        allocate: Allocation | None = None,
         round_to: int | None = SelectionOptions.round_to,
         limits: Limits | None = None,
         compensate: Compensation | None = None,
@@ -115,9 +117,12 @@ class Pruner:
         relevance: RelevanceConfig | None = None,
     ) -> None:
         self.model = model
-        self.budget = Budget.from_share(budget)
+        threshold = budget if isinstance(budget, Threshold) else None
+        self.budget = Budget(0.0) if isinstance(budget, Threshold) else Budget.from_share(budget)
         self.steps = 0
-        selection = SelectionOptions(allocate, round_to)
+        if threshold:
+            _require_threshold(threshold, criterion, allocate)
+        selection = SelectionOptions(allocate or SelectionOptions.allocate, round_to)
         if allocate == "relevance" and criterion != "relevance":
             raise InputError(
                 f"allocate='relevance' with criterion {criterion!r} needs losses of a trained model: use "
@@ -138,11 +143,14 @@ class Pruner:
         if not self.graph.groups:
             require_reachable(self.graph, self.budget, selection)
         shares = (limits or Limits()).shares(self.graph)
-        self._options = CutOptions(selection, shares, all_optimizers(optimizer), list(copies), verify)
+        observing = criterion == "relevance"
+        self._options = CutOptions(
+            selection, shares, all_optimizers(optimizer), list(copies), verify, threshold, observing
+        )
         require_held(self.graph.model, self._options.optimizers)
         require_followed(self._options.optimizers)
         self._inputs = example_inputs  # of the last batch
-        self._progress = PruningProgress(self.graph)
+        self._progress = PruningProgress(self.graph, threshold)
         self._blocked: tuple[str, ...] = ()
         self._generator = torch.Generator().manual_seed(seed)
         self.relevance = Relevance(self.graph, self._config, seed=seed) if criterion == "relevance" else None
@@ -286,6 +294,8 @@ class Pruner:
         return KNOWN[self._compensation](self.graph, self._calibration or [self._inputs])
 
     def _scores(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        if self.relevance and self._options.threshold:
+            return self.relevance.confidence()
         if self.relevance:
             return relevance_scores(self.relevance, self.graph, self.budget.measure, self._config.confidence)
         assert self._criterion
@@ -335,3 +345,12 @@ def _positive(name: str, value: int) -> int:
     if value < 1:
         raise RangeError(name, value, "1, 2, 3, ... steps")
     return value
+
+
+def _require_threshold(threshold: Threshold, criterion: object, allocate: str | None) -> None:
+    """Refuse a threshold that the criterion's scores do not fit, or an allocation beside it."""
+    threshold.require_unit(criterion)
+    if criterion == "relevance" and not 0 < threshold.value <= 1:
+        raise RangeError("threshold", threshold.value, "(0, 1]: it is a confidence")
+    if allocate is not None:
+        raise IdleArgumentError("allocate", "a threshold")

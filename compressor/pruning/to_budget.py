@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor._utils import unwrap_compiled
-from compressor.budget import Budget, CostModel, PruningProgress, Selection, SelectionOptions, select
+from compressor.budget import Budget, CostModel, PruningProgress, Selection, SelectionOptions, Threshold, select
 from compressor.errors import BudgetError, InputError
 from compressor.graph import ChannelGraph, Group, trace
 from compressor.surgery import Moments, couple_blocks, cut, retry_without_refused, verified_cut
@@ -45,6 +45,8 @@ class CutOptions:
         shares: by group, the share of its own channels that goes in the end, whatever the budget is.
         optimizers, copies: what is cut along, as for `cut`.
         verify: whether every cut is compared with the masked model.
+        threshold: what goes by its score alone; the groups' own shares come first.
+        inclusive: whether a score that equals the threshold goes too.
     """
 
     selection: SelectionOptions = field(default_factory=SelectionOptions)
@@ -52,6 +54,8 @@ class CutOptions:
     optimizers: Sequence[Optimizer] = ()
     copies: Sequence[nn.Module] = ()
     verify: bool = False
+    threshold: Threshold | None = None
+    inclusive: bool = False
 
 
 def prune_to_budget(
@@ -88,10 +92,16 @@ def prune_to_budget(
     _require_finite(progress.graph.model)
     graph = progress.graph
     shares = {name: share * due for name, share in options.shares.items()}
-    if progress.remaining(budget) is None and not any(shares.values()):
+    if progress.remaining(budget) is None and not any(shares.values()) and not options.threshold:
         return None
     groups = [group for group in graph.groups if shares.get(group.name) != 0]
     known = scores(groups)
+    if options.threshold:
+        below, lines = options.threshold.shares(
+            known, progress.widths, options.selection.floor, inclusive=options.inclusive
+        )
+        shares = below | shares
+        graph.note(line for line in lines if line not in graph.notes)
     decide = {name: each for name, each in allocation(groups).items() if name in known} if allocation else known
 
     def attempt() -> Selection:

@@ -6,6 +6,7 @@ back. The types are part of the format: what is read is held against the annotat
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +43,19 @@ class Goal:
         measure: params, macs or channels; weights where single ones were masked.
         asked, reached: fractions in [0, 1).
         blocked: readable lines: what stood in the way, if anything did.
+        threshold: what channels went by, NaN where it was by a budget.
     """
 
     measure: str
     asked: float
     reached: float
     blocked: tuple[str, ...] = ()
+    threshold: float = math.nan
+
+    @property
+    def wanted(self) -> str:
+        """What was asked, in words."""
+        return f"{self.asked:.1%} asked" if math.isnan(self.threshold) else f"all below {self.threshold:g}"
 
 
 @dataclass(frozen=True)

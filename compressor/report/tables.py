@@ -68,7 +68,7 @@ def summary(report: Report) -> str:
     # Masks on single weights leave every layer as wide as it was; only channels are really gone.
     done = "set to zero" if goal.measure == "weights" else "removed"
     return (
-        f"{goal.reached:.1%} of the {goal.measure} {done}, {goal.asked:.1%} asked{verdict}; "
+        f"{goal.reached:.1%} of the {goal.measure} {done}, {goal.wanted}{verdict}; "
         f"test accuracy {report.pruned.accuracy:.2%} against {report.dense.accuracy:.2%} dense ({points:+.2f} points)"
     )
 

@@ -7,6 +7,9 @@ no labels, no gradients, one solution for each layer.
     the whole model:  h = [1, 2], W = [3, 1], output 5        the smaller one reads h' = [1.5] in that place
     over all places:  min |W' h' + b' - 5|^2                  W' = 2, say: it makes up for errors that came from before
 
+Where a layer's output is added to another tensor, as at the end of a residual block, the sum is what is fitted: the
+block makes up for what its shortcut lost.
+
 Known for single layers as least-squares reconstruction (ThiNet, arXiv 1707.06342; He et al., arXiv 1707.06168). A
 BatchNorm behind a layer gets the statistics of the new output, and scale and shift that say the same function in them,
 so that training goes on from it: in training mode BatchNorm reads its batch, and not what stood there before.
@@ -20,15 +23,16 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from compressor._utils import device_of, eval_mode, run_model, to_device
 from compressor.errors import InputError
@@ -42,6 +46,7 @@ MOST_FEATURES = 6_000  # of one output: the solution takes the third power of it
 _RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _FLOOR = 1e-7  # of the mean square of all inputs: some are always zero
 _FIXED = 1e12
+_LEAST_SCALE = 0.05
 _HELD_OUT = 5  # one sample in so many
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -100,9 +105,9 @@ def reconstruct(graph: ChannelGraph, reference: Reference, batches: Sequence[Any
     fitted = []
     try:
         with eval_mode(model), eval_mode(reference.model):
-            for name, norm in _layers(model, batches[0]).items():
-                if _fit(graph, reference, name, norm, batches):
-                    fitted.append(name)
+            for layer in _layers(model, batches[0]):
+                if _fit(graph, reference, layer, batches):
+                    fitted.append(layer.name)
     except BaseException:
         for tensor, values in before.values():
             tensor.copy_(values)
@@ -110,55 +115,118 @@ def reconstruct(graph: ChannelGraph, reference: Reference, batches: Sequence[Any
     return fitted
 
 
-def _layers(model: nn.Module, batch: Any) -> dict[str, BatchNorm | None]:
-    """Return the layers that can be fitted, in the order in which they run, and the BatchNorm that reads each."""
+@dataclass
+class _Layer:
+    """A layer that can be fitted.
+
+    Attributes:
+        name: of the module.
+        norm: the BatchNorm that reads its output, if one does.
+        is_added: whether the output, or that of its BatchNorm, is added to another tensor (a residual connection).
+    """
+
+    name: str
+    norm: str | None = None
+    is_added: bool = False
+
+
+def _layers(model: nn.Module, batch: Any) -> list[_Layer]:
+    """Return the layers that can be fitted, in the order in which they run."""
     uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    plain = {
-        name: module
+    names = {
+        module: name
         for name, module in model.named_modules()
         if type(module) in _FITTED and (weight := module._parameters.get("weight")) is not None
         if uses[id(weight)] == 1 and weight[0].numel() <= MOST_FEATURES
     }
-    names = {module: name for name, module in plain.items()}
+    norms = {module: name for name, module in model.named_modules() if isinstance(module, BatchNorm)}
+    found: dict[str, _Layer] = {}
     runs: Counter[str] = Counter()
-    outputs: list[tuple[Tensor, str]] = []
-    norms: dict[str, BatchNorm] = {}
+    outputs: list[tuple[Tensor, _Layer]] = []
 
     def look(module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(module, BatchNorm):
-            norms.update((name, module) for each, name in outputs if each is inputs[0])
-        else:
+        if module in names:
             runs[names[module]] += 1
-            outputs.append((output, names[module]))
+            outputs.append((output, found.setdefault(names[module], _Layer(names[module]))))
+        for layer in [layer for each, layer in outputs if each is inputs[0]] if module in norms else ():
+            layer.norm = norms[cast(BatchNorm, module)]
+            outputs.append((output, layer))
+
+    def added(tensor: Tensor, other: Tensor) -> None:
+        for layer in (layer for each, layer in outputs if each is tensor):
+            layer.is_added = True
 
     with ExitStack() as hooks:
-        for module in model.modules():
-            if module in names or isinstance(module, BatchNorm):
-                hooks.callback(module.register_forward_hook(look).remove)
+        for module in (*names, *norms):
+            hooks.callback(module.register_forward_hook(look).remove)
+        hooks.enter_context(_Additions(added))
         run_model(model, to_device(batch, device_of(model)))
-    return {name: norms.get(name) for name, times in runs.items() if times == 1}
+    return [layer for name, layer in found.items() if runs[name] == 1]
+
+
+class _Additions(TorchFunctionMode):
+    """Inside this `with`, every addition of two tensors of one shape is reported, for both of them, before it is made.
+
+    Before, because `out += x` leaves nothing of what `out` was.
+    """
+
+    _NAMES = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
+
+    def __init__(self, report: Callable[[Tensor, Tensor], None]) -> None:
+        super().__init__()
+        self._report = report
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Look, and let the function do what it does."""
+        if getattr(func, "__name__", "") in self._NAMES and len(args) > 1:
+            one, other = args[:2]
+            if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape and not kwargs:
+                self._report(one, other)
+                self._report(other, one)
+        return func(*args, **(kwargs or {}))
 
 
 class _Reached(Exception):
     """Raised where a layer has run: what comes after it need not."""
 
 
-def _seen(model: nn.Module, name: str, batch: Any) -> tuple[Tensor, Tensor] | None:
-    """Return what a layer reads and returns; None where it takes no single tensor."""
-    seen: list[tuple[Any, Any]] = []
+@dataclass
+class _Seen:
+    """What a layer reads and returns, and what is added to that, or to what BatchNorm makes of it."""
+
+    read: Any = None
+    returned: Any = None
+    sum_with: Tensor | None = None
+
+
+def _seen(model: nn.Module, layer: _Layer, batch: Any) -> _Seen | None:
+    """Run a model as far as one layer; None where it takes no single tensor."""
+    seen = _Seen()
+    outputs: list[Any] = []
 
     def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        seen.append((inputs[0] if inputs else None, output))
-        raise _Reached
+        if module is here:
+            # A copy, because an addition in place may overwrite it.
+            seen.read, seen.returned = inputs[0] if inputs else None, output.clone() if layer.is_added else output
+        outputs.append(output)
+        if not layer.is_added:
+            raise _Reached
 
-    handle = model.get_submodule(name).register_forward_hook(look)
-    try:
-        with suppress(_Reached):
-            run_model(model, to_device(batch, device_of(model)))
-    finally:
-        handle.remove()
-    is_plain = bool(seen) and all(isinstance(each, Tensor) for each in seen[0])
-    return seen[0] if is_plain else None
+    def added(tensor: Tensor, other: Tensor) -> None:
+        if any(each is tensor for each in outputs):
+            seen.sum_with = other
+            raise _Reached
+
+    here = model.get_submodule(layer.name)
+    with ExitStack() as hooks:
+        hooks.callback(here.register_forward_hook(look).remove)
+        if layer.is_added:
+            if layer.norm:
+                hooks.callback(model.get_submodule(layer.norm).register_forward_hook(look).remove)
+            hooks.enter_context(_Additions(added))
+        hooks.enter_context(suppress(_Reached))
+        run_model(model, to_device(batch, device_of(model)))
+    return seen if isinstance(seen.read, Tensor) and isinstance(seen.returned, Tensor) else None
 
 
 @dataclass
@@ -202,10 +270,10 @@ class _Sums:
         return found if found.isfinite().all() else None
 
 
-def _fit(graph: ChannelGraph, reference: Reference, name: str, norm: BatchNorm | None, batches: Sequence[Any]) -> bool:
+def _fit(graph: ChannelGraph, reference: Reference, layer: _Layer, batches: Sequence[Any]) -> bool:
     """Fit one layer; return whether its weights are new."""
-    weight, offset = _tensor(graph.model, f"{name}.weight"), _offset(graph, name)
-    sums = _observe(graph, reference, name, offset, batches)
+    weight, offset = _tensor(graph.model, f"{layer.name}.weight"), _offset(graph, layer.name)
+    sums = _observe(graph, reference, layer, offset, batches)
     if sums is None:
         return False
     kept, held_out = sums
@@ -219,50 +287,70 @@ def _fit(graph: ChannelGraph, reference: Reference, name: str, norm: BatchNorm |
     every = kept + held_out
     found = None if ridge is None else every.solve(current, ridge, constant=offset is not None)
     if found is None:
-        logger.info("%s keeps its weights: no others predict held-out rows better", name)
+        logger.info("%s keeps its weights: no others predict held-out rows better", layer.name)
         return False
     weight.copy_(found[:, :-1].transpose(1, 2).reshape(weight.shape))
     if offset:
         values.copy_(offset.sign * found[:, -1].flatten())
-    if norm is not None:
+    if layer.norm:
         if offset is None or offset.sign < 0:
             found[:, -1] = 0  # what BatchNorm reads has no constant
-        _take_statistics(norm, found, every)
+        _take_statistics(cast(BatchNorm, graph.model.get_submodule(layer.norm)), found, every)
     return True
 
 
 def _observe(
-    graph: ChannelGraph, reference: Reference, name: str, offset: Offset | None, batches: Sequence[Any]
+    graph: ChannelGraph, reference: Reference, layer: _Layer, offset: Offset | None, batches: Sequence[Any]
 ) -> tuple[_Sums, _Sums] | None:
     """Return sums over some rows of all batches, and over those held out; None where the two models do not meet."""
-    layer = graph.model.get_submodule(name)
-    dim = -1 if isinstance(layer, nn.Linear) else 1
-    positions = reference.rows(f"{name}.weight", torch.arange(len(_tensor(graph.model, f"{name}.weight"))))
+    module = graph.model.get_submodule(layer.name)
+    dim = -1 if isinstance(module, nn.Linear) else 1
+    weight = f"{layer.name}.weight"
+    positions = reference.rows(weight, torch.arange(len(_tensor(graph.model, weight))))
     generator = torch.Generator().manual_seed(0)
     found: tuple[list[_Sums], list[_Sums]] = ([], [])
     for batch in batches:
-        now, then = _seen(graph.model, name, batch), _seen(reference.model, name, batch)
+        now, then = _seen(graph.model, layer, batch), _seen(reference.model, layer, batch)
         if now is None or then is None:
             return None
-        y = then[1].movedim(dim, -1)[..., positions.to(then[1].device)]
-        if y.shape != now[1].movedim(dim, -1).shape:
+        at = positions.to(then.returned.device)
+        y = then.returned.index_select(dim, at)
+        if y.shape != now.returned.shape:
             return None
+        if now.sum_with is not None and then.sum_with is not None:
+            y = y + _missing(reference.model, layer.norm, then.sum_with.index_select(dim, at) - now.sum_with, at)
+        y = y.movedim(dim, -1)
         places = y[..., 0].numel()
         some = torch.randperm(places, generator=generator)[: -(-MOST_ROWS // len(batches))].to(y.device)
         y = y.flatten(0, -2)[some].to(torch.promote_types(y.dtype, torch.float32))
         if offset and offset.sign < 0:
-            y = y - _tensor(reference.model, offset.tensor)[positions.to(y.device)].to(y)
-        x = _features(layer, now[0], some).to(y)
+            y = y - _tensor(reference.model, offset.tensor)[at].to(y)
+        x = _features(module, now.read, some).to(y)
         x = torch.cat([x, torch.ones_like(x[..., :1])], -1)
         if not (x.isfinite().all() and y.isfinite().all()):
-            raise InputError(f"what {name!r} reads is not finite on these inputs: leave out those that hold NaN or inf")
+            raise InputError(
+                f"what {layer.name!r} reads is not finite on these inputs: leave out those that hold NaN or inf"
+            )
         y = y.reshape(len(y), x.shape[1], -1)
-        sample = torch.div(some, max(places // len(now[0]), 1), rounding_mode="floor")
+        sample = torch.div(some, max(places // len(now.read), 1), rounding_mode="floor")
         is_out = sample % _HELD_OUT == _HELD_OUT - 1
         for part, sums in zip((~is_out, is_out), found, strict=True):
             sums.append(_Sums.of(x[part].transpose(0, 1), y[part].transpose(0, 1)))
     kept, held_out = (sum(sums[1:], sums[0]) for sums in found)
     return kept, held_out
+
+
+def _missing(whole: nn.Module, norm: str | None, difference: Tensor, positions: Tensor) -> Tensor:
+    """Return what a layer has to add so that the sum behind it makes up for what the other part of it lost."""
+    if norm is None:
+        return difference
+    module = cast(BatchNorm, whole.get_submodule(norm))
+    if module.running_var is None:
+        return torch.zeros_like(difference)
+    scale = (module.running_var + module.eps).rsqrt() * (1.0 if module.weight is None else module.weight)
+    # A channel that BatchNorm scales by next to nothing cannot make up for anything.
+    inverse = torch.where(scale.abs() > _LEAST_SCALE * scale.abs().mean(), 1 / scale, 0.0)[positions]
+    return difference * inverse.view(1, -1, *[1] * (difference.dim() - 2))
 
 
 def _best_ridge(train: _Sums, test: _Sums, current: Tensor, *, constant: bool) -> float | None:
