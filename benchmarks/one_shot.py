@@ -1,10 +1,10 @@
 """What a cut destroys: trained ResNets for CIFAR-10, cut at once and not trained any further.
 
-python benchmarks/one_shot.py --data cifar10 --weights FOLDER [--network resnet20] [--share 0.5] [--part rounds]
+python benchmarks/one_shot.py --data cifar10 --weights FOLDER [--network resnet20] [--share 0.5] [--part parts]
 
 Part `compensation`: every criterion with every compensation, the same share of the inner channels of every block.
-Part `rounds`: small cuts with statistics anew, and widths by relevance, at that share of the network's MACs, from the
-inner channels alone and from all channels. BatchNorm statistics are then taken anew for everybody.
+Part `parts`: that share of the network's MACs goes from all channels, with all that we have and without each part.
+Part `criteria`: the same share, every criterion, alike in every group and in widths by relevance.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from statistics import mean, stdev
+from time import perf_counter
 from typing import Annotated, Any
 
 import typer
@@ -34,10 +35,14 @@ NOTE = (
     f"of {SEEDS} seeds. Means and covariances from {CALIBRATION} training images."
 )
 
-NOTE_ROUNDS = (
+_STATE = (
     "Accuracy on the 10,000 test images, in percent, without any training after the cut; `recalibrated`: after "
-    f"BatchNorm statistics were taken anew on {RECALIBRATION} training images. One run each: nothing draws. "
-    f"`allocate`: how much of each group goes. Statistics from {CALIBRATION} training images, anew in every round."
+    f"BatchNorm statistics were taken anew on {RECALIBRATION} training images. All channels may go. Statistics from "
+    f"{CALIBRATION} training images, anew in every round; `seconds`: of the whole cut, on one thread. "
+)
+NOTE_PARTS = _STATE + "The first row is the usual way; the next six lack one part of it each."
+NOTE_CRITERIA = _STATE + (
+    "Everybody: 8 rounds, linear compensation, reconstruction. `allocate`: how much of each group goes."
 )
 
 
@@ -46,12 +51,13 @@ def main(
     source: Annotated[str, typer.Option("--data", help="As for compress --data.")] = "cifar10",
     network: Annotated[str, typer.Option(help="resnet20 or resnet32.")] = "resnet20",
     share: Annotated[float, typer.Option(help="Of the inner channels of every block, or of all MACs.")] = 0.5,
-    part: Annotated[str, typer.Option(help="compensation or rounds.")] = "compensation",
+    part: Annotated[str, typer.Option(help="compensation, parts or criteria.")] = "compensation",
 ) -> None:
     """Measure, write, and print where the table is."""
     found = data(source)
     model = trained(network, weights)
-    print({"compensation": by_compensation, "rounds": in_rounds}[part](model, found, network, share))
+    parts = {"compensation": by_compensation, "parts": what_helps, "criteria": by_criterion}
+    print(parts[part](model, found, network, share))
 
 
 def by_compensation(model: nn.Module, found: Data, network: str, share: float) -> Path:
@@ -71,45 +77,66 @@ def by_compensation(model: nn.Module, found: Data, network: str, share: float) -
     return path
 
 
-# What is cut, and how: criterion, allocate, rounds, compensation.
-WAYS = (
-    ("l1", "uniform", 1, "mean"),
-    ("l1", "uniform", 1, "linear"),
-    ("l1", "uniform", 8, "linear"),
-    ("l1", "relevance", 8, "linear"),
-    ("relevance", "uniform", 8, "linear"),
-    ("relevance", "relevance", 1, "linear"),
-    ("relevance", "relevance", 8, "mean"),
-    ("relevance", "relevance", 8, "linear"),
-    ("relevance", "relevance", 24, "linear"),
+USUAL = {"criterion": "relevance", "allocate": "relevance", "rounds": 8, "compensate": "linear", "reconstruct": True}
+
+# The usual way, and each part of it taken away alone; then L1 norm as everyone does it, and each part put in.
+WAYS: tuple[dict[str, Any], ...] = (
+    {},
+    {"reconstruct": False},
+    {"compensate": "mean"},
+    {"compensate": "none"},
+    {"rounds": 1},
+    {"allocate": "uniform"},
+    {"criterion": "l1"},
+    {"criterion": "l1", "allocate": "uniform", "rounds": 1, "compensate": "none", "reconstruct": False},
+    {"criterion": "l1", "allocate": "uniform", "rounds": 1, "compensate": "linear", "reconstruct": False},
+    {"criterion": "l1", "allocate": "uniform", "rounds": 1, "compensate": "none"},
+    {"criterion": "l1", "allocate": "uniform", "rounds": 1},
+    {"criterion": "random", "allocate": "uniform", "rounds": 1},
 )
 
 
-def in_rounds(model: nn.Module, found: Data, network: str, share: float) -> Path:
-    """Measure small cuts, and how much of each group goes."""
+def what_helps(model: nn.Module, found: Data, network: str, share: float) -> Path:
+    """Measure the usual way, and what each part of it is worth."""
     rows: list[dict[str, Any]] = []
-    for only in (("layer*.conv1",), ()):
-        for criterion, allocate, rounds, compensate in WAYS:
-            smaller = copy.deepcopy(model)
-            losses = "relevance" in (criterion, allocate)
-            pairs = first_batches(found, CALIBRATION)
-            result = compressor.prune(
-                smaller, pairs[0][0][:1], criterion, compressor.Budget(share, "macs"), rounds=rounds, allocate=allocate,
-                limits=compressor.Limits(only=only), compensate=compensate, round_to=1,
-                calibration=pairs if losses else [x for x, _ in pairs], loss_fn=F.cross_entropy if losses else None,
-            )  # fmt: skip
-            at_once = evaluate(smaller, found.test).accuracy
-            recalibrate(smaller, found.train, images=RECALIBRATION)
-            row = {
-                "channels": "inner" if only else "all",
-                "criterion": criterion,
-                "allocate": allocate,
-                "rounds": rounds,
-            }
-            row |= {"compensate": compensate, "MACs removed %": 100 * result.removed, "cut": 100 * at_once}
-            rows.append(row | {"recalibrated": 100 * evaluate(smaller, found.test).accuracy})
-            path = write(f"one-shot-rounds-{network}-{share:g}", rows, NOTE_ROUNDS)
+    for way in WAYS:
+        how = USUAL | way
+        rows.append(how | accuracies(model, found, share, **how))
+        path = write(f"one-shot-parts-{network}-{share:g}", rows, NOTE_PARTS)
     return path
+
+
+def by_criterion(model: nn.Module, found: Data, network: str, share: float) -> Path:
+    """Measure every criterion in the two allocations, all else alike."""
+    rows: list[dict[str, Any]] = []
+    for allocate in ("uniform", "relevance"):
+        for criterion in (*CRITERIA, "relevance"):
+            for seed in range(2 if criterion == "random" else 1):
+                how = USUAL | {"criterion": criterion, "allocate": allocate}
+                row = {"criterion": criterion, "allocate": allocate, "seed": seed}
+                rows.append(row | accuracies(model, found, share, seed=seed, **how))
+                path = write(f"one-shot-criteria-{network}-{share:g}", rows, NOTE_CRITERIA)
+    return path
+
+
+def accuracies(model: nn.Module, found: Data, share: float, **how: Any) -> dict[str, float]:
+    """Return the accuracy in percent of a copy that lost a share of its MACs, as it is and recalibrated."""
+    smaller = copy.deepcopy(model)
+    pairs = first_batches(found, CALIBRATION)
+    losses = "relevance" in (how["criterion"], how["allocate"]) or "aylor" in how["criterion"]
+    reads = losses or how["compensate"] != "none" or how["reconstruct"]
+    began = perf_counter()
+    result = compressor.prune(
+        smaller, pairs[0][0][:1], budget=compressor.Budget(share, "macs"), round_to=1, **how,
+        calibration=None if not reads else pairs if losses else [x for x, _ in pairs],
+        loss_fn=F.cross_entropy if losses else None,
+    )  # fmt: skip
+    seconds = perf_counter() - began
+    at_once = evaluate(smaller, found.test).accuracy
+    recalibrate(smaller, found.train, images=RECALIBRATION)
+    row = {"MACs removed %": 100 * result.removed, "params removed %": 100 * (1 - result.params[1] / result.params[0])}
+    again = 100 * evaluate(smaller, found.test).accuracy
+    return row | {"as cut": 100 * at_once, "recalibrated": again, "seconds": seconds}
 
 
 def after_cut(
@@ -122,7 +149,7 @@ def after_cut(
     inputs = [x for x, _ in first_batches(found, CALIBRATION)]
     compressor.prune(
         smaller, inputs[0][:1], criterion, 0.0, limits=compressor.Limits(sparsity={"layer*.conv1": share}), round_to=1,
-        seed=seed, compensate=compensate, calibration=None if compensate == "none" else inputs,
+        seed=seed, compensate=compensate, reconstruct=False, calibration=None if compensate == "none" else inputs,
     )  # fmt: skip
     smaller.zero_grad()
     at_once = evaluate(smaller, found.test).accuracy

@@ -103,8 +103,8 @@ def test_masking_refuses_and_writes_nothing(graph: ChannelGraph, channels, error
 
 def test_gates_of_one_change_no_bit(graph: ChannelGraph) -> None:
     expected = graph.model(images(5))
-    for towards_mean in (False, True):
-        with Gates(graph).applied(ones(graph, 5), towards_mean) as reached:
+    for exclude in ("zero", "mean", "linear"):
+        with Gates(graph, exclude=exclude).applied(ones(graph, 5)) as reached:
             assert torch.equal(graph.model(images(5)), expected)
         assert reached == {"b", "c", "fc", "last"}
 
@@ -138,8 +138,8 @@ def test_exclusion_towards_the_mean_puts_the_running_mean_in_place(graph: Channe
     gate = torch.ones(4, 5, dtype=torch.float64)
     gate[1, 2] = 0.0
     gate[2, 3] = 0.25
-    gates = Gates(graph, ["b"])
-    with gates.applied(gate, towards_mean=True):
+    gates = Gates(graph, ["b"], exclude="mean")
+    with gates.applied(gate):
         graph.model(images(4))
     before, mean = seen[0], seen[0].mean((0, 2, 3))
     assert gates.means()["c.weight"] == pytest.approx(mean.detach())
@@ -147,9 +147,57 @@ def test_exclusion_towards_the_mean_puts_the_running_mean_in_place(graph: Channe
     expected[1, 2] = mean[2]
     expected[2, 3] = mean[3] + 0.25 * (before[2, 3] - mean[3])
     # The hook of this test was there first: look at what the convolution made of it.
-    with gates.applied(gate, towards_mean=True):
+    with gates.applied(gate):
         out = graph.model.c(before)
     assert relative_error(out, F.conv2d(expected, graph.model.c.weight, graph.model.c.bias)) <= 1e-12
+
+
+@torch.no_grad()
+def test_exclusion_towards_the_prediction_puts_what_the_others_say_in_place(graph: ChannelGraph) -> None:
+    seen: list[Tensor] = []
+    graph.model.c.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    graph.model(images(40))
+    before = seen[0]
+    gate = torch.ones(40, 5, dtype=torch.float64)
+    gate[1, 2] = 0.0
+    gate[2, 3] = 0.25
+    gates = Gates(graph, ["b"], exclude="linear")
+    with gates.applied(gate):
+        graph.model(images(40))
+    rows = before[:, :5].movedim(1, -1).flatten(0, -2)
+    rows = rows - rows.mean(0)
+    expected = before.clone()
+    for sample, channel, u in ((1, 2, 0.0), (2, 3, 0.25)):
+        others = [each for each in range(5) if each != channel]
+        # The ridge in units of every channel's variance: as many rows of noise as channels.
+        x, y = rows[:, others], rows[:, channel]
+        ridge = 5 * x.square().mean(0).diag()
+        coefficients = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
+        centred = before[sample, :5] - before[:, :5].mean((0, 2, 3)).view(-1, 1, 1)
+        left = centred[channel] - torch.einsum("chw,c->hw", centred[others], coefficients)
+        expected[sample, channel] = before[sample, channel] - (1 - u) * left
+    with gates.applied(gate):
+        out = graph.model.c(before)
+    assert relative_error(out, F.conv2d(expected, graph.model.c.weight, graph.model.c.bias)) <= 1e-10
+
+
+def test_a_copy_and_a_sum_are_excluded_without_a_trace() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 3)).double().train()
+    with torch.no_grad():
+        model[0].weight[2], model[0].bias[2] = model[0].weight[0], model[0].bias[0]
+        model[0].weight[3] = model[0].weight[0] - 2 * model[0].weight[1]
+    graph = compressor.trace(model, images(2))
+    expected = model(images(300))
+    for out in ([2], [3], [0]):
+        gate = torch.ones(300, 4, dtype=torch.float64)
+        gate[:, out] = 0
+        errors = []
+        for exclude in ("linear", "mean"):
+            with Gates(graph, exclude=exclude).applied(gate):
+                errors.append(relative_error(model(images(300)), expected))
+        assert errors[0] < 2e-3  # its ridge is 4 / 24,300
+        assert errors[1] > 0.05
 
 
 def test_the_mean_is_running_and_that_of_every_position(graph: ChannelGraph) -> None:
@@ -170,20 +218,35 @@ def test_the_mean_is_running_and_that_of_every_position(graph: ChannelGraph) -> 
 # -- gates backwards
 
 
-@pytest.mark.parametrize("towards_mean", [False, True])
-def test_gate_gradients_are_those_of_every_sample_alone(graph: ChannelGraph, towards_mean: bool) -> None:
+@pytest.mark.parametrize("exclude", ["zero", "mean"])
+def test_gate_gradients_are_those_of_every_sample_alone(graph: ChannelGraph, exclude: str) -> None:
     """Sum over space, over several consumers and over shared inputs: against autograd, one sample at a time."""
     gate = torch.rand(5, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     together = gate.clone().requires_grad_()
-    gates = Gates(graph)
-    with gates.applied(together, towards_mean):
+    gates = Gates(graph, exclude=exclude)
+    with gates.applied(together):
         F.cross_entropy(graph.model(images(5)), targets(5)).backward()
     means = gates.means()
     for sample in range(5):
         one = gate[sample].clone().requires_grad_()
-        out = by_hand(graph, one, images(5)[sample : sample + 1], means if towards_mean else None)
+        out = by_hand(graph, one, images(5)[sample : sample + 1], means if exclude == "mean" else None)
         F.cross_entropy(out, targets(5)[sample : sample + 1]).backward()
         assert relative_error(5 * together.grad[sample], one.grad) <= 1e-12
+
+
+def test_gradients_by_gates_of_predicted_channels_are_those_of_every_sample_alone(graph: ChannelGraph) -> None:
+    gates = Gates(graph, exclude="linear", track_every=1000)
+    with gates.applied(ones(graph, 40)):
+        graph.model(images(40))  # what is known of the inputs stays as it is from here on
+    gate = torch.rand(5, 22, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    together = gate.clone().requires_grad_()
+    with gates.applied(together):
+        F.cross_entropy(graph.model(images(5)), targets(5)).backward()
+    for sample in range(5):
+        one = gate[sample : sample + 1].clone().requires_grad_()
+        with gates.applied(one):
+            F.cross_entropy(graph.model(images(5)[sample : sample + 1]), targets(5)[sample : sample + 1]).backward()
+        assert relative_error(5 * together.grad[sample], one.grad[0]) <= 1e-12
 
 
 def by_hand(graph: ChannelGraph, gate: Tensor, x: Tensor, means: dict[str, Tensor] | None) -> Tensor:

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from test_after_training import Planted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -319,6 +320,45 @@ def test_useless_channels_rank_lowest(trained: nn.Module, estimator: str, steps:
         hits = len(lowest & set(range(1, size, 2))) / (size // 2)
         assert hits >= 0.75
     assert min(relevance.reliability().values()) > 0.3
+
+
+@pytest.mark.parametrize(("estimator", "steps"), [("gate", 40), ("soft", 60), ("loss", 300)])
+def test_what_the_others_predict_is_worth_nothing_where_it_is_excluded_so(estimator: str, steps: int) -> None:
+    """Of `Planted`: 5 copies 0, 6 is 1 + 2, 7 is read by nobody; 3 and 4 alone say what nobody else does."""
+    found = {}
+    for exclude in ("linear", "zero"):
+        model = Planted().float().train()
+        with torch.no_grad():
+            model.read.weight.mul_(24)  # loud, so that few steps tell
+        relevance = watcher(
+            compressor.trace(model, torch.zeros(2, 3, 6, 6)), estimator=estimator, exclude=exclude, half_life=1e9,
+            drop=0.2,
+        )  # fmt: skip
+        for step in range(steps):
+            x = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+            relevance.loss(model, x, model(x).argmax(1), F.cross_entropy).backward()
+            relevance.step()
+        found[exclude] = relevance.scores()["write"].abs()
+    assert found["linear"][[0, 1, 2, 5, 6, 7]].sum() < 0.1 * found["zero"][[0, 1, 2, 5, 6, 7]].sum()
+    assert found["linear"][[3, 4]].sum() > 0.4 * found["zero"][[3, 4]].sum()
+
+
+def test_what_is_known_of_predictions_survives_a_checkpoint_and_a_cut() -> None:
+    def go_on(model: nn.Module, relevance: Relevance) -> dict[str, Tensor]:
+        keep = {"0": torch.tensor([0, 2, 3, 5]), "3": torch.arange(12)}
+        compressor.cut(relevance.graph, keep)
+        relevance.narrow(keep, relevance.graph)
+        observe(model, relevance, 4, first=6)
+        return relevance.scores()
+
+    model, relevance = watching("gate", exclude="linear", half_life=5.0)
+    observe(model, relevance, 6)
+    again, other = watching("gate", exclude="linear", half_life=5.0)
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(copy.deepcopy(relevance.state_dict()))
+    there, here = go_on(again, other), go_on(model, relevance)
+    assert all(torch.equal(there[name], here[name]) for name in here)
+    assert here["0"].shape == (4,)
 
 
 def test_without_any_effect_few_channels_pass() -> None:

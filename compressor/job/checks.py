@@ -91,7 +91,7 @@ def _idle(given: Values) -> dict[str, str]:
     unobserved = criterion if given["criterion"] != OBSERVING else "--when after"
     sparse = is_sparse(given["criterion"])
     weights = "--granularity weight" if sparse and given["granularity"] != "channel" else ""
-    relevance = ("relevance_estimator", "drop", "observe_every", "confidence", "dummies", "warmup")
+    relevance = ("relevance_estimator", "exclude", "drop", "observe_every", "confidence", "dummies", "warmup")
     threshold = "--threshold" if given["threshold"] is not None else ""
     return {
         "threshold": criterion if sparse else "",

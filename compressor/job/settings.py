@@ -41,7 +41,7 @@ from compressor.job.options import (
     to_toml,
     typed_with,
 )
-from compressor.relevance import EstimatorName, RelevanceConfig
+from compressor.relevance import EstimatorName, Exclusion, RelevanceConfig
 from compressor.sparse import Granularity, MaskAllocation, SparseConfig
 from compressor.surgery import COMPENSATIONS, Compensation
 from compressor.training import RECALIBRATION_IMAGES, TrainingConfig
@@ -138,6 +138,13 @@ class Settings:
 
     relevance_estimator: EstimatorName | None = left_open(
         RelevanceConfig, "estimator", "Relevance", "gate, soft, mixed, loss or source."
+    )
+    exclude: Exclusion | None = left_open(
+        RelevanceConfig,
+        "exclude",
+        "Relevance",
+        "What an excluded channel becomes while observing: zero, its mean, or what the others predict (linear).",
+        "mean for loss, else zero",
     )
     drop: float | None = left_open(
         RelevanceConfig, "drop", "Relevance", "Share of channels drawn in each sample, in (0, 0.5]."

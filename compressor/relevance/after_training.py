@@ -26,10 +26,8 @@ from torch import Tensor, nn
 from compressor._utils import count_samples, device_of, eval_mode, run_model, to_device
 from compressor.errors import InputError
 from compressor.graph import ChannelGraph, ConsumerInput
+from compressor.relevance.unexplained import unexplained_part
 from compressor.surgery import Moments, channel_blocks
-
-# Of a channel's variance: a prediction that explains more is rounding, and would make rounding look like relevance.
-_RIDGE = 1e-6
 
 
 def gate_relevance(
@@ -132,14 +130,7 @@ def _unexplained(known: Moments, seen: ConsumerInput, group: str, blocks: int) -
     covariance = known.covariances.get((seen.weight, group))
     if covariance is None or len(covariance) != blocks:
         return None
-    found = []
-    for c in covariance.double().cpu():
-        scale = c.diagonal().clamp_min(0).sqrt()
-        scale = torch.where(scale > 0, scale, 1.0)
-        correlation = c / scale / scale.unsqueeze(1) + _RIDGE * torch.eye(len(c), dtype=c.dtype)
-        inverse = torch.linalg.inv(correlation)
-        found.append(inverse / inverse.diagonal() / scale.unsqueeze(1) * scale)
-    return found
+    return [unexplained_part(each.cpu()) for each in covariance]
 
 
 def _slopes(sites: dict[str, _Site], count: int) -> dict[str, Tensor]:

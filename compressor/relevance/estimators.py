@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.relevance.config import EstimatorName
+from compressor.relevance.config import EstimatorName, Exclusion
 from compressor.relevance.draws import independent_draws, stratified_draws
 from compressor.relevance.statistics import (
     Increment,
@@ -69,7 +69,7 @@ class Estimator:
         learn: returns what the factor of the next steps is made of, where there is one.
         draw: who is drawn.
         soft: drawn channels get a gate uniform on (0, 1), and gradients are read; otherwise the gate is 0.
-        towards_mean: excluded channels are replaced by their mean, as after a cut that folds it.
+        exclude: what excluded channels are replaced by, unless the user says otherwise.
         per_sample: every sample draws for itself, not the batch as a whole.
         control_variate: on some steps the same samples also run without gates, to take their own share off the losses.
         observe_every: on one training step in so many samples draw, unless the user says otherwise.
@@ -80,7 +80,7 @@ class Estimator:
     learn: Callable[[BatchRecord], Increment] | None = None
     draw: Callable[..., Tensor] = stratified_draws
     soft: bool = False
-    towards_mean: bool = False
+    exclude: Exclusion = "zero"
     per_sample: bool = True
     control_variate: bool = False
     observe_every: int = 1
@@ -126,7 +126,7 @@ def learn_factor(batch: BatchRecord) -> Increment:
 # point of accuracy (docs/relevance.md). Losses are so noisy that those estimators need every step.
 ESTIMATORS: dict[EstimatorName, Estimator] = {
     "source": Estimator(credit_excluded, per_sample=False),
-    "loss": Estimator(contrast_losses, towards_mean=True, control_variate=True),
+    "loss": Estimator(contrast_losses, exclude="mean", control_variate=True),
     "soft": Estimator(integrate_gates, soft=True, observe_every=8),
     # Ranked by squares, but tested by signed effects: a square is never below zero, so no dummy could be like it.
     "gate": Estimator(integrate_gates, rank=square_gradients, soft=True, observe_every=8),

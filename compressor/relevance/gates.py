@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 
 from compressor.errors import InputError, UnknownNameError
 from compressor.graph import ChannelGraph, ConsumerInput, Group
+from compressor.relevance.config import Exclusion
 from compressor.relevance.gating import Gate, Workspace, in_backward, in_checkpoint, may_reuse_memory
+from compressor.relevance.unexplained import RunningCovariances
+from compressor.surgery import channel_blocks
 
 
 def observable(group: Group) -> bool:
@@ -38,7 +42,8 @@ def _consumer_inputs(group: Group) -> list[ConsumerInput]:
 class Gates:
     """Multiplies the channels that consumers see by per-sample gates, and gathers the losses' gradients by gate.
 
-    A gate of 1 leaves a channel alone, bit for bit; a gate of 0 excludes it. Channels of other groups in the same
+    A gate of 1 leaves a channel alone, bit for bit; a gate of 0 excludes it: it becomes zero, its mean, or what the
+    other channels of its group predict of it. Channels of other groups in the same
     input (behind a concatenation, say) are left alone. In evaluation mode nothing is gated.
 
     The running mean of every input is kept along the way: what a removed channel is replaced by, and what a cut folds
@@ -52,6 +57,8 @@ class Gates:
         groups: names of the groups to gate; all that are `observable` by default.
         half_life: after how many forward passes an old mean counts half. May be changed later.
         track_every: one forward pass in so many is taken into the means, the first one in any case. May be changed.
+        exclude: what a gate of 0 puts in place of a channel: "zero", its "mean", or "linear", what the other channels
+            of its group predict.
 
     Attributes:
         sizes: by group name, the number of its channels, in the order in which they stand side by side in `(B, N)`.
@@ -67,6 +74,7 @@ class Gates:
         groups: Collection[str] | None = None,
         half_life: float = 100.0,
         track_every: int = 1,
+        exclude: Exclusion = "zero",
     ) -> None:
         names = [each.name for each in graph.groups if observable(each)] if groups is None else list(groups)
         chosen = [_named(graph, name) for name in names]
@@ -78,14 +86,15 @@ class Gates:
         self._passes = 0
         self._workspace = Workspace()
         self._kept: ExitStack | None = None
-        self._sites = _sites(graph.model, chosen)
+        self._exclude: Exclusion = exclude
+        self._sites = _sites(graph, chosen, with_covariances=exclude == "linear")
 
     def split(self, side_by_side: Tensor) -> dict[str, Tensor]:
         """Return the part of every group, `(..., C)` by name, of a tensor `(..., N)`."""
         return dict(zip(self.sizes, torch.split(side_by_side, list(self.sizes.values()), dim=-1), strict=True))
 
     @contextmanager
-    def applied(self, gates: Tensor, towards_mean: bool = False) -> Iterator[set[str]]:
+    def applied(self, gates: Tensor) -> Iterator[set[str]]:
         """Gate every training-mode forward pass inside the `with`; afterwards no hook is left, whatever happened.
 
         Only where the model runs under `torch.utils.checkpoint` hooks stay until `release`, or the next batch: what
@@ -94,8 +103,6 @@ class Gates:
         Args:
             gates: `(B, N)`. Where they require gradients, `backward()` leaves in `gates.grad` the gradient of the loss
                 by every sample's gates, summed over all places where a group is consumed.
-            towards_mean: `h <- mean + gate * (h - mean)` with the running mean of that input, instead of
-                `h <- gate * h`.
 
         Yields:
             The names of the modules whose input was gated, filled while the model runs.
@@ -108,7 +115,7 @@ class Gates:
         gated_modules: set[str] = set()
         tracked = self._passes % self.track_every == 0
         self.release()
-        batch = _GatedBatch(padded, towards_mean, tracked, gated_modules)
+        batch = _GatedBatch(padded, tracked, gated_modules)
         with ExitStack() as hooks:
             for site in self._sites.values():
                 before, after = self._hooks(site, batch)
@@ -147,8 +154,11 @@ class Gates:
             if not is_recomputed and (batch.tracked or not site.count):
                 site.track(h.detach(), 0.5 ** (self.track_every / self.half_life))
             rows = batch.padded.index_select(1, site.columns(h))
-            mean = site.mean() if batch.towards_mean else None
-            gate = Gate(rows, mean, site.dim, self._workspace, may_reuse_memory(module))
+            mean = None if self._exclude == "zero" else site.mean()
+            unexplained = None
+            if site.covariances and mean is not None:
+                unexplained = partial(site.covariances.unexplained, dim=site.dim, mean=mean)
+            gate = Gate(rows, mean, site.dim, self._workspace, may_reuse_memory(module), unexplained)
             if is_recomputed or in_checkpoint():
                 batch.is_checkpointed = True
                 return (gate.on_recomputed(h), *inputs[1:])
@@ -173,24 +183,27 @@ class Gates:
             keep: by group name, the indices that stayed, `(n,)`.
             graph: the channel graph after the cut.
         """
-        after = Gates(graph, half_life=self.half_life, track_every=self.track_every)
+        after = Gates(graph, half_life=self.half_life, track_every=self.track_every, exclude=self._exclude)
         after._passes = self._passes
         for name, site in after._sites.items():
             if name in self._sites:
                 site.total = self._sites[name].kept(keep)
                 site.count = self._sites[name].count
+                before = self._sites[name].covariances
+                if site.covariances and before:
+                    site.covariances.narrow_from(before, keep)
         return after
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running means and how many passes there were, as plain tensors and numbers."""
-        sites = {name: {"total": site.total, "count": site.count} for name, site in self._sites.items()}
+        sites = {name: site.state_dict() for name, site in self._sites.items()}
         return {"sites": sites, "passes": self._passes}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the means of `state_dict()`."""
         self._passes = int(state["passes"])
         for name, site in self._sites.items():
-            site.total, site.count = state["sites"][name]["total"], state["sites"][name]["count"]
+            site.load_state_dict(state["sites"][name])
 
 
 def _check(groups: Sequence[Group]) -> None:
@@ -211,14 +224,13 @@ class _GatedBatch:
 
     Attributes:
         padded: `(B, 1 + N)`, the gates behind a column of ones.
-        towards_mean, tracked: whether the mean stands in for what is excluded, and whether it is taken.
+        tracked: whether means are taken of it.
         gated_modules: names of modules whose input was gated.
         is_open: whether its forward pass is still running.
         is_checkpointed: whether a part of it will be run again.
     """
 
     padded: Tensor
-    towards_mean: bool
     tracked: bool
     gated_modules: set[str]
     is_open: bool = True
@@ -239,6 +251,7 @@ class _Site:
         positions: `(C, K)` by group name.
         starts: by group name, the column of its first channel (column 0 is the constant 1).
         total, count: decaying sums of the input's means `(D,)`, and of ones.
+        covariances: of its channels, where they are asked for.
     """
 
     module: nn.Module
@@ -249,6 +262,7 @@ class _Site:
     starts: dict[str, int] = field(default_factory=dict)
     total: Tensor = field(default_factory=lambda: torch.zeros(0))
     count: float = 0.0
+    covariances: RunningCovariances | None = None
     _columns: Tensor | None = None
 
     def checked(self, inputs: tuple[Any, ...], batch: int) -> Tensor:
@@ -283,6 +297,22 @@ class _Site:
             self.count = 0.0
         self.total = self.total.to(mean) * decay + mean
         self.count = self.count * decay + 1
+        if self.covariances:
+            self.covariances.add(h.movedim(self.dim, -1).flatten(0, -2), decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is known of the input, as plain tensors and numbers."""
+        state: dict[str, Any] = {"total": self.total, "count": self.count}
+        if self.covariances:
+            state |= {"products": dict(self.covariances.products), "rows": self.covariances.rows}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with what `state_dict()` knew."""
+        self.total, self.count = state["total"], state["count"]
+        if self.covariances:
+            self.covariances.products = dict(state["products"])
+            self.covariances.rows, self.covariances.count = state["rows"], state["count"]
 
     def mean(self) -> Tensor:
         """Return the running mean, `(D,)`."""
@@ -298,16 +328,19 @@ class _Site:
         return self.total[stays.to(self.total.device)]
 
 
-def _sites(model: nn.Module, groups: Sequence[Group]) -> dict[str, _Site]:
+def _sites(graph: ChannelGraph, groups: Sequence[Group], *, with_covariances: bool) -> dict[str, _Site]:
     """Collect where the groups are consumed, by module name; a site may hold several groups, a group several sites."""
     sites: dict[str, _Site] = {}
     start = 1
     for group in groups:
         for each in _consumer_inputs(group):
-            site = sites.setdefault(each.module, _Site(model.get_submodule(each.module), each.module, each.dim))
+            site = sites.setdefault(each.module, _Site(graph.model.get_submodule(each.module), each.module, each.dim))
             site.positions[group.name] = each.positions
             site.starts[group.name] = start
             site.weights += [each.weight] if each.weight not in site.weights else []
+            if with_covariances:
+                site.covariances = site.covariances or RunningCovariances({})
+                site.covariances.blocks[group.name] = channel_blocks(graph, each) or [each.positions]
         start += group.size
     return sites
 

@@ -13,7 +13,7 @@ Shape letters: B samples; D positions along the channel dimension.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +72,8 @@ class Gate:
         dim: the channel dimension of the input, negative.
         workspace: where gated inputs lie, if they may.
         reuse_memory: whether nobody but the layer sees the gated input, so that it may.
+        unexplained: returns, in the shape of the input, the part of it that a gate takes away; all above the mean if
+            there is none.
     """
 
     rows: Tensor
@@ -79,16 +81,22 @@ class Gate:
     dim: int
     workspace: Workspace
     reuse_memory: bool
+    unexplained: Callable[[Tensor], Tensor] | None = None
 
     def on_recomputed(self, h: Tensor) -> Tensor:
-        """Return the gated input where activations are made again in the backward pass: torch sees to memory then."""
+        """Return the gated input by plain operations, and leave memory to torch."""
         gate = self.rows.to(h.dtype).view(_shape_along(self.rows, h, self.dim))
+        if self.unexplained:
+            return h - (1 - gate) * self.unexplained(h)
         centre = 0.0 if self.mean is None else _along(self.mean, h, self.dim)
         return centre + gate * (h - centre)
 
     @contextmanager
     def on(self, h: Tensor) -> Iterator[Tensor]:
         """Yield the gated input, which autograd nodes that are made meanwhile do not save: they make it again."""
+        if self.unexplained:
+            yield self.on_recomputed(h)
+            return
         gated: Tensor = _Gated.apply(h, self.rows, self)
         if torch.compiler.is_compiling():
             yield gated

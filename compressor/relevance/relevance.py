@@ -80,7 +80,12 @@ class Relevance:
 
     def _watch_groups(self) -> Gates:
         """Return gates for every group that can be watched; the others are frozen."""
-        gates = Gates(self.graph, half_life=self._schedule.half_life_in_batches, track_every=self._track_every)
+        gates = Gates(
+            self.graph,
+            half_life=self._schedule.half_life_in_batches,
+            track_every=self._track_every,
+            exclude=self.config.exclude or self._estimator.exclude,
+        )
         unseen = [name for name in self.graph.sizes() if name not in gates.sizes]
         reason = "no module sees these channels at its input, so relevance cannot watch them"
         if unseen:
@@ -135,7 +140,7 @@ class Relevance:
                 "pass: call backward() after every batch, also where gradients are accumulated"
             )
         observation = self._sampler.sample(batch_size, self._schedule.share(self.steps))
-        gating = self._gates.applied(observation.gates, self._estimator.towards_mean)
+        gating = self._gates.applied(observation.gates)
         with gating as observation.gated_modules:
             yield observation
         if observation.losses is not None:
