@@ -1,8 +1,8 @@
 """The command line: parse, call, print. This is the only module that prints or exits.
 
-`compress` with options runs the main job; `compress inspect|export|benchmark|report` are its parts. Every error that
-compressor raises on purpose becomes one message on stderr and exit code 2. Nothing heavy is imported before it is known
-what to do, so that `compress --help` answers at once.
+`compress` with options runs the main job, `compress compare` many of them; `compress inspect|export|benchmark|report`
+are its parts. Every error that compressor raises on purpose becomes one message on stderr and exit code 2. Nothing
+heavy is imported before it is known what to do, so that `compress --help` answers at once.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _INTERRUPTED = 128 + signal.SIGINT  # what shells expect of a command that a signal ended
+_TIMED_OUT = 124  # as of the command `timeout`
 _WIDTH = 120  # of tables that go into a file or a pipe
 
 
@@ -112,9 +114,9 @@ class _Printable(logging.Formatter):
         return _printable(super().format(record))
 
 
-def _takes_every_option(command: Callable[..., None]) -> Callable[..., None]:
+def _takes_every_option(command: Callable[..., None], without: frozenset[str] = frozenset()) -> Callable[..., None]:
     """Return a command one parameter for every field of `Settings`; None where it was not typed."""
-    kinds = option_kinds()
+    kinds = {name: kind for name, kind in option_kinds().items() if name not in without}
     own = inspect.signature(command, eval_str=True).parameters.values()
     fields = {item.name.replace("_", "-"): item for item in dataclasses.fields(Settings)}
     added = [_parameter(fields[name], kind) for name, kind in kinds.items()]
@@ -300,6 +302,70 @@ Factory = Annotated[
 ImageSize = Annotated[
     int | None, typer.Option(min=1, help="Height and width of the images. Default: what the file says, else 224.")
 ]
+
+
+_BY_THE_GRID = frozenset(("criterion", "sparsity", "threshold", "seed", "out"))
+
+
+@app.command()
+@partial(_takes_every_option, without=_BY_THE_GRID)
+def compare(
+    *,
+    criteria: Annotated[str, typer.Option(help="Names, separated by commas.", rich_help_panel="Grid")],
+    sparsity: Annotated[str, typer.Option(help="Numbers, separated by commas.", rich_help_panel="Grid")] = "0.5",
+    seeds: Annotated[int, typer.Option(help="How many, from 0 on.", rich_help_panel="Grid")] = 4,
+    out: Annotated[str, typer.Option(help="The folder of the grid.", rich_help_panel="Grid")] = "runs/compare",
+    jobs: Annotated[
+        int, typer.Option(help="Runs side by side, each with its share of the cores.", rich_help_panel="Grid")
+    ] = 1,
+    shard: Annotated[str, typer.Option(help="I/N: every N-th run, from the I-th on.", rich_help_panel="Grid")] = "1/1",
+    time_limit: Annotated[
+        float | None,
+        typer.Option(help="Minutes, after which runs stop; the same line goes on with them.", rich_help_panel="Grid"),
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print errors and warnings only.", rich_help_panel="Grid")
+    ] = False,
+    **typed: Any,
+) -> None:
+    """Compare criteria: a grid of runs, each in a folder of its own, ended by a figure and a table."""
+    options = {name.replace("_", "-"): value for name, value in typed.items() if value not in (None, [])}
+    numbers = _numbers("sparsity", sparsity)
+    first, _, last = shard.partition("/")
+    if not (first.isdigit() and last.isdigit()):
+        raise InputError(f"--shard {shard}: give I/N, 1/3 say")
+    grid = job.Grid(options, tuple(filter(None, criteria.split(","))), numbers, seeds, out)
+    stop = StopRequest()
+    try:
+        with stop.listening(), _progress(quiet) as on_progress:
+            result = job.run_grid(
+                grid,
+                jobs=jobs,
+                shard=(int(first), int(last)),
+                time_limit_s=None if time_limit is None else 60 * time_limit,
+                on_progress=on_progress,
+            )
+    except KeyboardInterrupt:
+        _complain(f"stopped; go on with: {grid.command()}")
+        raise typer.Exit(128 + (stop.signal or signal.SIGINT)) from None
+    found = result.comparison
+    if not quiet:
+        _print_table(found.name, report.comparison.HEAD, report.comparison.rows(found))
+        typer.echo(f"{report.comparison.progress(found)}: {Path(out) / 'compare.html'}")
+    for name, reason in found.failed.items():
+        _complain(f"{name} failed: {reason}")
+    if result.timed_out:
+        _complain(f"the time is over; go on with: {grid.command()}")
+        raise typer.Exit(_TIMED_OUT)
+    if found.failed:
+        raise typer.Exit(1)
+
+
+def _numbers(name: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in text.split(",") if word)
+    except ValueError:
+        raise InputError(f"--{name} {text}: give numbers, separated by commas: 0.4,0.6") from None
 
 
 @app.command("inspect")

@@ -1,6 +1,8 @@
 from . import saved as saved
 from .capacity import require_memory as require_memory
 from .folder import resumed as resumed
+from .grid import Grid as Grid
+from .grid import run_grid as run_grid
 from .main_job import run as run
 from .options import as_written as as_written
 from .options import read_toml as read_toml

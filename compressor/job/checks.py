@@ -77,13 +77,13 @@ def require_effects(given: Values, usual: Values) -> None:
             "--threshold with --criterion relevance is a confidence, which is gathered in training: leave out --when "
             "after, or give --sparsity"
         )
-    for name, other in _idle(given).items():
+    for name, other in idle_options(given).items():
         if other and given[name] != usual[name]:
             typed = {"sparsity_by_pattern": "sparsity PATTERN=...", "verify": "no-verify"}.get(name, as_typed(name))
             raise InputError(f"--{typed} has no effect with {other}: leave one of them out")
 
 
-def _idle(given: Values) -> dict[str, str]:
+def idle_options(given: Values) -> dict[str, str]:
     """Return, by option, what makes it idle; nothing where it has an effect."""
     criterion = f"--criterion {given['criterion']}"
     data = given["data"]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,6 +178,13 @@ def _clear_checkpoints(folder: Path) -> None:
 def checkpoint(folder: Path, stage: str) -> Path:
     """Return the folder in which a stage of the run keeps its checkpoint."""
     return folder / _CHECKPOINTS / stage
+
+
+def copy_checkpoints(source: Path, folder: Path, stages: Iterable[str]) -> None:
+    """Take the checkpoints of some stages over from another run, as far as it has them."""
+    for stage in stages:
+        if checkpoint(source, stage).is_dir():
+            shutil.copytree(checkpoint(source, stage), checkpoint(folder, stage))
 
 
 class Metrics:

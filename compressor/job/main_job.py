@@ -19,10 +19,10 @@ from compressor import report
 from compressor._utils import StopRequest
 from compressor.errors import InputError
 from compressor.graph import trace
-from compressor.job.folder import clear_unfinished, locked, require_usable, resumed, start
+from compressor.job.folder import clear_unfinished, copy_checkpoints, locked, require_usable, resumed, start
 from compressor.job.results import finish
 from compressor.job.settings import Settings
-from compressor.job.stages import Progress, Stages
+from compressor.job.stages import DENSE_STAGES, Progress, Stages
 from compressor.training import Data, load_data, load_weights, models
 
 
@@ -33,6 +33,8 @@ def run(
     overwrite: bool = False,
     on_progress: Progress = lambda what, done, total: None,
     stop: StopRequest | None = None,
+    dense_from: Path | None = None,
+    timings: bool = True,
 ) -> report.Report:
     """Train, prune, prove, measure and report; writes the run folder `settings.out`.
 
@@ -42,6 +44,8 @@ def run(
         overwrite: replace the run in that folder.
         on_progress: called with a piece of long work, how much of it is done, and its size.
         stop: asks to stop; a training comes to the end of a step and writes a checkpoint first.
+        dense_from: the folder of a finished run that trained the same dense model, which is taken from there.
+        timings: whether latency is measured; beside other runs it would say nothing.
 
     Returns:
         What `report.json` holds.
@@ -61,11 +65,17 @@ def run(
         # Once more: what was free a moment ago may be another run's by now.
         require_usable(folder, resume=resume, overwrite=overwrite)
         clear_unfinished(folder)
-        return _run_in(folder, settings, resume, on_progress, stop)
+        return _run_in(folder, settings, resume, on_progress, stop, dense_from, timings)
 
 
 def _run_in(
-    folder: Path, settings: Settings, resume: bool, on_progress: Progress, stop: StopRequest | None
+    folder: Path,
+    settings: Settings,
+    resume: bool,
+    on_progress: Progress,
+    stop: StopRequest | None,
+    dense_from: Path | None,
+    timings: bool,
 ) -> report.Report:
     """Run in a folder that nobody else works in."""
     if resume and (folder / "report.json").exists():
@@ -75,12 +85,15 @@ def _run_in(
     )
     model = _initial(settings, data)
     graph = trace(model, torch.zeros(1, *data.image_shape))
-    stages = Stages(settings, data, folder, resume, on_progress, stop, graph.recording.fingerprint())
+    takes_over = resume or dense_from is not None
+    stages = Stages(settings, data, folder, takes_over, on_progress, stop, graph.recording.fingerprint())
     if not resume:
         stages.preflight(model)
         start(folder, settings)
+        if dense_from:
+            copy_checkpoints(dense_from, folder, DENSE_STAGES)
     trained = stages.during(model) if settings.when == "during" else stages.after(model)
-    return finish(settings, data, trained, graph, stages.metrics.records, on_progress)
+    return finish(settings, data, trained, graph, stages.metrics.records, on_progress, timings)
 
 
 def _initial(settings: Settings, data: Data) -> nn.Module:

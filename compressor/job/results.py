@@ -32,6 +32,7 @@ def finish(
     graph: ChannelGraph,
     records: Sequence[Mapping[str, Any]],
     on_progress: Progress,
+    with_timings: bool,
 ) -> report.Report:
     """Return the report of a run; writes both models, their ONNX files and the report into the run folder.
 
@@ -46,9 +47,8 @@ def finish(
     notes = list[str]()
     tried = {name: _export(model, name, data, folder, on_progress, notes) for name, model in models.items()}
     exports = {name: export for name, export in tried.items() if export}
-    timings = _timings(
-        settings, data, models, {name: export.path for name, export in exports.items()}, on_progress, notes
-    )
+    files = {name: export.path for name, export in exports.items()}
+    timings = _timings(settings, data, models, files, on_progress, notes) if with_timings else ()
     figures = {name: _figures(settings, data, trained, name, folder, notes) for name in models}
     made = report.Report(
         name=folder.resolve().name,

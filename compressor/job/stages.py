@@ -38,6 +38,7 @@ from compressor.training import (
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
+DENSE_STAGES = ("train", "dense")  # whose model no criterion has touched
 VERIFIED_IMAGES = 8  # on which a cut is compared with the masked model
 # Over which means and covariances are taken: 4 for each channel of a ResNet's widest group, as its last layer sees it.
 CALIBRATION_IMAGES = 2048

@@ -1,3 +1,4 @@
+from . import comparison as comparison
 from . import tables as tables
 from .document import Cut as Cut
 from .document import Epoch as Epoch

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+from markupsafe import Markup
+
 from compressor._utils import atomic_write
 from compressor.errors import RunFolderError
 from compressor.report import pictures, tables
@@ -48,11 +50,13 @@ def html(report: Report) -> str:
     """Return the report as one HTML page: no script, nothing loaded from elsewhere, light and dark."""
     import jinja2  # only who renders pays for it
 
-    template = resources.files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
+    folder = resources.files(__package__)
+    template = folder.joinpath("page.html.j2").read_text(encoding="utf-8")
     # Strict: a name that the template misspells is an error, and not an empty place in a page.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(template).render(
         report=report,
+        style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),
         comparison=tables.comparison(report),
         fastest=_speed_tiles(report),
         has_shared=any(epoch.stage == "train" for epoch in report.epochs),

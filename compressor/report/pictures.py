@@ -24,7 +24,7 @@ _ROW = 18  # height of one bar with its gap
 
 
 @dataclass(frozen=True)
-class _Scale:
+class Scale:
     """A linear map from values to pixels."""
 
     low: float
@@ -33,6 +33,7 @@ class _Scale:
     end: float
 
     def __call__(self, value: float) -> float:
+        """Return where a value lies, in pixels."""
         span = (self.high - self.low) or 1.0  # one value alone lies at the start
         return self.start + (value - self.low) / span * (self.end - self.start)
 
@@ -47,9 +48,9 @@ class _Scale:
 def channels(layers: Sequence[Layer]) -> Markup:
     """Draw the channels of every group: what stayed over what there was."""
     widest = max((layer.before for layer in layers), default=1)
-    across = _Scale(0, widest, 230, WIDTH - 110)
+    across = Scale(0, widest, 230, WIDTH - 110)
     bars = [_channel_bar(layer, across, 4 + row * _ROW) for row, layer in enumerate(layers)]
-    return _picture("channels per group, before and after", 8 + len(layers) * _ROW, bars)
+    return picture("channels per group, before and after", 8 + len(layers) * _ROW, bars)
 
 
 def training(report: Report) -> Markup:
@@ -57,21 +58,21 @@ def training(report: Report) -> Markup:
     offsets = _offsets(report.epochs)
     curves = {stage: _curve(report.epochs, stage, offset) for stage, offset in offsets.items()}
     last = max((x for points in curves.values() for x, _ in points), default=1.0)
-    across = _Scale(0, last, 56, WIDTH - 12)
+    across = Scale(0, last, 56, WIDTH - 12)
     marks = [(offsets[cut.stage] + cut.step / _steps_per_epoch(report.epochs, cut.stage), cut) for cut in report.cuts]
     upper = _accuracy_panel(curves, across, marks)
     lower = _params_panel(report, offsets, across, marks)
     label = text((across.start + across.end) / 2, 366, "epoch", "middle", class_="axis")
-    return _picture("validation accuracy and parameters over the training", 370, [upper, lower, label])
+    return picture("validation accuracy and parameters over the training", 370, [upper, lower, label])
 
 
 def latency(timings: Iterable[Timing]) -> Markup:
     """Draw latency, dense over pruned, in every place: line from p10 to p99, box from p25 to p75, stroke at p50."""
     blocks = [_latency_block(place, both, 4 + 88 * row) for row, (place, both) in enumerate(pairs(timings))]
-    return _picture("latency of both models, with spread", 4 + 88 * len(blocks), blocks)
+    return picture("latency of both models, with spread", 4 + 88 * len(blocks), blocks)
 
 
-def _channel_bar(layer: Layer, across: _Scale, top: float) -> Markup:
+def _channel_bar(layer: Layer, across: Scale, top: float) -> Markup:
     name = layer.name if len(layer.name) <= 34 else "…" + layer.name[-33:]
     return group(
         hint(f"{layer.name}: {layer.after} of {layer.before} channels stay ({kept(layer)})"),
@@ -98,10 +99,10 @@ def _steps_per_epoch(epochs: Sequence[Epoch], stage: str) -> float:
 
 
 def _accuracy_panel(
-    curves: dict[str, list[tuple[float, Epoch]]], across: _Scale, marks: Sequence[tuple[float, Cut]]
+    curves: dict[str, list[tuple[float, Epoch]]], across: Scale, marks: Sequence[tuple[float, Cut]]
 ) -> Markup:
     shown = [epoch.validation_accuracy for points in curves.values() for _, epoch in points]
-    up = _Scale(_floor(shown), 1.0, 200, 16)
+    up = Scale(_floor(shown), 1.0, 200, 16)
     lines = [
         polyline([(across(x), up(epoch.validation_accuracy)) for x, epoch in points], class_=stage)
         for stage, points in curves.items()
@@ -112,10 +113,10 @@ def _accuracy_panel(
 
 
 def _params_panel(
-    report: Report, offsets: dict[str, float], across: _Scale, marks: Sequence[tuple[float, Cut]]
+    report: Report, offsets: dict[str, float], across: Scale, marks: Sequence[tuple[float, Cut]]
 ) -> Markup:
     """Draw the pruned model's parameters as a staircase that falls at each cut."""
-    up = _Scale(0, 1, 336, 256)
+    up = Scale(0, 1, 336, 256)
     left = 1.0
     points = [(across(offsets["pruned"]), up(left))]
     # Two points for each cut: between cuts nothing goes, and a slope would say otherwise.
@@ -127,7 +128,7 @@ def _params_panel(
     return join([title, _grid(across, up), *_cut_lines(marks, across, 256, 336), stairs])
 
 
-def _cut_lines(marks: Sequence[tuple[float, Cut]], across: _Scale, top: float, bottom: float) -> list[Markup]:
+def _cut_lines(marks: Sequence[tuple[float, Cut]], across: Scale, top: float, bottom: float) -> list[Markup]:
     says = "cut at step {}: {:,} channels go, {} parameters are left"
     return [
         line(
@@ -149,7 +150,7 @@ def _dot(x: float, y: float, epoch: Epoch) -> Markup:
 
 def _latency_block(place: str, both: tuple[Timing, Timing], top: float) -> Markup:
     # A scale for each place, from 0 on: lengths compare two models, and batch 32 would flatten batch 1 to nothing.
-    across = _Scale(0, 1.05 * max(timing.p99_ms for timing in both), 70, WIDTH - 90)
+    across = Scale(0, 1.05 * max(timing.p99_ms for timing in both), 70, WIDTH - 90)
     ticks = [
         line(across(tick), top + 18, across(tick), top + 62, class_="grid")
         + text(across(tick), top + 76, f"{tick:g} ms", "middle", class_="axis")
@@ -159,7 +160,7 @@ def _latency_block(place: str, both: tuple[Timing, Timing], top: float) -> Marku
     return join([text(4, top + 10, place, class_="label"), *ticks, *rows])
 
 
-def _latency_row(timing: Timing, across: _Scale, middle: float) -> Markup:
+def _latency_row(timing: Timing, across: Scale, middle: float) -> Markup:
     says = (
         f"{timing.model}: p50 {milliseconds(timing.p50_ms)}, p90 {milliseconds(timing.p90_ms)}, "
         f"p99 {milliseconds(timing.p99_ms)} ms; {timing.n} calls"
@@ -179,7 +180,7 @@ def _bar(begin: float, end: float, top: float, height: float, kind: str) -> Mark
     return rectangle(begin, top, end - begin, height, class_=kind, rx=1.5)
 
 
-def _grid(across: _Scale, up: _Scale) -> Markup:
+def _grid(across: Scale, up: Scale) -> Markup:
     """Draw horizontal lines with percentages, and the epochs below."""
     levels = [
         line(across.start, up(tick), across.end, up(tick), class_="grid")
@@ -204,5 +205,6 @@ def _round_step(raw: float) -> float:
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
 
 
-def _picture(label: str, height: float, marks: Iterable[Markup]) -> Markup:
+def picture(label: str, height: float, marks: Iterable[Markup]) -> Markup:
+    """Return marks as one picture of the page's width."""
     return element("svg", join(marks), viewBox=f"0 0 {WIDTH} {height:.0f}", role="img", aria_label=label)
