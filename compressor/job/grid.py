@@ -17,20 +17,25 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from compressor import report
 from compressor._utils import StopRequest
+from compressor.deploy import describe_machine
 from compressor.errors import CompressorError, InputError, RangeError, RunFolderError
 from compressor.job.checks import idle_options
 from compressor.job.folder import resumed
+from compressor.job.main_job import run
 from compressor.job.options import as_words
 from compressor.job.settings import Settings
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
-
-    from compressor.report.comparison import Comparison
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +128,7 @@ class GridResult:
         timed_out: whether the time limit ended it.
     """
 
-    comparison: Comparison
+    comparison: report.comparison.Comparison
     timed_out: bool
 
 
@@ -208,8 +213,6 @@ class _Pool:
 
     def start(self, name: str) -> None:
         """Begin or go on with a cell, in a process of its own."""
-        from multiprocessing import get_context
-
         settings = self._cells[name]
         donors = [each for each in self._cells.values() if each.seed == settings.seed and _is_finished(each)]
         _failure(settings).unlink(missing_ok=True)
@@ -223,8 +226,6 @@ class _Pool:
 
     def ended(self, timeout_s: float) -> list[str]:
         """Wait until a cell ends, or so long; return the names of those that did."""
-        from multiprocessing.connection import wait
-
         wait([each.sentinel for each in self.running.values()], timeout_s)
         over = [name for name, process in self.running.items() if not process.is_alive()]
         for name in over:
@@ -273,10 +274,6 @@ def _run_cell(options: dict[str, Any], dense_from: str, threads: int) -> None:
     """Run one cell to its end in this process, and say by the exit code how it ended."""
     with suppress(AttributeError, OSError):
         os.setsid()  # Ctrl-C in the terminal is for the grid, which then asks its cells to stop
-    import torch
-
-    from compressor.job.main_job import run
-
     torch.set_num_threads(threads)
     settings = Settings.from_options(options)
     stop = StopRequest()
@@ -305,11 +302,8 @@ def _say(settings: Settings, error: Exception) -> None:
     raise SystemExit(_FAILED) from error
 
 
-def _write(grid: Grid, cells: Mapping[str, Settings]) -> Comparison:
+def _write(grid: Grid, cells: Mapping[str, Settings]) -> report.comparison.Comparison:
     """Write what is known of a grid by now."""
-    from compressor import report
-    from compressor.deploy import describe_machine
-
     finished = {name for name, settings in cells.items() if _is_finished(settings)}
     failed = {
         name: _failure(settings).read_text(encoding="utf-8").strip()
