@@ -4,7 +4,7 @@ python benchmarks/one_shot.py --data cifar10 --weights FOLDER [--network resnet2
 
 Part `compensation`: every criterion with every compensation, the same share of the inner channels of every block.
 Part `parts`: that share of the network's MACs goes from all channels, with all that we have and without each part.
-Part `criteria`: the same share, every criterion, alike in every group and in widths by relevance.
+Part `criteria`: the same share, every criterion with every allocation, all else alike.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import compressor
+from compressor.budget import ALLOCATIONS
 from compressor.surgery import COMPENSATIONS
 from compressor.training import Data, evaluate, recalibrate
 
@@ -109,7 +110,7 @@ def what_helps(model: nn.Module, found: Data, network: str, share: float) -> Pat
 def by_criterion(model: nn.Module, found: Data, network: str, share: float) -> Path:
     """Measure every criterion in the two allocations, all else alike."""
     rows: list[dict[str, Any]] = []
-    for allocate in ("uniform", "relevance"):
+    for allocate in ALLOCATIONS:
         for criterion in (*CRITERIA, "relevance"):
             for seed in range(2 if criterion == "random" else 1):
                 how = USUAL | {"criterion": criterion, "allocate": allocate}

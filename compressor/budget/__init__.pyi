@@ -4,6 +4,7 @@ from .budget import Measure as Measure
 from .costs import CostModel as CostModel
 from .limits import Limits as Limits
 from .options import ALIGNED as ALIGNED
+from .options import ALLOCATIONS as ALLOCATIONS
 from .options import LARGE as LARGE
 from .options import MOST_ROUNDS as MOST_ROUNDS
 from .options import Allocation as Allocation

@@ -23,7 +23,7 @@ class SelectionOptions:
         allocate: how much of each group goes. "uniform" takes the same share of every group, "global" what the
             criterion's ranking of all channels together says, "relevance" what relevance per cost says, whatever
             criterion then chooses among its channels. Weights say little about which layer can spare more
-            (`benchmarks/allocation.py`), so "uniform" is the default.
+            (`docs/compensation.md`), so "uniform" is the default.
         round_to: a group that loses channels ends with a multiple of this. None: of 8 in groups of 64 channels or more,
             whatever in smaller ones.
         floor: the share of every group that stays in any case, in [0, 1); at least one channel always does.
