@@ -1,8 +1,8 @@
 """The command line: parse, call, print. This is the only module that prints or exits.
 
-`compress` with options runs the main job, `compress compare` many of them; `compress inspect|export|benchmark|report`
-are its parts. Every error that compressor raises on purpose becomes one message on stderr and exit code 2. Nothing
-heavy is imported before it is known what to do, so that `compress --help` answers at once.
+`compress` with options runs the main job, `compress compare` many of them; `compress inspect`, `export`, `predict`,
+`benchmark` and `report` are its parts. Every error that compressor raises on purpose becomes one message on stderr and
+exit code 2. Nothing heavy is imported before it is known what to do, so that `compress --help` answers at once.
 """
 
 from __future__ import annotations
@@ -408,6 +408,9 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The ONNX file. Default: beside FILE, ending in .onnx.")] = None,
     factory: Factory = "",
     image_size: ImageSize = None,
+    preprocess: Annotated[
+        bool, typer.Option("--preprocess", help="Let the file take uint8 images (B, H, W, C) and give probabilities.")
+    ] = False,
 ) -> None:
     """Write a saved model as ONNX, and prove with onnxruntime that it gives the same outputs."""
 
@@ -415,11 +418,35 @@ def export(
     if target.suffix != ".onnx":
         raise InputError(f"--out {target} is not the name of an ONNX file: give one that ends in .onnx")
     model, shape = job.saved.loaded(file, factory, image_size)
-    made = deploy.export_onnx(model, target, job.saved.example(model, shape))
+    says, result = job.saved.about(file, image_size, takes_pixels=preprocess)
+    inputs = job.saved.example(model, shape)
+    if preprocess:
+        model, inputs = deploy.WithPreprocessing(model, says.mean, says.std), job.saved.pixels(shape)
+    # A model that no run made may take and return anything.
+    named = (says.input_names, says.output_names, says.props(result)) if says.classes else (None, None, None)
+    names_in, names_out, metadata = named
+    made = deploy.export_onnx(model, target, inputs, input_names=names_in, output_names=names_out, metadata=metadata)
     typer.echo(
         f"{made.path}: {report.size(made.size_bytes)}, opset {made.opset}; largest difference from PyTorch "
         f"{made.relative:.1e} of the outputs' scale, {made.images} inputs, {', '.join(made.providers)}"
     )
+
+
+@app.command()
+def predict(
+    file: Annotated[Path, typer.Argument(help="An ONNX file that compress exported.", metavar="FILE")],
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of them.", metavar="IMAGE...")],
+    top: Annotated[int, typer.Option(min=1, help="Classes of each image.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image.")] = False,
+) -> None:
+    """Say what a file sees in images, by nothing but what it says about itself."""
+    for found in deploy.predict(file, deploy.image_files(images), top=top, device=device):
+        if as_json:
+            typer.echo(json.dumps({"image": found.image, "classes": dict(found.classes)}))
+        else:
+            seen = ", ".join(f"{name} {share:.1%}" for name, share in found.classes)
+            typer.echo(_printable(f"{found.image}: {seen}"))
 
 
 @app.command()

@@ -36,7 +36,7 @@ def sample() -> Report:
         name="demo",
         created="2026-11-24T01:02:03+00:00",
         command="compress --model resnet18 --out runs/demo",
-        settings={"model": "resnet18", "sparsity": 0.6},
+        settings={"model": "resnet18", "data": "digits", "criterion": "l1", "sparsity": 0.6},
         machine={"cpu": "a processor", "cores": 2},
         dense=figures(),
         pruned=figures(accuracy=0.97, params=4_000, macs=100_000, channels=32),

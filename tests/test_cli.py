@@ -456,7 +456,7 @@ def test_report_renders_again_what_is_in_the_json(tmp_path: Path) -> None:
     (tmp_path / "report.md").write_text("old")
     result = compress("report", ".")
     assert result.exit_code == 0
-    assert result.stdout.split() == ["report.html", "report.md"]
+    assert result.stdout.split() == ["report.html", "report.md", "README.md"]
     assert files_in(tmp_path) == before
 
 

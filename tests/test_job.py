@@ -49,7 +49,7 @@ def test_the_run_folder_holds_what_it_should_and_nothing_else(finished) -> None:
     settings, made, _ = finished
     folder = Path(settings.out)
     names = {path.name for path in folder.iterdir()}
-    assert names == {*folders.MODELS, *folders.RECORDS, *folders.REPORTS, "checkpoint", ".lock"}
+    assert names == {*folders.MODELS, *folders.RECORDS, *folders.REPORTS, "README.md", "checkpoint", ".lock"}
     assert made.files == {name: (folder / name).stat().st_size for name in made.files}
     assert report.read(folder) == made
 

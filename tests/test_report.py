@@ -46,7 +46,7 @@ def test_json_says_null_for_what_is_no_number_and_reads_nan_back(report: Report)
 def test_folder_gives_back_the_same_report_and_no_half_written_file(report: Report, tmp_path: Path) -> None:
     reports.write(report, tmp_path)
     assert reports.read(tmp_path) == report
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json", "report.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "report.html", "report.json", "report.md"]
 
 
 def test_render_gives_what_write_gave(report: Report, tmp_path: Path) -> None:

@@ -7,8 +7,14 @@ from .export import export_onnx as export_onnx
 from .export import require_exportable as require_exportable
 from .flops import fvcore_macs as fvcore_macs
 from .machine import describe_machine as describe_machine
+from .machine import versions as versions
+from .metadata import ImageModel as ImageModel
 from .model_file import Description as Description
 from .onnx_inputs import example_inputs as example_inputs
+from .prediction import Prediction as Prediction
+from .prediction import image_files as image_files
+from .prediction import predict as predict
+from .preprocess import WithPreprocessing as WithPreprocessing
 from .session import open_session as open_session
 from .timing import Latency as Latency
 from .timing import Runner as Runner

@@ -9,7 +9,6 @@ A factory outside torchvision is only ever the caller's: a file cannot name code
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from compressor._utils import memory_format
 from compressor.deploy import model_file
+from compressor.deploy.machine import versions
 from compressor.deploy.model_file import Description
 from compressor.errors import ArtifactError, InputError
 from compressor.graph import (
@@ -67,7 +67,7 @@ def save(
         "attributes": all_numeric_attributes(model),
         "channels_last": [name for name, tensor in tensors.items() if memory_format(tensor) is torch.channels_last],
         "extra": dict(extra or {}),
-        "versions": {name: importlib.metadata.version(name) for name in ("compressor", "torch", "torchvision")},
+        "versions": versions(),
     }
     model_file.write(Path(path), content, tensors)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from compressor._utils import as_arguments, atomic_write, batch_size, device_of, eval_mode, named_tensors, to_device
-from compressor.deploy.parity import UnequalError, compare, first_line, output_names, random_like
+from compressor.deploy.parity import UnequalError, compare, first_line, random_like, returned_names
 from compressor.errors import ExportError, InputError, ParityError, RangeError
 
 OPSETS = range(18, 24)  # 18 is what torch's exporter speaks itself; onnxruntime 1.23 reads up to 23
@@ -55,7 +55,15 @@ class ExportReport:
 
 
 def export_onnx(
-    model: nn.Module, path: str | Path, example_inputs: Any, *, opset: int = OPSETS[0], check_inputs: Any = None
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: Any,
+    *,
+    opset: int = OPSETS[0],
+    check_inputs: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> ExportReport:
     """Write a model as ONNX, in evaluation mode and with a dynamic batch size, and prove that it is the model.
 
@@ -71,6 +79,9 @@ def export_onnx(
             tensor is the batch.
         opset: version of the ONNX operators, 18 to 23.
         check_inputs: real examples to compare on, like `example_inputs` with any number of examples.
+        input_names, output_names: of the file, one for each tensor; by default those of the model's arguments, and
+            `output`, or `output_logits`, `output_0`, ... after the place in what it returns.
+        metadata: strings for the file's `metadata_props`; `ImageModel.props` makes them for a classifier of images.
 
     Raises:
         InputError: inputs that are not tensors with one batch size, or a path that cannot be written.
@@ -84,7 +95,7 @@ def export_onnx(
     examples = _examples(example_inputs, check_inputs)
     # Compared before it takes its place: whoever finds `path` finds a file that passed.
     with eval_mode(model), atomic_write(path) as unproven:
-        _write(model, unproven, example_inputs, opset)
+        _write(model, unproven, example_inputs, opset, _Names(input_names, output_names), metadata or {})
         try:
             parity = compare(model, unproven, examples)
         except UnequalError as unequal:
@@ -146,7 +157,17 @@ def _kinds(inputs: Any) -> str:
     )
 
 
-def _write(model: nn.Module, path: Path, example_inputs: Any, opset: int) -> None:
+@dataclass(frozen=True)
+class _Names:
+    """The names of a file's inputs and outputs; None leaves them to the model."""
+
+    inputs: Sequence[str] | None
+    outputs: Sequence[str] | None
+
+
+def _write(
+    model: nn.Module, path: Path, example_inputs: Any, opset: int, wanted: _Names, metadata: Mapping[str, str]
+) -> None:
     name = type(model).__name__
     size = sum(tensor.numel() * tensor.element_size() for tensor in [*model.parameters(), *model.buffers()])
     if size > LARGEST_BYTES:
@@ -154,17 +175,25 @@ def _write(model: nn.Module, path: Path, example_inputs: Any, opset: int) -> Non
     # The exporter takes a batch of one for a fixed one: two examples, whatever came.
     inputs = tree_map(lambda tensor: tensor[torch.arange(2) % len(tensor)], to_device(example_inputs, device_of(model)))
     try:
-        names = output_names(model, inputs)
+        names = returned_names(model, inputs)
     except Exception as failure:
         why = f"it does not run on two of the examples: {first_line(failure)}"
         raise ExportError(name, why, "give what model(example_inputs) takes at any batch size") from failure
-    exported = _exported(model, inputs, names, opset)
+    for kind, given, count in (
+        ("input", wanted.inputs, len(list(named_tensors(inputs)))),
+        ("output", wanted.outputs, len(names)),
+    ):
+        if given is not None and len(given) != count:
+            raise InputError(f"{kind}_names {list(given)}: the model has {count} {kind}s, give one name for each")
+    exported = _exported(model, inputs, _Names(wanted.inputs, wanted.outputs or names), opset)
     _refuse_surprises(name, exported, opset)
     _forget_sources(exported)
+    exported.metadata_props.clear()
+    exported.metadata_props.update(metadata)
     _save(exported, path)
 
 
-def _exported(model: nn.Module, inputs: Any, names: list[str], opset: int) -> Any:
+def _exported(model: nn.Module, inputs: Any, names: _Names, opset: int) -> Any:
     """Return the model as torch's exporter translates it, an `onnx_ir.Model`."""
     args, kwargs = as_arguments(inputs)
     batch = torch.export.Dim("batch")
@@ -178,7 +207,8 @@ def _exported(model: nn.Module, inputs: Any, names: list[str], opset: int) -> An
                 dynamo=True,
                 verbose=False,
                 opset_version=opset,
-                output_names=names,
+                input_names=names.inputs,
+                output_names=names.outputs,
                 dynamic_shapes=tree_map(lambda _: {0: batch}, kwargs or args),
             )
     except Exception as failure:

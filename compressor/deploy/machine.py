@@ -52,3 +52,8 @@ def _version(name: str) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that make a model's file, by name."""
+    return {name: importlib.metadata.version(name) for name in ("compressor", "torch", "torchvision")}

@@ -74,7 +74,7 @@ def compare(model: nn.Module, path: Path, examples: list[Any]) -> Parity:
     """
     parity = Parity(images=sum(batch_size(inputs) for inputs in examples))
     runs = {session.get_providers()[0]: _onnx_run(session) for session in _sessions(path)}
-    names = output_names(model, examples[0])
+    names = returned_names(model, examples[0])
     for size in BATCH_SIZES:
         # PyTorch once for each size, and every provider against it.
         with tf32_disabled():
@@ -103,7 +103,7 @@ def first_line(failure: BaseException) -> str:
     return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
 
 
-def output_names(model: nn.Module, inputs: Any) -> list[str]:
+def returned_names(model: nn.Module, inputs: Any) -> list[str]:
     """Name the outputs after their place in what the model returns: `output`, or `output_logits`, `output_0`, ..."""
     args, kwargs = as_arguments(to_device(inputs, device_of(model)))
     return [f"output_{place}".strip("_") for place, _ in named_tensors(model(*args, **kwargs))]

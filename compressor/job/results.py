@@ -13,13 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from compressor import report, training
-from compressor.deploy import ExportReport, Latency, describe_machine, export_onnx, fvcore_macs, latency, save
+from compressor.deploy import (
+    ExportReport,
+    ImageModel,
+    Latency,
+    describe_machine,
+    export_onnx,
+    fvcore_macs,
+    latency,
+    save,
+    versions,
+)
 from compressor.errors import ExportError, InputError, ParityError
 from compressor.graph import ChannelGraph
 from compressor.job.folder import MODELS, RECORDS
 from compressor.job.settings import Settings
 from compressor.job.stages import Progress, Trained
-from compressor.training import Data, Split, evaluate
+from compressor.training import Data, Evaluation, Split, evaluate
 
 CHECK_IMAGES = 128  # test images on which onnxruntime is held against PyTorch
 FILES = {"dense": "dense", "pruned": "model"}  # names of the files, without their endings
@@ -41,15 +51,20 @@ def finish(
     """
     folder = Path(settings.out)
     models = {"dense": trained.dense.eval(), "pruned": trained.pruned.eval()}
-    about = {"data": data.name, "classes": list(data.classes), "image_shape": list(data.image_shape)}
+    seen = {name: evaluate(model, data.test, device=settings.device) for name, model in models.items()}
+    image_model = ImageModel(data.image_shape, data.classes, data.train.mean, data.train.std)
+    said = {name: _said(settings, data, trained, name, each.accuracy) for name, each in seen.items()}
     for name, model in models.items():
-        save(model, folder / f"{FILES[name]}.safetensors", extra=about)
+        save(model, folder / f"{FILES[name]}.safetensors", extra=_extra(image_model, data, said[name]))
     notes = list[str]()
-    tried = {name: _export(model, name, data, folder, on_progress, notes) for name, model in models.items()}
+    tried = {
+        name: _export(model, name, data, folder, on_progress, notes, image_model, said[name])
+        for name, model in models.items()
+    }
     exports = {name: export for name, export in tried.items() if export}
     files = {name: export.path for name, export in exports.items()}
     timings = _timings(settings, data, models, files, on_progress, notes) if with_timings else ()
-    figures = {name: _figures(settings, data, trained, name, folder, notes) for name in models}
+    figures = {name: _figures(settings, data, trained, name, folder, notes, seen[name]) for name in models}
     made = report.Report(
         name=folder.resolve().name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -71,8 +86,36 @@ def finish(
     return made
 
 
+def _said(settings: Settings, data: Data, trained: Trained, name: str, accuracy: float) -> dict[str, Any]:
+    """Return what a model's files say of it, JSON values by name."""
+    result, index = trained.result, list(FILES).index(name)
+    return {
+        "model": settings.model,
+        "data": data.name,
+        "accuracy": accuracy,
+        "params": result.params[index],
+        "macs": result.macs[index],
+        "criterion": settings.criterion if index else "",
+        "sparsity": 1 - result.params[index] / result.params[0],
+        "widths": {group: widths[index] for group, widths in result.widths.items()},
+    }
+
+
+def _extra(image_model: ImageModel, data: Data, said: dict[str, Any]) -> dict[str, Any]:
+    """Return what a model file keeps beside the model: what `compress export` needs, and what is known of it."""
+    kept = {name: list(getattr(image_model, name)) for name in ("classes", "image_shape", "mean", "std")}
+    return {"data": data.name, **kept, "result": said}
+
+
 def _export(
-    model: nn.Module, name: str, data: Data, folder: Path, on_progress: Progress, notes: list[str]
+    model: nn.Module,
+    name: str,
+    data: Data,
+    folder: Path,
+    on_progress: Progress,
+    notes: list[str],
+    image_model: ImageModel,
+    said: dict[str, Any],
 ) -> ExportReport | None:
     """Return what was exported; where that fails, None, and the reason goes into the notes."""
     on_progress("ONNX", list(FILES).index(name), len(FILES))
@@ -81,7 +124,15 @@ def _export(
     path = folder / f"{FILES[name]}.onnx"
     made = None
     try:
-        made = export_onnx(model, path, images[:2].to(device), check_inputs=images.to(device))
+        made = export_onnx(
+            model,
+            path,
+            images[:2].to(device),
+            check_inputs=images.to(device),
+            input_names=image_model.input_names,
+            output_names=image_model.output_names,
+            metadata=image_model.props({**said, "versions": versions()}),
+        )
     except (ExportError, ParityError) as failure:
         path.unlink(missing_ok=True)  # of an earlier try: it is not this model
         notes.append(f"no {path.name}: {failure}")
@@ -95,10 +146,9 @@ def _images(part: Split) -> Tensor:
 
 
 def _figures(
-    settings: Settings, data: Data, trained: Trained, name: str, folder: Path, notes: list[str]
+    settings: Settings, data: Data, trained: Trained, name: str, folder: Path, notes: list[str], seen: Evaluation
 ) -> report.Figures:
     model, index = (trained.dense, 0) if name == "dense" else (trained.pruned, 1)
-    seen = evaluate(model, data.test, device=settings.device)
     result = trained.result
     onnx = folder / f"{FILES[name]}.onnx"
     example = torch.zeros(1, *data.image_shape, device=settings.device)

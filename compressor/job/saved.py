@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from compressor.deploy import (
     Description,
+    ImageModel,
     Latency,
     Runner,
     describe,
@@ -31,6 +32,30 @@ from compressor.training import models
 Shape = tuple[int, ...]  # of one image, (C, H, W)
 
 _TOO_MUCH = "this machine has too little memory for {} images at once: give a smaller --batch-size or --image-size"
+
+
+def about(
+    path: Path, image_size: int | None = None, *, takes_pixels: bool = False
+) -> tuple[ImageModel, dict[str, Any]]:
+    """Return what an ONNX file made of a saved model is to say about itself.
+
+    Args:
+        path: a file that compressor saved.
+        image_size: height and width; by default what the run had.
+        takes_pixels: whether normalisation and softmax are to be a part of it.
+
+    Raises:
+        ArtifactError: the file cannot be used.
+        InputError: pixels are to be taken, and it does not say by what they are normalised.
+    """
+    description = describe(path)
+    extra = _extra(path, description)
+    channels, height, width = extra.image_shape
+    shape = (channels, image_size or height, image_size or width)
+    if takes_pixels and not len(extra.mean) == len(extra.std) == channels:
+        raise InputError(f"{path} does not say by what its images are normalised: leave out --preprocess")
+    made = ImageModel(shape, extra.classes, extra.mean, extra.std, takes_pixels)
+    return made, {"versions": description.versions, **extra.result}
 
 
 def loaded(path: Path, factory: str = "", image_size: int | None = None) -> tuple[nn.Module, Shape]:
@@ -65,6 +90,13 @@ def example(model: nn.Module, shape: Shape, batch_size: int = 1) -> Tensor:
     weights = (each for each in model.parameters() if each.is_floating_point())
     images = torch.randn(batch_size, *shape, generator=torch.Generator().manual_seed(0))
     return images.to(next(weights, images).dtype)
+
+
+def pixels(shape: Shape, batch_size: int = 2) -> Tensor:
+    """Return noise as images lie in memory, `(batch_size, H, W, C)` uint8."""
+    channels, height, width = shape
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (batch_size, height, width, channels), generator=generator, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -141,6 +173,9 @@ class _Extra:
 
     image_shape: tuple[_Side, _Side, _Side] = (3, 224, 224)
     classes: tuple[str, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    result: dict[str, Any] = field(default_factory=dict)
 
 
 def _extra(path: Path, description: Description) -> _Extra:

@@ -1,4 +1,5 @@
-"""A run folder's report: `report.json` (complete), `report.html` (one self-contained page) and `report.md`.
+"""A run folder's report: `report.json` (complete), `report.html` (one self-contained page), `report.md`, and
+a model card, `README.md`.
 
 The JSON file is the source; the other two are rendered from it, now or years later.
 """
@@ -14,6 +15,7 @@ from compressor._utils import atomic_write
 from compressor.errors import RunFolderError
 from compressor.report import pictures, tables
 from compressor.report.document import Report
+from compressor.report.model_card import NAME, is_users_own, model_card
 from compressor.report.serialization import from_json, to_json
 
 
@@ -24,8 +26,10 @@ def write(report: Report, folder: Path) -> None:
 
 
 def render(report: Report, folder: Path) -> list[Path]:
-    """Write `report.html` and `report.md` into `folder` and return their paths."""
+    """Write `report.html`, `report.md` and the model card into `folder` and return their paths."""
     pages = {folder / "report.html": html(report), folder / "report.md": tables.markdown(report)}
+    if not is_users_own(folder / NAME):
+        pages[folder / NAME] = model_card(report)
     for path, text in pages.items():
         _write(path, text)
     return list(pages)

@@ -11,25 +11,14 @@ from pathlib import Path
 
 import torch
 
+from compressor._utils import IMAGE_SUFFIXES, opened, upright_size
 from compressor.errors import DataError
-from compressor.training.data.images import (
-    CHUNK,
-    RESIDENT_BYTES,
-    Images,
-    OnDisk,
-    Progress,
-    Resident,
-    opened,
-    upright_size,
-)
+from compressor.training.data.images import CHUNK, RESIDENT_BYTES, Images, OnDisk, Progress, Resident
 from compressor.training.data.splits import RawDataset, Request, Split
 
 logger = logging.getLogger(__name__)
 
 SMALL = 64  # images of one size up to this are taken as they are
-SUFFIXES = frozenset(
-    {".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-)  # of an animation the first picture
 _BY_MACOS = "__MACOSX"  # what its archives hold beside every folder
 
 
@@ -79,7 +68,7 @@ def _files(folder: Path) -> dict[str, list[Path]]:
         elif path.is_dir():
             files[path.name] = _images_in(path)
             if not files[path.name]:
-                raise DataError(f"no images in {path}: put some there ({', '.join(sorted(SUFFIXES))})")
+                raise DataError(f"no images in {path}: put some there ({', '.join(sorted(IMAGE_SUFFIXES))})")
     if not files:
         raise DataError(f"{folder} is empty: it must hold one folder of images a class")
     return files
@@ -91,10 +80,10 @@ def _images_in(folder: Path) -> list[Path]:
     there = [path for path in folder.rglob("*") if not any(p.startswith(".") for p in path.relative_to(folder).parts)]
     if links := [path for path in there if path.is_symlink() and path.is_dir()]:
         logger.warning("linked folders are not followed: %s", ", ".join(map(str, links)))
-    others = [path for path in there if path.is_file() and path.suffix.lower() not in SUFFIXES]
+    others = [path for path in there if path.is_file() and path.suffix.lower() not in IMAGE_SUFFIXES]
     if others:
         logger.warning("%d files in %s are no images and are left out, %s say", len(others), folder, others[0].name)
-    return sorted(path for path in there if path.is_file() and path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in there if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _checked_classes(folders: Mapping[str, Path], listings: Mapping[str, Mapping[str, list[Path]]]) -> tuple[str, ...]:
