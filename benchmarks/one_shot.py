@@ -41,7 +41,7 @@ _STATE = (
     f"BatchNorm statistics were taken anew on {RECALIBRATION} training images. All channels may go. Statistics from "
     f"{CALIBRATION} training images, anew in every round; `seconds`: of the whole cut, on one thread. "
 )
-NOTE_PARTS = _STATE + "The first row is the usual way; the next six lack one part of it each."
+NOTE_PARTS = _STATE + "The first row is the usual way; the next ones lack one part of it each."
 NOTE_CRITERIA = _STATE + (
     "Everybody: 8 rounds, linear compensation, reconstruction. `allocate`: how much of each group goes."
 )
@@ -52,12 +52,12 @@ def main(
     source: Annotated[str, typer.Option("--data", help="As for compress --data.")] = "cifar10",
     network: Annotated[str, typer.Option(help="resnet20 or resnet32.")] = "resnet20",
     share: Annotated[float, typer.Option(help="Of the inner channels of every block, or of all MACs.")] = 0.5,
-    part: Annotated[str, typer.Option(help="compensation, parts or criteria.")] = "compensation",
+    part: Annotated[str, typer.Option(help="compensation, usual, parts or criteria.")] = "compensation",
 ) -> None:
     """Measure, write, and print where the table is."""
     found = data(source)
     model = trained(network, weights)
-    parts = {"compensation": by_compensation, "parts": what_helps, "criteria": by_criterion}
+    parts = {"compensation": by_compensation, "usual": usual, "parts": what_helps, "criteria": by_criterion}
     print(parts[part](model, found, network, share))
 
 
@@ -95,6 +95,11 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"criterion": "l1", "allocate": "uniform", "rounds": 1},
     {"criterion": "random", "allocate": "uniform", "rounds": 1},
 )
+
+
+def usual(model: nn.Module, found: Data, network: str, share: float) -> Path:
+    """Measure the usual way alone."""
+    return write(f"one-shot-usual-{network}-{share:g}", [USUAL | accuracies(model, found, share, **USUAL)], NOTE_PARTS)
 
 
 def what_helps(model: nn.Module, found: Data, network: str, share: float) -> Path:

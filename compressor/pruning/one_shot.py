@@ -24,7 +24,7 @@ from compressor.budget import (
 from compressor.criteria import Criterion, Snapshot, lookup, needs_gradients, score
 from compressor.errors import IdleArgumentError, InputError, RangeError, UnknownNameError
 from compressor.graph import ChannelGraph, Group
-from compressor.pruning.relevance_scores import per_cost
+from compressor.pruning.relevance_scores import per_cost, with_magnitude
 from compressor.pruning.to_budget import CutOptions, prune_to_budget, traced
 from compressor.relevance import gate_relevance
 from compressor.surgery import Compensation, Moments, Reference, all_optimizers, input_means, input_moments
@@ -121,7 +121,7 @@ def prune(
 
         def judged(groups: Sequence[Group], found: Mapping[str, Tensor] = relevance) -> Mapping[str, Tensor]:
             if judge is None:
-                return found
+                return with_magnitude(found, score("l1", groups, Snapshot.from_model(graph.model, generator)))
             with _gradients(graph.model, pairs, loss_fn if needs_gradients(criterion) else None):
                 return score(judge, groups, Snapshot.from_model(graph.model, generator))
 

@@ -46,6 +46,15 @@ def _per_cost(relevance: Tensor, price: float) -> Tensor:
     return torch.where(relevance > 0, relevance / price, relevance * price)
 
 
+def with_magnitude(relevance: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the root of relevance times the L1 norm of each channel, by group: what ranks channels of a trained model.
+
+    Relevance says what the loss needs now, magnitude what is left to rebuild from; either of them alone chose worse
+    (docs/compensation.md). What the others predict, and what nobody reads, stays worth nothing.
+    """
+    return {name: each.clamp_min(0).sqrt() * norms[name].to(each) for name, each in relevance.items() if name in norms}
+
+
 def _protected(scores: Mapping[str, Tensor], confidence: Mapping[str, Tensor], least: float) -> dict[str, Tensor]:
     """Rank channels that passed the test behind all that did not, whatever their scores are."""
     everything = torch.cat(list(scores.values()))
