@@ -1,7 +1,7 @@
 """Cut a trained ResNet at once and train it for an epoch or a few: what fine-tuning leaves of a cut's differences.
 
 python benchmarks/short_training.py --data cifar10 --weights FOLDER [--network resnet20] [--share 0.5] [--epochs 1] \
-    [--seeds 4] [--only inner]
+    [--seeds 4] [--only inner] [--methods relevance,l1,random]
 
 A seed is an order of the images, the same for every method, so that differences are paired. A cell that today's result
 file of this machine holds already is not run again.
@@ -34,8 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": USUAL | {"criterion": "random"},
     "euclidean": USUAL | {"criterion": "euclidean"},
     "l1 in widths by relevance": USUAL | {"criterion": "l1", "allocate": "relevance"},
-    "l1, mean alone": USUAL | {"criterion": "l1", "rounds": 1, "compensate": "mean", "reconstruct": False},
-    "random, mean alone": USUAL | {"criterion": "random", "rounds": 1, "compensate": "mean", "reconstruct": False},
+    "l1 with mean alone": USUAL | {"criterion": "l1", "rounds": 1, "compensate": "mean", "reconstruct": False},
+    "random with mean alone": USUAL | {"criterion": "random", "rounds": 1, "compensate": "mean", "reconstruct": False},
 }
 NOTE = (
     f"Accuracy in percent; SGD, momentum 0.9, batches of {BATCH}, learning rate {LR} falling to 0 (cosine), weight "
@@ -53,6 +53,7 @@ def main(
     epochs: Annotated[int, typer.Option(help="Of training after the cut.")] = 1,
     seeds: Annotated[int, typer.Option(help="Orders of the images.")] = 4,
     only: Annotated[str, typer.Option(help="all channels, or inner: inside the blocks.")] = "all",
+    methods: Annotated[str, typer.Option(help="Comma list of rows.")] = ",".join(METHODS),
 ) -> None:
     """Measure, write, and print where the table is."""
     found = data(source)
@@ -62,7 +63,7 @@ def main(
     cuts: dict[str, nn.Module] = {}
     for seed in range(seeds):
         for method, how in METHODS.items():
-            if (method, seed) in done:
+            if method not in methods.split(",") or (method, seed) in done:
                 continue
             draws = how["criterion"] == "random"
             if draws or method not in cuts:

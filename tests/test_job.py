@@ -136,7 +136,13 @@ def test_progress_comes_to_its_end(finished) -> None:
 def test_a_saved_model_says_what_it_needs_to_be_used(finished) -> None:
     settings, _, _ = finished
     about = describe(Path(settings.out) / "model.safetensors")
-    assert about.extra == {"data": "digits", "classes": [str(n) for n in range(10)], "image_shape": [3, 32, 32]}
+    data = datasets.load_data("digits")
+    assert about.extra["data"] == "digits"
+    assert about.extra["classes"] == [str(n) for n in range(10)]
+    assert about.extra["image_shape"] == [3, 32, 32]
+    assert about.extra["mean"] == pytest.approx(data.train.mean)
+    assert about.extra["std"] == pytest.approx(data.train.std)
+    assert about.extra["result"]["sparsity"] > 0
     assert about.cut
 
 
