@@ -28,14 +28,19 @@ def write(name: str, rows: list[dict[str, Any]], notes: str = "") -> Path:
 
 
 def earlier(name: str) -> list[dict[str, Any]]:
-    """Return the rows that this machine wrote under that name today, or else yesterday."""
+    """Return the rows that a machine like this one wrote under that name today, or else yesterday."""
     for date in (BEGAN, BEGAN - datetime.timedelta(days=1)):
         path = RESULTS / f"{date.isoformat()}-{name}.json"
         document = json.loads(path.read_text()) if path.exists() else {}
-        if document.get("machine") == describe_machine():
+        if _alike(document.get("machine", {}), describe_machine()):
             rows: list[dict[str, Any]] = document["rows"]
             return rows
     return []
+
+
+def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Return whether two machines differ in the build of their kernel at most."""
+    return {**one, "os": ""} == {**other, "os": ""}
 
 
 def _markdown(name: str, document: dict[str, Any]) -> str:

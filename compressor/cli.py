@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -28,7 +28,7 @@ from typer.core import TyperGroup
 # NOTE: Rooms come as modules where their names need torch: they import it when a name is looked up, not before.
 from compressor import deploy, graph, job, report, training
 from compressor._utils import StopRequest, atomic_write
-from compressor.errors import CompressorError, InputError
+from compressor.errors import CompressorError, InputError, UnknownNameError
 from compressor.job import Settings, as_written, option_kinds, read_toml
 
 if TYPE_CHECKING:
@@ -404,32 +404,43 @@ def inspect_(
 
 @app.command()
 def export(
-    file: ModelFile,
+    file: Annotated[
+        Path, typer.Argument(help="A run folder, a .safetensors file of compress, or an .onnx file.", metavar="FILE")
+    ],
     out: Annotated[Path | None, typer.Option(help="The ONNX file. Default: beside FILE, ending in .onnx.")] = None,
     factory: Factory = "",
     image_size: ImageSize = None,
     preprocess: Annotated[
         bool, typer.Option("--preprocess", help="Let the file take uint8 images (B, H, W, C) and give probabilities.")
     ] = False,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "fp32",
+    data: Annotated[
+        str, typer.Option(help="Images for fp16 and int8. Default: what the model was trained on.", metavar="NAME")
+    ] = "",
+    tolerance: Annotated[float | None, typer.Option(help="Accuracy that int8 may lose. Default: 0.01.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="What int8 runs on: x86-vnni, x86, arm or tensorrt. Default: as this machine.")
+    ] = None,
 ) -> None:
-    """Write a saved model as ONNX, and prove with onnxruntime that it gives the same outputs."""
-
-    target = out or file.with_suffix(".onnx")
-    if target.suffix != ".onnx":
-        raise InputError(f"--out {target} is not the name of an ONNX file: give one that ends in .onnx")
-    model, shape = job.saved.loaded(file, factory, image_size)
-    says, result = job.saved.about(file, image_size, takes_pixels=preprocess)
-    inputs = job.saved.example(model, shape)
-    if preprocess:
-        model, inputs = deploy.WithPreprocessing(model, says.mean, says.std), job.saved.pixels(shape)
-    # A model that no run made may take and return anything.
-    named = (says.input_names, says.output_names, says.props(result)) if says.classes else (None, None, None)
-    names_in, names_out, metadata = named
-    made = deploy.export_onnx(model, target, inputs, input_names=names_in, output_names=names_out, metadata=metadata)
-    typer.echo(
-        f"{made.path}: {report.size(made.size_bytes)}, opset {made.opset}; largest difference from PyTorch "
-        f"{made.relative:.1e} of the outputs' scale, {made.images} inputs, {', '.join(made.providers)}"
+    """Write a model as ONNX, and prove with onnxruntime that it gives the same outputs, or nearly in lower precision."""
+    if precision not in deploy.PRECISIONS:
+        raise UnknownNameError("precision", precision, deploy.PRECISIONS)
+    options = job.ExportOptions(
+        factory, image_size, preprocess, cast(Any, precision), data, tolerance, cast(Any, target)
     )
+    made = job.export(file, out, options)
+    if isinstance(made, deploy.PrecisionReport):
+        whole = f"; in float32: {', '.join(made.left_whole)}" if made.left_whole else ""
+        said = (
+            f"{made.precision}, {made.accuracy:.2%} of {made.images:,} validation images right, "
+            f"{made.whole_accuracy:.2%} in float32; {made.top1_agreement:.2%} have the same class{whole}"
+        )
+    else:
+        said = (
+            f"opset {made.opset}; largest difference from PyTorch {made.relative:.1e} of the outputs' scale, "
+            f"{made.images} inputs, {', '.join(made.providers)}"
+        )
+    typer.echo(f"{made.path}: {report.size(made.size_bytes)}, {said}")
 
 
 @app.command()

@@ -11,6 +11,12 @@ from .machine import versions as versions
 from .metadata import ImageModel as ImageModel
 from .model_file import Description as Description
 from .onnx_inputs import example_inputs as example_inputs
+from .precision import PRECISIONS as PRECISIONS
+from .precision import TARGETS as TARGETS
+from .precision import Precision as Precision
+from .precision import PrecisionReport as PrecisionReport
+from .precision import Target as Target
+from .precision import lower_precision as lower_precision
 from .prediction import Prediction as Prediction
 from .prediction import image_files as image_files
 from .prediction import predict as predict

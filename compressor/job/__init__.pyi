@@ -1,5 +1,7 @@
 from . import saved as saved
 from .capacity import require_memory as require_memory
+from .exporting import ExportOptions as ExportOptions
+from .exporting import export as export
 from .folder import resumed as resumed
 from .grid import Grid as Grid
 from .grid import run_grid as run_grid

@@ -55,7 +55,7 @@ def finish(
     image_model = ImageModel(data.image_shape, data.classes, data.train.mean, data.train.std)
     said = {name: _said(settings, data, trained, name, each.accuracy) for name, each in seen.items()}
     for name, model in models.items():
-        save(model, folder / f"{FILES[name]}.safetensors", extra=_extra(image_model, data, said[name]))
+        save(model, folder / f"{FILES[name]}.safetensors", extra=_extra(settings, image_model, data, said[name]))
     notes = list[str]()
     tried = {
         name: _export(model, name, data, folder, on_progress, notes, image_model, said[name])
@@ -101,10 +101,10 @@ def _said(settings: Settings, data: Data, trained: Trained, name: str, accuracy:
     }
 
 
-def _extra(image_model: ImageModel, data: Data, said: dict[str, Any]) -> dict[str, Any]:
+def _extra(settings: Settings, image_model: ImageModel, data: Data, said: dict[str, Any]) -> dict[str, Any]:
     """Return what a model file keeps beside the model: what `compress export` needs, and what is known of it."""
     kept = {name: list(getattr(image_model, name)) for name in ("classes", "image_shape", "mean", "std")}
-    return {"data": data.name, **kept, "result": said}
+    return {"data": data.name, "seed": settings.seed, **kept, "result": said}
 
 
 def _export(

@@ -58,6 +58,12 @@ def about(
     return made, {"versions": description.versions, **extra.result}
 
 
+def trained_on(path: Path) -> tuple[str, int]:
+    """Return the data set that a file's model was trained on, empty if it does not say, and the seed that split it."""
+    extra = _extra(path, describe(path))
+    return extra.data, extra.seed
+
+
 def loaded(path: Path, factory: str = "", image_size: int | None = None) -> tuple[nn.Module, Shape]:
     """Return the model in a .safetensors file, in evaluation mode, and the shape of its images.
 
@@ -171,6 +177,8 @@ _Side = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
 class _Extra:
     """What the run that made a file kept of its data."""
 
+    data: str = ""
+    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
     image_shape: tuple[_Side, _Side, _Side] = (3, 224, 224)
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()

@@ -1,0 +1,247 @@
+"""Lower precisions: what is written, the gates that hold it, and what is left in float32 where int8 costs too much."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import numpy_helper
+from torch import nn
+from typer.testing import CliRunner
+
+import compressor
+from compressor import job
+from compressor.cli import app
+from compressor.deploy import lower_precision, open_session
+from compressor.deploy.precision import _cosines
+from compressor.errors import ArtifactError, InputError, ParityError, RangeError, UnknownNameError
+from compressor.job import Settings
+
+BLOBS = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
+
+
+def exported(model: nn.Module, path: Path, features: int = 6) -> Path:
+    return compressor.export_onnx(model.eval(), path, torch.zeros(2, features), metadata={"who": "me"}).path
+
+
+def two_layers() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def labelled(path: Path, images: np.ndarray = BLOBS) -> list:
+    """Return batches with the classes that the file itself says: its own accuracy is 1."""
+    session = open_session(path)
+    name = session.get_inputs()[0].name
+    return [(part, session.run(None, {name: part})[0].argmax(1)) for part in np.split(images, 3)]
+
+
+def initializers(path: Path) -> dict[str, np.ndarray]:
+    return {each.name: numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer}
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_file_keeps_its_names_its_free_batch_and_what_it_says(tmp_path: Path, precision: str) -> None:
+    whole = exported(two_layers(), tmp_path / "whole.onnx")
+    made = lower_precision(
+        whole, tmp_path / "small.onnx", precision, check=labelled(whole), calibration=np.split(BLOBS, 3)
+    )
+    assert made.whole_accuracy == 1
+    assert made.accuracy >= 0.99
+    assert made.images == 300
+    before, after = open_session(whole), open_session(made.path)
+    for get in ("get_inputs", "get_outputs"):
+        for ours, theirs in zip(getattr(before, get)(), getattr(after, get)(), strict=True):
+            assert (ours.name, ours.type, ours.shape) == (theirs.name, theirs.type, theirs.shape)
+    props = after.get_modelmeta().custom_metadata_map
+    assert props["who"] == "me"
+    assert props["precision"] == precision
+    assert json.loads(props["validation_accuracy"]) == made.accuracy
+
+
+def test_weights_in_int8_are_rounded_per_channel(tmp_path: Path) -> None:
+    model = two_layers()
+    whole = exported(model, tmp_path / "whole.onnx")
+    made = lower_precision(
+        whole, tmp_path / "small.onnx", "int8", check=labelled(whole), calibration=[BLOBS], target="x86-vnni"
+    )
+    stored = initializers(made.path)
+    weight = model[0].weight.detach().numpy()
+    scale = np.abs(weight).max(1, keepdims=True) / 127
+    rounded = next(each for each in stored.values() if each.dtype == np.int8 and each.size == weight.size)
+    assert (
+        np.abs(rounded.reshape(weight.shape if rounded.shape == weight.shape else (6, 16)).T.reshape(-1)).max() == 127
+    )
+    ours = rounded if rounded.shape == weight.shape else rounded.T
+    assert np.abs(ours * scale - weight).max() <= scale.max() / 2 * 1.001
+
+
+def test_half_precision_halves_the_weights(tmp_path: Path) -> None:
+    whole = exported(two_layers(), tmp_path / "whole.onnx")
+    made = lower_precision(whole, tmp_path / "half.onnx", "fp16", check=[(BLOBS, None)])
+    assert {each.dtype for each in initializers(made.path).values()} == {np.dtype(np.float16)}
+    assert math.isnan(made.accuracy)
+    assert made.cosine > 0.9999
+
+
+def test_what_is_beyond_float16_is_refused_and_kept_beside(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    with torch.no_grad():
+        model[0].weight.mul_(1e6)
+        model[1].weight.div_(1e6)
+    whole = exported(model, tmp_path / "whole.onnx")
+    target = tmp_path / "half.onnx"
+    target.write_text("of before")
+    with pytest.raises(ParityError, match="in float16 an image's outputs have a cosine of") as caught:
+        lower_precision(whole, target, "fp16", check=[(BLOBS, None)])
+    assert Path(caught.value.kept).name == "half.failed.onnx"
+    assert Path(caught.value.kept).exists()
+    assert target.read_text() == "of before"
+
+
+class Sign(nn.Module):
+    """Says the sign of the second feature; the first one is so large that 255 steps of it drown the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.tensor([[0.0, 1.0], [0.0, -1.0]]))
+            self.second.weight.copy_(torch.eye(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).relu())
+
+
+def signs() -> list:
+    dice = np.random.default_rng(1)
+    images = np.stack([dice.uniform(0, 1e4, 300), dice.choice([-1, 1], 300) * dice.uniform(0.5, 1, 300)], 1)
+    images = images.astype(np.float32)
+    return [(images, (images[:, 1] < 0).astype(np.int64))]
+
+
+def test_the_layer_that_hurts_stays_whole_and_is_named(tmp_path: Path) -> None:
+    whole = exported(Sign(), tmp_path / "whole.onnx", 2)
+    made = lower_precision(whole, tmp_path / "small.onnx", "int8", check=signs(), calibration=[signs()[0][0]])
+    assert made.left_whole == ("first",)
+    assert made.whole_accuracy == 1
+    assert made.accuracy >= 0.99
+    props = open_session(made.path).get_modelmeta().custom_metadata_map
+    assert json.loads(props["float32"]) == ["first"]
+    assert any(each.dtype == np.int8 for each in initializers(made.path).values())
+
+
+def test_int8_that_misses_its_gate_whatever_stays_whole(tmp_path: Path) -> None:
+    whole = exported(nn.Sequential(Sign().first), tmp_path / "whole.onnx", 2)  # one layer: half of it is none
+    with pytest.raises(ParityError, match=r"in int8 .* of 300 images are right, and 100.00% in float32: 1 points may"):
+        lower_precision(whole, tmp_path / "small.onnx", "int8", check=signs(), calibration=[signs()[0][0]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small.failed.onnx", "whole.onnx"]
+    made = lower_precision(
+        whole, tmp_path / "small.onnx", "int8", check=signs(), calibration=[signs()[0][0]], tolerance=0.7
+    )
+    assert made.accuracy < 0.99
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=3, max_size=3), min_size=1, max_size=5), st.floats(0.1, 9))
+def test_cosines(rows: list, factor: float) -> None:
+    ours = np.array(rows)
+    assert _cosines(ours, ours * factor) == pytest.approx(np.ones(len(ours)), abs=1e-6)
+    unlike = _cosines(ours, -ours)
+    assert unlike[np.linalg.norm(ours, axis=1) > 1e-100] == pytest.approx(-1, abs=1e-6)
+
+
+def test_what_cannot_be_lowered_is_said(tmp_path: Path) -> None:
+    whole = exported(two_layers(), tmp_path / "whole.onnx")
+    check, out = labelled(whole), tmp_path / "x.onnx"
+    (tmp_path / "broken.onnx").write_bytes(b"no network")
+
+    class Two(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    compressor.export_onnx(Two(), tmp_path / "two.onnx", (torch.zeros(2, 6), torch.zeros(2, 6)))
+    for source, precision, more, error, message in (
+        (whole, "fp32", {"check": check}, UnknownNameError, "fp16"),
+        (whole, "int4", {"check": check}, UnknownNameError, "int8"),
+        (whole, "int8", {"check": check}, InputError, "needs calibration images"),
+        (whole, "int8", {"check": [(BLOBS, None)], "calibration": [BLOBS]}, InputError, "labelled images"),
+        (whole, "fp16", {"check": []}, InputError, "check holds no images"),
+        (whole, "int8", {"check": check, "tolerance": 1.0}, RangeError, "tolerance"),
+        (whole, "int8", {"check": check, "target": "mips"}, UnknownNameError, "tensorrt"),
+        (tmp_path / "none.onnx", "fp16", {"check": check}, ArtifactError, "there is no file"),
+        (
+            tmp_path / "broken.onnx",
+            "fp16",
+            {"check": check},
+            ArtifactError,
+            "is no ONNX file that onnxruntime can read",
+        ),
+        (tmp_path / "two.onnx", "fp16", {"check": check}, ArtifactError, "has 2 inputs"),
+    ):
+        with pytest.raises(error, match=message):
+            lower_precision(source, out, precision, **more)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx", "two.onnx", "whole.onnx"]
+
+
+# -- the command
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("runs") / "run"
+    given = {"model": "user_models:tiny", "epochs": 3, "criterion": "l1", "finetune-epochs": 1, "sparsity": 0.3}
+    job.run(Settings.from_options({**given, "out": str(out)}), timings=False)
+    return out
+
+
+def compress(*words: object) -> tuple[int, str]:
+    made = CliRunner().invoke(app, [str(word) for word in words])
+    return made.exit_code, made.stdout + made.stderr
+
+
+@pytest.mark.parametrize("preprocess", [False, True])
+def test_a_run_folder_becomes_int8(run: Path, tmp_path: Path, preprocess: bool) -> None:
+    out = tmp_path / "small.onnx"
+    words = ["export", run, "--precision", "int8", "--factory", "user_models:tiny", "--out", out]
+    code, said = compress(*words, *["--preprocess"] * preprocess)
+    assert code == 0, said
+    assert "validation images right" in said
+    (taken,) = open_session(out).get_inputs()
+    assert (taken.name, taken.type) == ("images", "tensor(uint8)" if preprocess else "tensor(float)")
+    assert any(each.dtype == np.int8 for each in initializers(out).values())
+    assert open_session(out).get_modelmeta().custom_metadata_map["precision"] == "int8"
+
+
+def test_an_onnx_file_becomes_fp16_beside_itself(run: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.onnx"
+    file.write_bytes((run / "model.onnx").read_bytes())
+    code, said = compress("export", file, "--precision", "fp16", "--data", "digits")
+    assert code == 0, said
+    assert (tmp_path / "model.fp16.onnx").exists()
+
+
+def test_options_that_do_nothing_or_lack_something_are_refused(run: Path, tmp_path: Path) -> None:
+    file = run / "model.safetensors"
+    for words, message in (
+        ([file, "--precision", "int3"], "int8"),
+        ([file, "--data", "digits"], "--data has no effect with --precision fp32"),
+        ([file, "--tolerance", "0.1"], "--tolerance has no effect with --precision fp32"),
+        ([file, "--precision", "fp16", "--target", "arm"], "--target has no effect with --precision fp16"),
+        ([run / "model.onnx"], "is an ONNX file already"),
+        ([run / "model.onnx", "--precision", "int8"], "give --data NAME"),
+        ([run / "model.onnx", "--precision", "int8", "--preprocess"], "are for .safetensors files"),
+        ([file, "--out", tmp_path / "x.bin"], "give one that ends in .onnx"),
+    ):
+        code, said = compress("export", *words)
+        assert code == 2
+        assert message in " ".join(said.split())
+    assert not list(tmp_path.iterdir())
