@@ -422,7 +422,7 @@ def export(
         str | None, typer.Option(help="What int8 runs on: x86-vnni, x86, arm or tensorrt. Default: as this machine.")
     ] = None,
 ) -> None:
-    """Write a model as ONNX, and prove with onnxruntime that it gives the same outputs, or nearly in lower precision."""
+    """Write a model as ONNX, and prove that it gives the same outputs, or nearly in a lower precision."""
     if precision not in deploy.PRECISIONS:
         raise UnknownNameError("precision", precision, deploy.PRECISIONS)
     options = job.ExportOptions(
