@@ -182,7 +182,7 @@ def compress(
         raise typer.Exit(128 + (stop.signal or signal.SIGINT)) from None
     if not quiet:
         _show(made, Path(settings.out))
-    if made.goal.reached < made.goal.asked:
+    if not made.goal.met:
         typer.echo("compress: the asked sparsity was not reached, see the notes above", err=True)
         raise typer.Exit(1)
     if made.dense.onnx_size_bytes is None or made.pruned.onnx_size_bytes is None:

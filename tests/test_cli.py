@@ -177,7 +177,7 @@ def files_there(folder: Path, *names: str) -> None:
 
 
 def test_a_target_that_was_not_reached_is_an_exit_code(monkeypatch) -> None:
-    missed = Report(**{**vars(sample()), "goal": Goal("params", 0.6, 0.5, ("conv1 is at its floor",))})
+    missed = Report(**{**vars(sample()), "goal": Goal("params", 0.6, 0.5, ("conv1 is at its floor",), met=False)})
     monkeypatch.setattr(job, "run", lambda settings, **how: missed)
     result = compress("--out", "here")
     assert result.exit_code == 1

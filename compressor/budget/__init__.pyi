@@ -1,6 +1,8 @@
 from .budget import MEASURES as MEASURES
 from .budget import Budget as Budget
+from .budget import Cost as Cost
 from .budget import Measure as Measure
+from .budget import Seen as Seen
 from .costs import CostModel as CostModel
 from .limits import Limits as Limits
 from .options import ALIGNED as ALIGNED

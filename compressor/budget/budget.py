@@ -3,14 +3,52 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 from compressor.errors import InputError, RangeError, UnknownNameError
 
+if TYPE_CHECKING:  # it needs torch, and the help of the command line does not
+    from compressor.graph import ChannelGraph
+
 Measure = Literal["params", "macs", "channels"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
+
+
+class Seen(Protocol):
+    """What was measured of a whole network, before a pruning and now."""
+
+    @property
+    def removed(self) -> float:
+        """The share that is gone."""
+
+    def says(self, asked: float, predicted: float) -> str:
+        """Return what was asked, predicted and measured, in one line."""
+
+    def warning(self, predicted: int) -> str:
+        """Return what to know where a prediction is far from that; else nothing."""
+
+
+class Cost(Protocol):
+    """Something else to count, latency say; `compressor.deploy.LatencyCost` is one.
+
+    Attributes:
+        name: for messages and results.
+    """
+
+    name: str
+
+    @property
+    def round_to(self) -> int:
+        """The multiple of channels at which something is won."""
+
+    def count(self, graph: ChannelGraph) -> Callable[[Any], Any]:
+        """Return what predicts the cost: takes kept channels `(B, G)` in the order of the groups, returns `(B,)`."""
+
+    def watch(self, graph: ChannelGraph) -> Callable[[], Seen] | None:
+        """Return what measures the model as it is then against how it is now; None where the count is exact."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +57,8 @@ class Budget:
 
     Attributes:
         sparsity: the share that goes, in [0, 1).
-        measure: of what: "params", "macs" (multiply-adds for the example inputs) or "channels".
+        measure: of what: "params", "macs" (multiply-adds for the example inputs) or "channels"; or a cost of its own,
+            latency say.
 
     Raises:
         RangeError: a sparsity outside [0, 1).
@@ -27,14 +66,23 @@ class Budget:
     """
 
     sparsity: float = 0.5
-    measure: Measure = "params"
+    measure: Measure | Cost = "params"
 
     def __post_init__(self) -> None:
         """Check the range and the name."""
         if not 0 <= self.sparsity < 1:
             raise RangeError("sparsity", self.sparsity, "[0, 1)")
-        if self.measure not in MEASURES:
+        if isinstance(self.measure, str) and self.measure not in MEASURES:
             raise UnknownNameError("measure", self.measure, MEASURES)
+
+    @property
+    def counts(self) -> str:
+        """The name of what is counted."""
+        return self.measure if isinstance(self.measure, str) else self.measure.name
+
+    def multiple(self, round_to: int | None) -> int | None:
+        """Return the multiple that widths are rounded to: what was asked, or else at which the cost falls."""
+        return self.measure.round_to if round_to is None and not isinstance(self.measure, str) else round_to
 
     @staticmethod
     def from_share(budget: Budget | float) -> Budget:

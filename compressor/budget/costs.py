@@ -8,14 +8,14 @@ Shape letters: G groups, T terms, E different axes (extents), W axes of the wide
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from compressor.budget.budget import MEASURES
+from compressor.budget.budget import MEASURES, Cost
 from compressor.errors import RangeError, UnknownNameError
 from compressor.graph import ChannelGraph, Extent, Term
 
@@ -33,13 +33,18 @@ class CostModel:
 
     Attributes:
         dense: by measure, the count with every channel kept.
+
+    A cost of another kind, latency say, is worked out from the graph when it is first asked for.
     """
 
     def __init__(self, graph: ChannelGraph) -> None:
         self._sizes = graph.sizes()
         channels = Term(1, (Extent(0, dict.fromkeys(self._sizes, 1)),))
         terms = {"params": graph.params, "macs": graph.macs, "channels": (channels,)}
-        self._sums = {measure: _Sum(terms[measure], list(self._sizes)) for measure in MEASURES}
+        self._graph = graph
+        self._sums: dict[str | Cost, Callable[[IntArray], IntArray]] = {
+            measure: _Sum(terms[measure], list(self._sizes)) for measure in MEASURES
+        }
         self.dense: Mapping[str, int] = {measure: self.measure(measure, {}) for measure in MEASURES}
 
     def params(self, kept: Mapping[str, int]) -> int:
@@ -54,8 +59,8 @@ class CostModel:
         """Return the number of channels in the graph's groups."""
         return self.measure("channels", kept)
 
-    def measure(self, measure: str, kept: Mapping[str, int]) -> int:
-        """Return the count of one of `MEASURES`.
+    def measure(self, measure: str | Cost, kept: Mapping[str, int]) -> int:
+        """Return the count of one of `MEASURES`, or of another cost.
 
         Raises:
             UnknownNameError: no such measure or group.
@@ -63,20 +68,25 @@ class CostModel:
         """
         return int(self._sum(measure)(self._counts(kept))[0])
 
-    def per_channel(self, measure: str, kept: Mapping[str, int]) -> dict[str, float]:
+    def per_channel(self, measure: str | Cost, kept: Mapping[str, int]) -> dict[str, float]:
         """Return what one channel of each group costs now: the difference that keeping one channel less makes.
+
+        Of a cost that falls in steps, the mean over half of the channels: one alone may make no difference.
 
         Raises:
             UnknownNameError, RangeError: as for `measure`.
         """
         counts = self._counts(kept)
-        one_less = np.maximum(counts - np.eye(len(self._sizes), dtype=np.int64), 0)
+        fewer = np.ones_like(counts) if isinstance(measure, str) else np.maximum(counts // 2, 1)
+        less = np.maximum(counts - np.diag(fewer[0]), 0)
         count = self._sum(measure)
-        return dict(zip(self._sizes, (count(counts) - count(one_less)).astype(float).tolist(), strict=True))
+        return dict(zip(self._sizes, ((count(counts) - count(less)) / fewer[0]).tolist(), strict=True))
 
-    def _sum(self, measure: str) -> _Sum:
+    def _sum(self, measure: str | Cost) -> Callable[[IntArray], IntArray]:
         if measure not in self._sums:
-            raise UnknownNameError("measure", measure, MEASURES)
+            if isinstance(measure, str):
+                raise UnknownNameError("measure", measure, MEASURES)
+            self._sums[measure] = measure.count(self._graph)
         return self._sums[measure]
 
     def _counts(self, kept: Mapping[str, int]) -> IntArray:

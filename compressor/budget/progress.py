@@ -24,6 +24,7 @@ class PruneResult:
         blocked: where the target was not reached, what stands in the way.
         notes: what else there is to know.
         threshold: what channels went by, where it was not by a budget; then any removed share is what was asked.
+        measured: the share that is gone of what was measured on the whole model, where `removed` is a prediction.
     """
 
     reached: bool
@@ -37,6 +38,7 @@ class PruneResult:
     blocked: tuple[str, ...]
     notes: tuple[str, ...] = ()
     threshold: float | None = None
+    measured: float | None = None
 
 
 def cut_event(result: PruneResult, before: Mapping[str, int], *, step: int, target: float) -> dict[str, Any] | None:
@@ -69,8 +71,9 @@ class PruningProgress:
         before: by measure, the count before.
     """
 
-    def __init__(self, graph: ChannelGraph, threshold: Threshold | None = None) -> None:
+    def __init__(self, graph: ChannelGraph, budget: Budget, threshold: Threshold | None = None) -> None:
         self.graph = graph
+        self._budget = budget
         self.threshold = threshold
         self.widths = graph.sizes()
         self._known = dict(self.widths)
@@ -97,10 +100,20 @@ class PruningProgress:
         costs = CostModel(self.graph)
         sizes = self.graph.sizes()
         return {
+            self._budget.counts: costs.measure(self._budget.measure, sizes),
             "params": costs.params(sizes),
             "macs": costs.macs(sizes),
             "channels": costs.channels(sizes) + self._outside(),
         }
+
+    def now(self) -> int:
+        """Return what the budget counts of the model as it is."""
+        return self._counts()[self._budget.counts]
+
+    def removed(self) -> float:
+        """Return the share of what the budget counts that is gone."""
+        whole = self.before[self._budget.counts]
+        return 1 - self.now() / whole if whole else 0.0
 
     def remaining(self, budget: Budget) -> Budget | None:
         """Return the budget, a share of the whole model, as a share of what is left.
@@ -110,22 +123,33 @@ class PruningProgress:
         Groups that were frozen meanwhile count as channels of the whole model, but can lose none.
         """
         stuck = self._outside() if budget.measure == "channels" else 0
-        goal = budget.goal(self.before[budget.measure]) - stuck
-        now = CostModel(self.graph).dense[budget.measure]
+        goal = budget.goal(self.before[budget.counts]) - stuck
+        now = CostModel(self.graph).measure(budget.measure, {})
         if now <= goal or not now:
             return None
         share = (now - goal) / now * (1 - 1e-12)  # not one more because of a rounded last digit
         return Budget(min(share, 1 - 1e-9), budget.measure)
 
-    def result(self, budget: Budget, blocked: Sequence[str] = ()) -> PruneResult:
-        """Return where the pruning stands against a budget; `blocked` adds to what stands in its way."""
+    def result(
+        self, budget: Budget, blocked: Sequence[str] = (), measured: float | None = None, *, reached: bool | None = None
+    ) -> PruneResult:
+        """Return where the pruning stands against a budget.
+
+        Args:
+            budget: what was asked.
+            blocked: lines that add to what stands in its way.
+            measured: the share that is gone of what can be measured.
+            reached: whether that is enough.
+        """
         now, sizes = self._counts(), self._sizes()
-        whole = self.before[budget.measure]
-        removed = 1 - now[budget.measure] / whole if whole else 0.0
-        reached = now[budget.measure] <= budget.goal(whole)
+        whole = self.before[budget.counts]
+        removed = 1 - now[budget.counts] / whole if whole else 0.0
+        if reached is None:
+            reached = now[budget.counts] <= budget.goal(whole)
         return PruneResult(
             reached=reached,
-            measure=budget.measure,
+            measure=budget.counts,
+            measured=measured,
             asked=budget.sparsity,
             removed=removed,
             params=(self.before["params"], now["params"]),

@@ -98,7 +98,7 @@ def select(
     free = [group for group in groups if group.name not in fixed]
     widths = Widths.for_groups(free, options, options.floor, whole)
     keys = [_key(values[group.name][orders[group.name]], options.allocate, normalise) for group in free]
-    before = costs.dense[budget.measure]
+    before = costs.measure(budget.measure, {})
     goal = budget.goal(before)
 
     def kept(gone: IntArray) -> dict[str, int]:
@@ -109,7 +109,9 @@ def select(
         return costs.measure(budget.measure, kept(gone)) <= goal
 
     queue = _queue(keys, widths.sizes - widths.lowest)
-    counts = kept(_gone(queue, len(free), fits, refill=options.allocate != "uniform"))
+    # Where the cost falls in steps, what stands between two of them comes back for nothing.
+    refill = options.allocate != "uniform" or not isinstance(budget.measure, str)
+    counts = kept(_gone(queue, len(free), fits, refill=refill))
     after = costs.measure(budget.measure, counts)
     return Selection(
         keep=_keep(groups, orders, counts),
@@ -118,7 +120,7 @@ def select(
         removed=1 - after / before if before else 0.0,
         before=before,
         after=after,
-        blocked=() if after <= goal else _blocked(graph, budget.measure, costs, counts, options, shares),
+        blocked=() if after <= goal else _blocked(graph, budget, costs, counts, options, shares),
     )
 
 
@@ -193,13 +195,14 @@ def _values(group: Group, scores: Tensor) -> FloatArray:
 
 def _blocked(
     graph: ChannelGraph,
-    measure: str,
+    budget: Budget,
     costs: CostModel,
     counts: Mapping[str, int],
     options: SelectionOptions,
     shares: Mapping[str, float],
 ) -> tuple[str, ...]:
     """Say what is left when all that may go is gone, what weighs most first."""
+    measure, name = budget.measure, budget.counts
     price = costs.per_channel(measure, counts)
     heaviest = sorted(graph.groups, key=lambda group: -price[group.name] * counts.get(group.name, group.size))
     steps = f", in multiples of {options.round_to}" if (options.round_to or 1) > 1 else ""
@@ -218,7 +221,7 @@ def _blocked(
             for each in heaviest
             if each.name not in counts and shares.get(each.name) != 0
         ],
-        f"{rest:,} of {costs.dense[measure]:,} {measure} belong to no group": [""] * bool(rest),
+        f"{rest:,} of {costs.measure(measure, {}):,} {name} belong to no group": [""] * bool(rest),
         "frozen": _reasons(graph),
     }
     return tuple(f"{what}: {_first(items)}".removesuffix(": ") for what, items in lines.items() if items)

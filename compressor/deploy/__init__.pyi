@@ -6,11 +6,16 @@ from .export import ExportReport as ExportReport
 from .export import export_onnx as export_onnx
 from .export import require_exportable as require_exportable
 from .flops import fvcore_macs as fvcore_macs
+from .latency_cost import LatencyCost as LatencyCost
+from .latency_table import LatencyTable as LatencyTable
 from .machine import describe_machine as describe_machine
 from .machine import versions as versions
 from .metadata import ImageModel as ImageModel
 from .model_file import Description as Description
 from .onnx_inputs import example_inputs as example_inputs
+from .place import ENGINES as ENGINES
+from .place import Engine as Engine
+from .place import Place as Place
 from .precision import PRECISIONS as PRECISIONS
 from .precision import TARGETS as TARGETS
 from .precision import Precision as Precision

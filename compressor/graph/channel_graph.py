@@ -9,12 +9,13 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.graph.axes import BoolArray
+from compressor.graph.axes import BoolArray, Unlabeled
 from compressor.graph.group import Extent, Frozen, Group, Offset, Term
-from compressor.graph.recording import Recording
+from compressor.graph.recording import Recording, Slot
 from compressor.graph.table import Table
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,26 @@ class ChannelGraph:
     def sizes(self) -> dict[str, int]:
         """Return the number of channels of every group, by name."""
         return {group.name: group.size for group in self.groups}
+
+    def extent(self, slot: Slot, size: int) -> Extent:
+        """Return what an axis of the recording comes to after any cut.
+
+        Args:
+            slot: of the recording.
+            size: of the axis, where it has no labels.
+        """
+        if isinstance(slot, Unlabeled):
+            return Extent(size)
+        counts = np.bincount(self.recording.classes_in(slot), minlength=len(self.recording.prunable))
+        parts = {name: int(counts[classes[0]]) for name, classes in self.recording.channels.items() if len(classes)}
+        sizes = self.sizes()
+        there = {
+            name: sum(parts.get(part, 0) * share for part, share in self.coupled.get(name, {name: 1}).items())
+            for name in sizes
+        }
+        per_channel = {name: times for name, times in there.items() if times}
+        fixed = int(counts.sum()) - sum(times * sizes[name] for name, times in per_channel.items())
+        return Extent(fixed, per_channel)
 
     def freeze(self, names: Collection[str], reason: str) -> None:
         """Take groups out of the graph: their channels stay, for that reason. Writes the graph, not the model."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from compressor import criteria
+from compressor.budget import MEASURES
 from compressor.errors import InputError, UnknownNameError
 from compressor.job.options import as_typed
 from compressor.sparse import Method
@@ -47,7 +48,8 @@ def require_names(given: Values) -> None:
         criteria.lookup(given["criterion"])
     elif given["criterion"] not in criterion_names():
         raise UnknownNameError("criterion", given["criterion"], criterion_names())
-    for name, known in (("stem", ("imagenet", "cifar")), ("when", ("during", "after"))):
+    measures = (*MEASURES, "latency")
+    for name, known in (("stem", ("imagenet", "cifar")), ("when", ("during", "after")), ("measure", measures)):
         if given[name] is not None and given[name] not in known:
             raise UnknownNameError(name, given[name], known)
 
@@ -93,6 +95,7 @@ def idle_options(given: Values) -> dict[str, str]:
     weights = "--granularity weight" if sparse and given["granularity"] != "channel" else ""
     relevance = ("relevance_estimator", "exclude", "drop", "observe_every", "confidence", "dummies", "warmup")
     threshold = "--threshold" if given["threshold"] is not None else ""
+    unmeasured = "" if given["measure"] == "latency" else f"--measure {given['measure']}"
     return {
         "threshold": criterion if sparse else "",
         "measure": threshold or weights,
@@ -103,6 +106,7 @@ def idle_options(given: Values) -> dict[str, str]:
         "rounds": "--when during" if is_during(given) else threshold,
         "reconstruct": "--when during" if is_during(given) and given["reconstruct"] else "",
         **dict.fromkeys(relevance, "" if observing else unobserved),
+        **dict.fromkeys(("target_engine", "target_batch", "target_threads"), unmeasured),
         "granularity": "" if sparse else criterion,
         **dict.fromkeys(("compensate", "recalibrate", "verify"), criterion if sparse else ""),
         **dict.fromkeys(("round_to", "keep", "only", "sparsity_by_pattern"), weights),

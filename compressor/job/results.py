@@ -213,7 +213,9 @@ def _timing(place: latency.Comparison, model: str, times: Latency) -> report.Tim
 def _goal(trained: Trained) -> report.Goal:
     result = trained.result
     threshold = math.nan if result.threshold is None else result.threshold
-    return report.Goal(result.measure, result.asked, result.removed, result.blocked, threshold)
+    measured = result.measured
+    reached, predicted = (result.removed, math.nan) if measured is None else (measured, result.removed)
+    return report.Goal(result.measure, result.asked, reached, result.blocked, threshold, result.reached, predicted)
 
 
 def _cut(record: Mapping[str, Any]) -> report.Cut:

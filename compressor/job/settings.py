@@ -12,8 +12,9 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
+from compressor import deploy
 from compressor.budget import (
     ALIGNED,
     LARGE,
@@ -21,10 +22,10 @@ from compressor.budget import (
     Allocation,
     Budget,
     Limits,
-    Measure,
     SelectionOptions,
     Threshold,
 )
+from compressor.deploy import Engine, Place
 from compressor.errors import InputError, RangeError, UnknownNameError
 from compressor.job.checks import OBSERVING, is_during, is_sparse, observes, require_effects, require_names
 from compressor.job.device import usable_device
@@ -46,7 +47,8 @@ from compressor.sparse import Granularity, MaskAllocation, SparseConfig
 from compressor.surgery import COMPENSATIONS, Compensation
 from compressor.training import RECALIBRATION_IMAGES, TrainingConfig
 
-_USUAL_ROUNDING = f"{ALIGNED} in groups of {LARGE} channels or more, else 1"
+RunMeasure = Literal["params", "macs", "channels", "latency"]
+_USUAL_ROUNDING = f"{ALIGNED} in groups of {LARGE} channels or more, else 1; by the table with --measure latency"
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Settings:
         "Instead of --sparsity: what scores below goes (an L1 norm, a distance, ...; not above, of confidences).",
         "none",
     )
-    measure: Measure = from_config(Budget, "measure", "How much", "Of what: params, macs or channels.")
+    measure: RunMeasure = option(Budget.measure, "How much", "Of what: params, macs, channels or latency.")
     allocate: str | None = option(
         None,
         "How much",
@@ -112,6 +114,10 @@ class Settings:
         "Images for BatchNorm statistics anew after a cut; 0: none.",
         f"{RECALIBRATION_IMAGES} with --when after, else 0",
     )
+    target_engine: Engine | None = left_open(Place, "engine", "Latency", "What the network will run in: onnxruntime.")
+    target_batch: int | None = left_open(Place, "batch", "Latency", "Images at once.")
+    target_threads: int | None = left_open(Place, "threads", "Latency", "CPU threads of one operator.")
+
     verify: bool = option(True, "Cuts", "Compare every cut with the masked model on real images.")
 
     when: str | None = option(
@@ -221,7 +227,12 @@ class Settings:
         """Return what is to go."""
         if self.threshold is not None:
             return Budget(0.0)
-        return Budget(Budget.sparsity if self.sparsity is None else self.sparsity, self.measure)
+        sparsity = Budget.sparsity if self.sparsity is None else self.sparsity
+        return Budget(sparsity, self.latency() if self.measure == "latency" else self.measure)
+
+    def latency(self) -> deploy.LatencyCost:
+        """Return where a latency counts, and how it is predicted."""
+        return deploy.LatencyCost(Place(**self._given_to(Place)))
 
     def goal(self) -> Budget | Threshold:
         """Return what channels go by: a budget, or a threshold."""
@@ -342,6 +353,9 @@ class Settings:
             opened["reconstruct"] = not during and self.compensate in (None, "linear")
         if self.recalibrate is None:
             opened["recalibrate"] = 0 if during else RECALIBRATION_IMAGES
+        if self.measure == "latency":
+            place = self.latency().place
+            opened |= {name: getattr(place, at.name) for name, at in _origins().items() if at.config is Place}
         if observes(vars(self)):
             config = self.relevance()
             of_relevance = {name: at.name for name, at in _origins().items() if at.config is RelevanceConfig}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
 from compressor._utils import StopRequest
-from compressor.budget import Allocation, PruneResult, cut_event
+from compressor.budget import Allocation, Budget, PruneResult, Threshold, cut_event
 from compressor.criteria import needs_gradients
-from compressor.deploy import require_exportable
+from compressor.deploy import LatencyCost, require_exportable
 from compressor.errors import BudgetError, InputError
 from compressor.job.checks import OBSERVING, is_sparse, observes
 from compressor.job.folder import Metrics, checkpoint
@@ -106,8 +106,11 @@ class Stages:
         # With few images it is also tried whether they are enough; more always are.
         images = CALIBRATION_IMAGES if len(self.data.train) < CALIBRATION_IMAGES else 0
         blind = settings.criterion == OBSERVING or settings.allocate == "relevance"  # without training there is none
+        goal = settings.budget() if blind else settings.goal()
+        if isinstance(goal, Budget) and isinstance(goal.measure, LatencyCost):
+            goal = replace(goal, measure=LatencyCost(goal.measure.place, self._timing_layers, is_measured=False))
         result = self._cut(
-            double, "random" if blind else settings.criterion, images, allocate="uniform" if blind else None
+            double, "random" if blind else settings.criterion, goal, images, allocate="uniform" if blind else None
         )
         if not result.reached:
             raise BudgetError(result.measure, result.asked, result.removed, result.blocked)
@@ -212,7 +215,7 @@ class Stages:
     def _prune(self, model: nn.Module) -> PruneResult:
         """Cut a trained model, and take its BatchNorm statistics anew; writes the model."""
         settings = self.settings
-        result = self._cut(model, settings.criterion, CALIBRATION_IMAGES, rounds=settings.rounds)
+        result = self._cut(model, settings.criterion, settings.goal(), CALIBRATION_IMAGES, rounds=settings.rounds)
         if settings.recalibrate:
             self._recalibrate(model)
         return result
@@ -220,8 +223,18 @@ class Stages:
     def _recalibrate(self, model: nn.Module) -> None:
         recalibrate(model, self.data.train, images=self.settings.recalibrate or 0, device=self.settings.device)
 
+    def _timing_layers(self, done: int, total: int) -> None:
+        self.on_progress("timing layers", done, total)
+
     def _cut(
-        self, model: nn.Module, criterion: str, images: int = 0, *, allocate: Allocation | None = None, rounds: int = 1
+        self,
+        model: nn.Module,
+        criterion: str,
+        goal: Budget | Threshold,
+        images: int = 0,
+        *,
+        allocate: Allocation | None = None,
+        rounds: int = 1,
     ) -> PruneResult:
         """Cut a model, compensated over so many calibration images; verified on a few in any case."""
         settings = self.settings
@@ -234,7 +247,7 @@ class Stages:
             model,
             self._example(),
             criterion,
-            settings.goal() if criterion == settings.criterion else settings.budget(),
+            goal,
             rounds=rounds,
             allocate=None if settings.threshold is not None else allocate,
             round_to=settings.round_to,

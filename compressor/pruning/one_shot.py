@@ -24,6 +24,7 @@ from compressor.budget import (
 from compressor.criteria import Criterion, Snapshot, lookup, needs_gradients, score
 from compressor.errors import IdleArgumentError, InputError, RangeError, UnknownNameError
 from compressor.graph import ChannelGraph, Group
+from compressor.pruning.aims import Aims
 from compressor.pruning.relevance_scores import per_cost, with_magnitude
 from compressor.pruning.to_budget import CutOptions, prune_to_budget, traced
 from compressor.relevance import gate_relevance
@@ -60,6 +61,7 @@ def prune(
         criterion: a name from `compressor.CRITERIA`, or a function of a group and a snapshot that returns `(C,)`
             scores, larger means keep. Or "relevance", which reads gate gradients over `calibration` with `loss_fn`.
         budget: what is to go: a number in `[0, 1)`, a share of the parameters, or `Budget(0.5, "macs")`.
+            Or `Budget(0.5, LatencyCost())`, which is predicted, measured, and cut on until what was asked is measured.
             Or `Threshold(0.3)`: every channel whose score is below.
         rounds: cut in so many steps, and take all statistics anew before each.
         allocate, round_to: as in `compressor.budget.SelectionOptions`. Allocate None: "relevance" for that criterion,
@@ -97,7 +99,8 @@ def prune(
     by_itself = criterion == RELEVANCE
     if threshold:
         _require_threshold(threshold, criterion, rounds, allocate)
-    selection = SelectionOptions(allocate or ("relevance" if by_itself else SelectionOptions.allocate), round_to)
+    allocation = allocate or ("relevance" if by_itself else SelectionOptions.allocate)
+    selection = SelectionOptions(allocation, budget.multiple(round_to))
     if not 1 <= rounds <= MOST_ROUNDS:
         raise RangeError("rounds", rounds, f"1 to {MOST_ROUNDS}")
     pairs = _pairs(calibration, loss_fn, criterion, selection.allocate)
@@ -108,13 +111,15 @@ def prune(
     chosen = _chosen(compensate, batches, idle=not verify and not reconstruct and loss_fn is None)
     reconstruct = chosen == "linear" if reconstruct is None else reconstruct
     graph = traced(model, example_inputs, outputs)
-    progress = PruningProgress(graph, threshold)
+    progress = PruningProgress(graph, budget, threshold)
     shares = (limits or Limits()).shares(graph)
     generator = torch.Generator().manual_seed(seed)
     options = CutOptions(selection, shares, all_optimizers(optimizer), list(copies), verify, threshold)
     reference = Reference(graph) if reconstruct else None
     made = None
-    for due in ((number + 1) / rounds for number in range(rounds)):
+    look = None if isinstance(budget.measure, str) else budget.measure.watch(graph)
+    aims = Aims(budget, rounds, progress, look)
+    for aim, due in aims:
         known = Moments.of(KNOWN[chosen](graph, batches))
         reads_gates = RELEVANCE in (criterion, selection.allocate)
         relevance = gate_relevance(graph, pairs, loss_fn, known) if loss_fn and reads_gates else {}
@@ -132,7 +137,7 @@ def prune(
         made = prune_to_budget(
             progress,
             judged,
-            budget.scaled(due),
+            aim,
             options,
             due=due,
             means=known if known else None,
@@ -145,7 +150,9 @@ def prune(
 
     if reference and progress.has_changed():
         fit_layers(graph, reference, batches)
-    return progress.result(budget, made.blocked if made else ())
+    graph.note(aims.lines())
+    measured = aims.seen.removed if aims.seen else None
+    return progress.result(budget, made.blocked if made else (), measured, reached=aims.is_reached())
 
 
 RELEVANCE = "relevance"

@@ -122,7 +122,7 @@ class Pruner:
         self.steps = 0
         if threshold:
             _require_threshold(threshold, criterion, allocate)
-        selection = SelectionOptions(allocate or SelectionOptions.allocate, round_to)
+        selection = SelectionOptions(allocate or SelectionOptions.allocate, self.budget.multiple(round_to))
         if allocate == "relevance" and criterion != "relevance":
             raise InputError(
                 f"allocate='relevance' with criterion {criterion!r} needs losses of a trained model: use "
@@ -150,7 +150,7 @@ class Pruner:
         require_held(self.graph.model, self._options.optimizers)
         require_followed(self._options.optimizers)
         self._inputs = example_inputs  # of the last batch
-        self._progress = PruningProgress(self.graph, threshold)
+        self._progress = PruningProgress(self.graph, self.budget, threshold)
         self._blocked: tuple[str, ...] = ()
         self._generator = torch.Generator().manual_seed(seed)
         self.relevance = Relevance(self.graph, self._config, seed=seed) if criterion == "relevance" else None

@@ -14,13 +14,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compressor.budget import CostModel, Measure
+from compressor.budget import Cost, CostModel, Measure
 from compressor.graph import ChannelGraph
 from compressor.relevance import Relevance
 
 
 def relevance_scores(
-    relevance: Relevance, graph: ChannelGraph, measure: Measure, confidence: float
+    relevance: Relevance, graph: ChannelGraph, measure: Measure | Cost, confidence: float
 ) -> dict[str, Tensor]:
     """Return `(C,)` scores by group, larger means keep, comparable between groups.
 
@@ -33,7 +33,7 @@ def relevance_scores(
     return _protected(per_cost(relevance.scores(), graph, measure), relevance.confidence(), confidence)
 
 
-def per_cost(relevance: Mapping[str, Tensor], graph: ChannelGraph, measure: Measure) -> dict[str, Tensor]:
+def per_cost(relevance: Mapping[str, Tensor], graph: ChannelGraph, measure: Measure | Cost) -> dict[str, Tensor]:
     """Return relevance by group per what a channel costs in a measure, a channel of the usual price costing 1."""
     price = CostModel(graph).per_channel(measure, graph.sizes())
     usual = sum(price.values()) / max(len(price), 1)

@@ -148,4 +148,4 @@ def require_reachable(
     zeros = {group.name: torch.zeros(group.size) for group in graph.groups}
     selection = select(graph, zeros, budget, costs=CostModel(graph), options=options, shares=shares)
     if not selection.reached:
-        raise BudgetError(budget.measure, budget.sparsity, selection.removed, selection.blocked)
+        raise BudgetError(budget.counts, budget.sparsity, selection.removed, selection.blocked)

@@ -65,7 +65,7 @@ class Cell:
             params=(dense.params, pruned.params),
             macs=(dense.macs, pruned.macs),
             seconds=sum(epoch.seconds for epoch in report.epochs if epoch.stage == "pruned"),
-            reached=report.goal.reached >= report.goal.asked,
+            reached=report.goal.met,
         )
 
 

@@ -44,6 +44,8 @@ class Goal:
         asked, reached: fractions in [0, 1).
         blocked: readable lines: what stood in the way, if anything did.
         threshold: what channels went by, NaN where it was by a budget.
+        met: whether as much went as was asked.
+        predicted: of a measured latency, what the table of layers had said; else NaN.
     """
 
     measure: str
@@ -51,11 +53,15 @@ class Goal:
     reached: float
     blocked: tuple[str, ...] = ()
     threshold: float = math.nan
+    met: bool = True
+    predicted: float = math.nan
 
     @property
     def wanted(self) -> str:
-        """What was asked, in words."""
-        return f"{self.asked:.1%} asked" if math.isnan(self.threshold) else f"all below {self.threshold:g}"
+        """What was asked, and predicted, in words."""
+        if not math.isnan(self.threshold):
+            return f"all below {self.threshold:g}"
+        return f"{self.asked:.1%} asked" + ("" if math.isnan(self.predicted) else f", {self.predicted:.1%} predicted")
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def summary(report: Report) -> str:
     """Return the run's result in one sentence: asked, reached, and what it cost in accuracy."""
     goal = report.goal
     points = 100 * (report.pruned.accuracy - report.dense.accuracy)
-    verdict = "" if goal.reached >= goal.asked else " (not reached)"
+    verdict = "" if goal.met else " (not reached)"
     # Masks on single weights leave every layer as wide as it was; only channels are really gone.
     done = "set to zero" if goal.measure == "weights" else "removed"
     return (

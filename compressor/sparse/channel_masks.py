@@ -101,7 +101,7 @@ class ChannelMasks(MaskedUnits):
             normalise=not self._is_erk,
         )
         if not selection.reached:
-            raise BudgetError(due.measure, due.sparsity, selection.removed, selection.blocked)
+            raise BudgetError(due.counts, due.sparsity, selection.removed, selection.blocked)
         return {name: _marked(mask, selection.keep.get(name)) for name, mask in self.masks.items()}
 
     def _erk_places(self, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:

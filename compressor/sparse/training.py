@@ -103,7 +103,7 @@ class SparseTraining:
         self._schedule = mask_schedule(criterion, total_steps, prune_every, schedule)
         self.graph = trace(unwrap_compiled(model), example_inputs, outputs=outputs)
         couple_blocks(self.graph)
-        self._progress = PruningProgress(self.graph)
+        self._progress = PruningProgress(self.graph, self.budget)
         optimizers = all_optimizers(optimizer)
         require_followed(optimizers)
         self.units = self._masked_units(optimizers, list(copies), round_to, limits or Limits())
@@ -288,6 +288,6 @@ def _require_effects(config: SparseConfig, budget: Budget, round_to: int | None,
             raise IdleArgumentError(name, "granularity 'weight'")
     if budget.measure != "params":
         raise InputError(
-            f"a budget of {budget.measure} cannot be met by single weights: give Budget({budget.sparsity:g}, 'params') "
+            f"a budget of {budget.counts} cannot be met by single weights: give Budget({budget.sparsity:g}, 'params') "
             "or granularity 'channel'"
         )

@@ -1,0 +1,174 @@
+"""Latency as what a budget counts: predicted from a table of layers, and measured on the whole network at the end.
+
+cost = compressor.deploy.LatencyCost(Place("onnxruntime", batch=1, threads=1))
+compressor.prune(model, inputs, "l1", compressor.Budget(0.5, cost))
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from compressor.deploy.export import export_onnx
+from compressor.deploy.latency_table import LatencyTable, Progress, Widest
+from compressor.deploy.layers import Layer, fused_layers
+from compressor.deploy.place import Place
+from compressor.deploy.session import open_session
+from compressor.deploy.timing import measure, session_runner
+from compressor.errors import InputError
+from compressor.graph import ChannelGraph, Extent
+
+logger = logging.getLogger(__name__)
+
+IntArray: TypeAlias = NDArray[np.int64]
+
+_FAR_OFF = 0.1  # of the measured time: the table says too little of such a network
+_RUNS, _SECONDS = 60, 8.0
+
+
+@dataclass(eq=False)
+class LatencyCost:
+    """Nanoseconds of a forward pass in one place, as a cost that a `Budget` can count.
+
+    Attributes:
+        place: where the network is to run.
+        on_progress: called with the layers measured so far and their number.
+        is_measured: whether a pruning measures the whole network, and cuts on; else the prediction decides.
+    """
+
+    place: Place = field(default_factory=Place)
+    on_progress: Progress = lambda done, total: None
+    is_measured: bool = True
+    name: str = field(default="latency", init=False)
+
+    @cached_property
+    def table(self) -> LatencyTable:
+        """The measured layers of this machine, kept in the user's cache."""
+        return LatencyTable(self.place)
+
+    @property
+    def round_to(self) -> int:
+        """The multiple of channels at which something is won."""
+        return self.table.step
+
+    def count(self, graph: ChannelGraph) -> Callable[[IntArray], IntArray]:
+        """Return what predicts the time: takes kept channels `(B, G)` in the order of the groups, returns `(B,)`.
+
+        Raises:
+            InputError: nothing of the network is a layer that can be measured.
+        """
+        layers, unknown = fused_layers(graph)
+        if not layers:
+            raise InputError(
+                "no layer of this network can be timed alone: latency is known of networks of two-dimensional "
+                f"convolutions and linear layers; give --measure macs (found {', '.join(unknown[:3]) or 'nothing'})"
+            )
+        names = list(graph.sizes())
+        widest = [_widest(layer, graph.sizes()) for layer in layers]
+        self.table.prepare(widest, self.on_progress)
+        known = [(_Width(each.inputs, names), _Width(each.outputs, names)) for each in layers]
+        surfaces = [self.table.surface(each) for each in widest]
+
+        def predict(kept: IntArray) -> IntArray:
+            total = np.zeros(len(kept))
+            for (inputs, outputs), surface in zip(known, surfaces, strict=True):
+                total += surface(inputs(kept), outputs(kept))
+            return np.rint(total).astype(np.int64)
+
+        return predict
+
+    def watch(self, graph: ChannelGraph) -> Callable[[], Measured] | None:
+        """Return what measures the whole network as it is then against how it is now, in turns."""
+        if not self.is_measured:
+            return None
+        before = _Exported(graph, self.place)
+
+        def look() -> Measured:
+            now = _Exported(graph, self.place)
+            runners = {"before": before.runner(), "now": now.runner()}
+            times = measure(runners, runs=_RUNS, min_runs=7, warmup=3, budget_s=_SECONDS)
+            return Measured(times["before"].p50_ms, times["now"].p50_ms, self.place.describe())
+
+        return look
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Median milliseconds of a network before and after, measured in turns, and where."""
+
+    before: float
+    after: float
+    place: str
+
+    @property
+    def removed(self) -> float:
+        """The share that is gone."""
+        return 1 - self.after / self.before
+
+    def says(self, asked: float, predicted: float) -> str:
+        """Return wanted, predicted and got in one line."""
+        return (
+            f"latency: {asked:.1%} less asked, {predicted:.1%} predicted, {self.removed:.1%} measured "
+            f"({self.before:.2f} to {self.after:.2f} ms; {self.place})"
+        )
+
+    def warning(self, predicted: int) -> str:
+        """Return what to know of a prediction, in nanoseconds, that is far from the measured time; else nothing."""
+        off = predicted / 1e6 / self.after - 1
+        if abs(off) <= _FAR_OFF:
+            return ""
+        return (
+            f"the layers' table says {predicted / 1e6:.2f} ms, and the whole network takes {self.after:.2f} ms: "
+            f"{off:+.0%}, more than {_FAR_OFF:.0%} apart"
+        )
+
+
+class _Exported:
+    """A network as it is now, in an open session."""
+
+    def __init__(self, graph: ChannelGraph, place: Place) -> None:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "network.onnx"
+            export_onnx(graph.model, path, graph.example_inputs)
+            self._session = open_session(path, "cpu", threads=place.threads)
+        self._inputs = tree_map(lambda tensor: _of(tensor, place.batch), graph.example_inputs)
+
+    def runner(self) -> Any:
+        return session_runner(self._session, self._inputs, torch.device("cpu"))
+
+
+def _of(tensor: Tensor, batch: int) -> Tensor:
+    """Return as many examples as asked, the ones that there are in turns."""
+    return tensor[torch.arange(batch) % len(tensor)]
+
+
+def _widest(layer: Layer, sizes: dict[str, int]) -> Widest:
+    inputs, outputs = (
+        each.fixed + sum(times * sizes[name] for name, times in each.per_channel.items())
+        for each in (layer.inputs, layer.outputs)
+    )
+    return Widest(layer.kind, inputs, outputs, (bool(layer.inputs.per_channel), bool(layer.outputs.per_channel)))
+
+
+class _Width:
+    """The width of an axis as a function of kept channels."""
+
+    def __init__(self, extent: Extent, names: list[str]) -> None:
+        self._fixed = extent.fixed
+        self._columns = [names.index(name) for name in extent.per_channel]
+        self._times = np.array(list(extent.per_channel.values()), dtype=np.int64)
+
+    def __call__(self, kept: IntArray) -> IntArray:
+        width: IntArray = self._fixed + kept[:, self._columns] @ self._times
+        return width

@@ -1,0 +1,41 @@
+"""Where a network is to run: what a latency is a latency of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from compressor.errors import RangeError, UnknownNameError
+
+Engine = Literal["onnxruntime"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a network is to run.
+
+    Attributes:
+        engine: "onnxruntime", on the CPU.
+        batch: images at once.
+        threads: of one operator.
+
+    Raises:
+        UnknownNameError, RangeError: something that there is not.
+    """
+
+    engine: Engine = "onnxruntime"
+    batch: int = 1
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the name and the ranges."""
+        if self.engine not in ENGINES:
+            raise UnknownNameError("engine", self.engine, ENGINES)
+        for name, value in (("batch", self.batch), ("threads", self.threads)):
+            if value < 1:
+                raise RangeError(name, value, "1, 2, 3, ...")
+
+    def describe(self) -> str:
+        """Return the place in words."""
+        return f"{self.engine}, cpu, batch {self.batch}, {self.threads} thread{'s' * (self.threads > 1)}"

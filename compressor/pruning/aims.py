@@ -1,0 +1,68 @@
+"""What each cut of a pruning aims at: equal rounds, and for a cost that is predicted, measuring and cutting on.
+
+A worked example: 50 % of the latency is to go. The first cut goes 85 % of the way by the prediction, 42.5 %; measured
+are 40 %. The next one aims at 50 * 42.5 / 40 = 53.1 % predicted. Measured are 49.6 %, which is within a point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from compressor.budget import Budget, PruningProgress, Seen
+
+_FIRST = 0.85  # of the way, before anything is measured: what was cut too much does not come back
+_CORRECTIONS = 4
+_WITHIN = 0.01  # of what was asked: no two measurements are closer
+_MOST = 0.98
+
+
+@dataclass
+class Aims:
+    """What the cuts of one pruning aim at.
+
+    Attributes:
+        budget: what is asked.
+        rounds: in how many steps.
+        progress: what is gone, predicted.
+        look: measures the model; None where what the budget counts is exact.
+        seen: what was measured last.
+    """
+
+    budget: Budget
+    rounds: int
+    progress: PruningProgress
+    look: Callable[[], Seen] | None = None
+    seen: Seen | None = field(default=None, init=False)
+
+    def __iter__(self) -> Iterator[tuple[Budget, float]]:
+        """Yield what to cut to, and how much of the way that is; ask for the next one when that is done."""
+        steps = [(number + 1) / self.rounds for number in range(self.rounds)]
+        if self.look is None or not self.budget.sparsity:
+            yield from ((self.budget.scaled(due), due) for due in steps)
+            return
+        for due in steps[:-1] or [_FIRST]:
+            yield self.budget.scaled(due), due
+        for _ in range(_CORRECTIONS):
+            self.seen = self.look()
+            if self.is_reached() or not self.progress.has_changed():
+                return
+            yield self._corrected(self.seen.removed), 1.0
+        self.seen = self.look()
+
+    def is_reached(self) -> bool | None:
+        """Return whether as much is gone as was asked, measured; None where nothing is measured."""
+        return None if self.seen is None else self.seen.removed >= self.budget.sparsity - _WITHIN
+
+    def _corrected(self, removed: float) -> Budget:
+        predicted, asked = self.progress.removed(), self.budget.sparsity
+        aim = asked * predicted / removed if removed > 0 else predicted + asked
+        return Budget(min(max(aim, predicted + _WITHIN), _MOST), self.budget.measure)
+
+    def lines(self) -> list[str]:
+        """Return what to say of it: asked, predicted and measured, and a warning where they are far apart."""
+        if self.seen is None:
+            return []
+        now = self.progress.now()
+        warning = self.seen.warning(now)
+        return [self.seen.says(self.budget.sparsity, self.progress.removed()), *([warning] if warning else [])]
