@@ -262,7 +262,7 @@ class Fake:
 
     true: float
     name: str = "time"
-    round_to: int = 1
+    aligned: int = 1
 
     def count(self, graph):
         return lambda kept: kept.sum(1) * 1000

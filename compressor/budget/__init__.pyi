@@ -1,3 +1,4 @@
+from .budget import ALIGNED as ALIGNED
 from .budget import MEASURES as MEASURES
 from .budget import Budget as Budget
 from .budget import Cost as Cost
@@ -5,7 +6,6 @@ from .budget import Measure as Measure
 from .budget import Seen as Seen
 from .costs import CostModel as CostModel
 from .limits import Limits as Limits
-from .options import ALIGNED as ALIGNED
 from .options import ALLOCATIONS as ALLOCATIONS
 from .options import LARGE as LARGE
 from .options import MOST_ROUNDS as MOST_ROUNDS

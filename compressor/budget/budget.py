@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # it needs torch, and the help of the command line does not
 
 Measure = Literal["params", "macs", "channels"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
+ALIGNED = 8  # channels: most kernels of CPUs and GPUs work on so many at once
 
 
 class Seen(Protocol):
@@ -41,7 +42,7 @@ class Cost(Protocol):
     name: str
 
     @property
-    def round_to(self) -> int:
+    def aligned(self) -> int:
         """The multiple of channels at which something is won."""
 
     def count(self, graph: ChannelGraph) -> Callable[[Any], Any]:
@@ -80,9 +81,10 @@ class Budget:
         """The name of what is counted."""
         return self.measure if isinstance(self.measure, str) else self.measure.name
 
-    def multiple(self, round_to: int | None) -> int | None:
-        """Return the multiple that widths are rounded to: what was asked, or else at which the cost falls."""
-        return self.measure.round_to if round_to is None and not isinstance(self.measure, str) else round_to
+    @property
+    def aligned(self) -> int:
+        """The multiple of channels at which something is won."""
+        return ALIGNED if isinstance(self.measure, str) else self.measure.aligned
 
     @staticmethod
     def from_share(budget: Budget | float) -> Budget:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from compressor.budget.budget import ALIGNED
 from compressor.errors import RangeError, UnknownNameError
 
 Allocation = Literal["uniform", "global", "relevance"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 MOST_ROUNDS = 1000  # in which one budget is cut; more channels than that has hardly a group
-ALIGNED = 8  # channels: kernels of CPUs and GPUs work on so many at once
 LARGE = 64  # channels; in smaller groups a step of 8 is more than an eighth of the group, too coarse for a budget
 
 
@@ -24,8 +24,9 @@ class SelectionOptions:
             criterion's ranking of all channels together says, "relevance" what relevance per cost says, whatever
             criterion then chooses among its channels. Weights say little about which layer can spare more
             (`docs/compensation.md`), so "uniform" is the default.
-        round_to: a group that loses channels ends with a multiple of this. None: of 8 in groups of 64 channels or more,
-            whatever in smaller ones.
+        round_to: a group that loses channels ends with a multiple of this. None: of `aligned` in groups of 64 channels
+            or more, whatever in smaller ones.
+        aligned: how many channels are computed at once where the model is to run.
         floor: the share of every group that stays in any case, in [0, 1); at least one channel always does.
 
     Raises:
@@ -36,6 +37,7 @@ class SelectionOptions:
     allocate: Allocation = "uniform"
     round_to: int | None = None
     floor: float = 0.1
+    aligned: int = ALIGNED
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
@@ -50,4 +52,4 @@ class SelectionOptions:
         """Return the multiple for a group that had `width` channels before any cut."""
         if self.round_to is not None:
             return self.round_to
-        return ALIGNED if width >= LARGE else 1
+        return self.aligned if width >= LARGE else 1

@@ -58,7 +58,7 @@ class LatencyCost:
         return LatencyTable(self.place)
 
     @property
-    def round_to(self) -> int:
+    def aligned(self) -> int:
         """The multiple of channels at which something is won."""
         return self.table.step
 

@@ -100,7 +100,7 @@ def prune(
     if threshold:
         _require_threshold(threshold, criterion, rounds, allocate)
     allocation = allocate or ("relevance" if by_itself else SelectionOptions.allocate)
-    selection = SelectionOptions(allocation, budget.multiple(round_to))
+    selection = SelectionOptions(allocation, round_to, aligned=budget.aligned)
     if not 1 <= rounds <= MOST_ROUNDS:
         raise RangeError("rounds", rounds, f"1 to {MOST_ROUNDS}")
     pairs = _pairs(calibration, loss_fn, criterion, selection.allocate)

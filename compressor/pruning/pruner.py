@@ -122,7 +122,7 @@ class Pruner:
         self.steps = 0
         if threshold:
             _require_threshold(threshold, criterion, allocate)
-        selection = SelectionOptions(allocate or SelectionOptions.allocate, self.budget.multiple(round_to))
+        selection = SelectionOptions(allocate or SelectionOptions.allocate, round_to, aligned=self.budget.aligned)
         if allocate == "relevance" and criterion != "relevance":
             raise InputError(
                 f"allocate='relevance' with criterion {criterion!r} needs losses of a trained model: use "
