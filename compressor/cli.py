@@ -471,20 +471,23 @@ def benchmark(
 ) -> None:
     """Time models in turns, in one run: .safetensors files in PyTorch, .onnx files in onnxruntime."""
     for size in batch_size:
-        times = job.saved.timed(files, size, device, threads, factory, image_size)
-        first = next(iter(times.values())).latency.p50_ms
+        times, noise = job.saved.timed(files, size, device, threads, factory, image_size)
+        first = next(iter(times.values())).latency.samples_ms
         rows = [
             (
                 file,
                 ", ".join("x".join(map(str, shape)) or "1" for shape in each.shapes),
                 *map(report.milliseconds, (each.latency.p50_ms, each.latency.p90_ms, each.latency.p99_ms)),
                 str(each.latency.n),
-                f"{first / each.latency.p50_ms:.2f}",
+                "" if each.latency.samples_ms is first else report.verdict(first, each.latency.samples_ms, noise),
             )
             for file, each in times.items()
         ]
-        title = f"milliseconds, batch {size}, {device}, {threads} thread{'s' * (threads > 1)}"
-        _print_table(title, ("file", "inputs", "p50", "p90", "p99", "calls", "times as fast"), rows, (0, 1))
+        title = (
+            f"milliseconds, batch {size}, {device}, {threads} thread{'s' * (threads > 1)}; the first file and itself "
+            f"differ by {noise:.1%}"
+        )
+        _print_table(title, ("file", "inputs", "p50", "p90", "p99", "calls", "as the first"), rows, (0, 1))
 
 
 @app.command("report")

@@ -27,8 +27,8 @@ def epoch(stage: str, number: int, **changes: object) -> Epoch:
 
 
 def timing(model: str, batch_size: int = 1, p50_ms: float = 2.0, backend: str = "torch") -> Timing:
-    spread = [p50_ms * share for share in (1.0, 0.8, 0.9, 0.95, 1.0, 1.1, 1.2, 1.5, 2.0)]
-    return Timing(model, backend, "cpu", batch_size, 50, *spread)
+    shares = (0.8, 0.9, 0.95, 1.0, 1.0, 1.0, 1.05, 1.1, 1.1, 1.2, 2.0)
+    return Timing(model, backend, "cpu", batch_size, tuple(p50_ms * share for share in shares))
 
 
 def sample() -> Report:

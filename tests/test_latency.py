@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from compressor._utils import speedup
 from compressor.deploy import latency, timing
 from compressor.deploy.export import export_onnx
 from compressor.deploy.latency import Comparison, compare
@@ -62,7 +63,7 @@ def tiny() -> nn.Module:
 def test_runners_take_turns_and_warm_up_is_not_counted(clock: Clock) -> None:
     runners = {"a": clock.runner("a", 5.0, 0.001, 0.002), "b": clock.runner("b", 7.0, 0.003)}
     found = measure(runners, runs=2, min_runs=1, warmup=1, budget_s=100)
-    assert clock.calls == ["a", "b"] * 3
+    assert clock.calls == ["a", "b", "a", "b", "b", "a"]  # every other round backwards
     assert list(found) == ["a", "b"]
     assert [round(x, 6) for x in found["a"].samples_ms] == [1.0, 2.0]
     assert [round(x, 6) for x in found["b"].samples_ms] == [3.0, 7000.0]
@@ -158,7 +159,8 @@ def test_models_are_timed_side_by_side_in_every_place(tmp_path: Path) -> None:
     assert places == [("torch", "cpu", 1), ("torch", "cpu", 3), ("onnxruntime", "cpu", 1), ("onnxruntime", "cpu", 3)]
     for each in report.comparisons:
         assert {name: found.n for name, found in each.latencies.items()} == {"dense": 6, "pruned": 6}
-        assert each.speedup("dense") == 1.0
+        assert each.speedup("dense").ratio == 1.0
+        assert each.control.n == 6
     assert (report.threads, report.machine) == (1, describe_machine())
     assert (models["dense"].training, models["pruned"].training) == (True, False)
     assert torch.equal(torch.get_rng_state(), random)
@@ -169,7 +171,8 @@ def test_models_are_timed_side_by_side_in_every_place(tmp_path: Path) -> None:
 def test_the_budget_is_shared_by_the_places(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "torch_runner", lambda model, inputs: clock.runner("x", 1.0))
     report = compare({"a": tiny()}, (3, 8, 8), batch_sizes=(1, 2, 4, 8), budget_s=400)
-    assert [each.latencies["a"].n for each in report.comparisons] == [90] * 4  # and ten for warming up
+    # Ten rounds of two calls for warming up, the second of them the control's.
+    assert [each.latencies["a"].n for each in report.comparisons] == [40] * 4
     assert clock.now == 1400
 
 
@@ -183,8 +186,28 @@ def test_threads_are_set_and_given_back(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_speedup_is_the_ratio_of_medians_to_the_first() -> None:
-    found = Comparison("torch", "cpu", 1, {"dense": Latency((9.0, 6.0, 100.0)), "pruned": Latency((3.0, 1.0, 3.0))})
-    assert found.speedup("pruned") == 3.0
+    times = {"dense": Latency((9.0, 6.0, 100.0)), "pruned": Latency((3.0, 1.0, 3.0))}
+    found = Comparison("torch", "cpu", 1, times, Latency((9.0, 9.9, 100.0)))
+    assert found.speedup("pruned").ratio == 3.0
+    assert found.noise == pytest.approx(1 - 9 / 9.9)
+    assert latency._noisy(found) == ["noisy: a model and itself differ by 9.1% in torch, batch 1, more than 3%"]
+
+
+def test_the_interval_of_a_speedup_holds_the_truth_as_often_as_it_says() -> None:
+    dice = np.random.default_rng(0)
+    inside = 0
+    for _ in range(200):
+        busy = dice.lognormal(0, 0.5, 60)  # rounds are slow for both
+        base, other = (true * busy * dice.lognormal(0, 0.1, 60) for true in (3.0, 2.0))
+        found = speedup(base, other)
+        inside += found.low <= 1.5 <= found.high
+    assert 0.9 <= inside / 200 <= 1.0
+
+
+def test_equal_times_cannot_be_told_apart() -> None:
+    assert speedup([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]).is_within(0)
+    assert not speedup([2.0] * 20, [1.0] * 20).is_within(0.5)
+    assert speedup([1.02] * 20, [1.0] * 20).is_within(0.03)
 
 
 @pytest.mark.parametrize(

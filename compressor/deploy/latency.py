@@ -1,13 +1,14 @@
 """Models side by side, in PyTorch and in onnxruntime: dense and pruned take turns in one run.
 
     report = compare({"dense": dense, "pruned": pruned}, (3, 32, 32), onnx_files={"dense": ..., "pruned": ...})
-    report.comparisons[0].speedup("pruned")
+    report.comparisons[0].speedup("pruned").ratio
 
 Warm-up is not counted, threads are set and reported, a GPU is waited for, and the machine is named.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor._utils import device_of, eval_mode
+from compressor._utils import Speedup, device_of, eval_mode, speedup
 from compressor.deploy.machine import describe_machine
 from compressor.deploy.session import open_session
 from compressor.deploy.timing import Latency, Runner, measure, session_runner, torch_runner
 from compressor.errors import InputError, RangeError
+
+USUAL_NOISE = 0.03  # the share by which equal models may differ
 
 
 @dataclass(frozen=True)
@@ -32,26 +35,34 @@ class Comparison:
         backend: "torch" or "onnxruntime".
         device, batch_size: where, and how many examples at once.
         latencies: by model, in the order in which they were given.
+        control: of the first model once more: what it differs from itself by is noise.
     """
 
     backend: str
     device: str
     batch_size: int
     latencies: Mapping[str, Latency]
+    control: Latency
 
-    def speedup(self, model: str) -> float:
-        """Return how many times as fast as the first model this one is: the ratio of the medians."""
+    def speedup(self, model: str) -> Speedup:
+        """Return how many times as fast as the first model this one is: the ratio of the medians, with an interval."""
         # Medians: one call that another process interrupted would move a mean.
-        return next(iter(self.latencies.values())).p50_ms / self.latencies[model].p50_ms
+        return speedup(next(iter(self.latencies.values())).samples_ms, self.latencies[model].samples_ms)
+
+    @property
+    def noise(self) -> float:
+        """The share by which the first model differs from itself."""
+        return abs(speedup(next(iter(self.latencies.values())).samples_ms, self.control.samples_ms).ratio - 1)
 
 
 @dataclass(frozen=True)
 class LatencyReport:
-    """All comparisons of one run; `threads` CPU threads were used, on `machine`."""
+    """All comparisons of one run; `threads` CPU threads were used, on `machine`; what makes them doubtful."""
 
     comparisons: tuple[Comparison, ...]
     threads: int
     machine: Mapping[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 def compare(
@@ -75,28 +86,51 @@ def compare(
         device: "cpu", "cuda" or "cuda:N", where the models already are.
         threads: CPU threads.
         runs: rounds at most in each place.
-        budget_s: seconds for everything. Each place gets an equal share, and five rounds in any case.
+        budget_s: seconds for everything. Each batch size gets an equal share, and five rounds in any case.
 
     Raises:
         InputError: no model, a model on another device, files of other models, or a device that onnxruntime cannot use.
         RangeError: a batch size or a number of threads below 1.
     """
     _check_comparison(models, onnx_files, batch_sizes, device, threads)
-    # An equal share for each place: whatever one does not use is not another's, so that all are as exact.
-    share_s = budget_s / (len(batch_sizes) * (2 if onnx_files else 1))
+    first = next(iter(models))
+    share_s = budget_s / len(batch_sizes)
     comparisons = []
+    busy = _busy()
     with ExitStack() as stack:
         stack.enter_context(_torch_threads(threads))
         for model in models.values():
             stack.enter_context(eval_mode(model))
-        for backend, make in _makers(models, onnx_files, device, threads).items():
-            for size in batch_sizes:
-                # A generator of its own leaves the caller's random state alone.
-                inputs = torch.randn(size, *example_shape, generator=torch.Generator().manual_seed(0))
-                runners = {name: make(name, inputs) for name in models}
-                latencies = measure(runners, runs=runs, min_runs=min(5, runs), budget_s=share_s)
-                comparisons.append(Comparison(backend, device, size, latencies))
-    return LatencyReport(tuple(comparisons), threads, describe_machine())
+        makers = _makers(models, onnx_files, device, threads)
+        for size in batch_sizes:
+            # A generator of its own leaves the caller's random state alone.
+            inputs = torch.randn(size, *example_shape, generator=torch.Generator().manual_seed(0))
+            # All backends in one turn, so that they can be compared too; the first model once more as a control.
+            named = {(backend, number): name for backend in makers for number, name in enumerate([*models, first])}
+            runners = {key: makers[key[0]](name, inputs) for key, name in named.items()}
+            times = measure(runners, runs=runs, min_runs=min(5, runs), budget_s=share_s)
+            for backend in makers:
+                *own, control = (times[each] for each in named if each[0] == backend)
+                comparisons.append(Comparison(backend, device, size, dict(zip(models, own, strict=True)), control))
+    comparisons.sort(key=lambda each: list(makers).index(each.backend))
+    warnings = (*busy, *(line for each in comparisons for line in _noisy(each)))
+    return LatencyReport(tuple(comparisons), threads, describe_machine(), warnings)
+
+
+def _busy() -> list[str]:
+    """Say that other processes have the processors."""
+    if not hasattr(os, "getloadavg"):
+        return []
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    return [f"the machine was busy before anything was timed: load {load:.1f} on {cores} cores"] * (load > cores / 2)
+
+
+def _noisy(comparison: Comparison) -> list[str]:
+    """Say that a model differs from itself by more than is usual."""
+    if comparison.noise <= USUAL_NOISE:
+        return []
+    place = f"{comparison.backend}, batch {comparison.batch_size}"
+    return [f"noisy: a model and itself differ by {comparison.noise:.1%} in {place}, more than {USUAL_NOISE:.0%}"]
 
 
 def _check_comparison(

@@ -4,29 +4,29 @@
     times["pruned"].p50_ms
 
 A machine slows down when it gets warm and when others use it. Timed one after the other, dense in a quiet minute and
-pruned in a busy one, 2.0 and 1.8 ms say nothing; in turns, D P D P D P, both have the same neighbours.
+pruned in a busy one, 2.0 and 1.8 ms say nothing; in turns, D P P D D P, both have the same neighbours.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
-from compressor._utils import as_arguments, device_of, named_tensors, to_device
+from compressor._utils import as_arguments, device_of, named_tensors, percentile, to_device
 from compressor.deploy.session import open_session
 from compressor.errors import InputError, RangeError
 
 logger = logging.getLogger(__name__)
 
 Runner = Callable[[], object]
+Key = TypeVar("Key", bound=Hashable)
 
 WARM_UP_SHARE = 0.2  # of the time, at most
 
@@ -49,7 +49,7 @@ class Latency:
     @property
     def mean_ms(self) -> float:
         """Mean."""
-        return float(np.mean(self.samples_ms))
+        return sum(self.samples_ms) / len(self.samples_ms)
 
     @property
     def p50_ms(self) -> float:
@@ -67,18 +67,14 @@ class Latency:
         return self.percentile_ms(99)
 
     def percentile_ms(self, q: float) -> float:
-        """Return a percentile, `q` in [0, 100]; 0 is the shortest call and 100 the longest.
-
-        numpy's method "linear" (the seventh of Hyndman & Fan, 1996): between two calls by linear interpolation. Of
-        calls that took 1, 2, 3 and 5 ms, p50 is 2.5 ms, and p90 lies 0.9 * 3 = 2.7 places on: 3 + 0.7 * (5 - 3) = 4.4.
-        """
-        return float(np.percentile(self.samples_ms, q, method="linear"))
+        """Return a percentile, `q` in [0, 100]; 0 is the shortest call and 100 the longest."""
+        return percentile(self.samples_ms, q)
 
 
 def measure(
-    runners: Mapping[str, Runner], *, runs: int = 200, min_runs: int = 5, warmup: int = 10, budget_s: float = 10.0
-) -> dict[str, Latency]:
-    """Time runners in turns: A B A B ...
+    runners: Mapping[Key, Runner], *, runs: int = 200, min_runs: int = 5, warmup: int = 10, budget_s: float = 10.0
+) -> dict[Key, Latency]:
+    """Time runners in turns, every other round backwards: A B C C B A A B C ...
 
     Args:
         runners: by name, what to call; it must return only when the work is done (`torch_runner` waits for the GPU).
@@ -100,9 +96,11 @@ def measure(
     for _ in _rounds(warmup, 1, start + WARM_UP_SHARE * budget_s):
         for run in runners.values():
             run()
-    samples: dict[str, list[float]] = {name: [] for name in runners}
-    for _ in _rounds(runs, min_runs, start + budget_s):
-        for name, run in runners.items():
+    samples: dict[Key, list[float]] = {name: [] for name in runners}
+    # What a call leaves in the caches is there for the next one: each follows the others equally often.
+    orders = [list(runners.items()), list(runners.items())[::-1]]
+    for number in _rounds(runs, min_runs, start + budget_s):
+        for name, run in orders[number % 2]:
             began = perf_counter()
             run()
             samples[name].append(1e3 * (perf_counter() - began))

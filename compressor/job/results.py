@@ -16,7 +16,6 @@ from compressor import report, training
 from compressor.deploy import (
     ExportReport,
     ImageModel,
-    Latency,
     describe_machine,
     export_onnx,
     fvcore_macs,
@@ -193,20 +192,11 @@ def _timings(
         measured = compare()
         notes.append(str(error))
     on_progress("latency", 1, 1)
-    pairs = [(place, name, times) for place in measured.comparisons for name, times in place.latencies.items()]
-    return tuple(_timing(*pair) for pair in pairs)
-
-
-def _timing(place: latency.Comparison, model: str, times: Latency) -> report.Timing:
-    quantiles = {"min": 0, "p10": 10, "p25": 25, "p50": 50, "p75": 75, "p90": 90, "p99": 99, "max": 100}
-    return report.Timing(
-        model=model,
-        backend=place.backend,
-        device=place.device,
-        batch_size=place.batch_size,
-        n=times.n,
-        mean_ms=times.mean_ms,
-        **{f"{name}_ms": times.percentile_ms(q) for name, q in quantiles.items()},
+    notes += measured.warnings
+    return tuple(
+        report.Timing(name, place.backend, place.device, place.batch_size, times.samples_ms)
+        for place in measured.comparisons
+        for name, times in {**place.latencies, "control": place.control}.items()
     )
 
 

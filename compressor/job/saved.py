@@ -11,6 +11,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from compressor._utils import speedup
 from compressor.deploy import (
     Description,
     ImageModel,
@@ -115,8 +116,11 @@ class Timed:
 
 def timed(
     files: list[Path], batch_size: int, device: str, threads: int, factory: str, image_size: int | None
-) -> dict[str, Timed]:
+) -> tuple[dict[str, Timed], float]:
     """Time models in files in turns: .safetensors files in PyTorch, .onnx files in onnxruntime.
+
+    Returns:
+        The times by file, and the share by which the first one, timed once more, differs from itself.
 
     Raises:
         InputError: files of another kind, or a device that cannot be used.
@@ -132,8 +136,11 @@ def timed(
     torch.set_num_threads(threads)
     try:
         made = {str(file): makers[file.suffix](file, batch_size, device, image_size) for file in files}
-        times = measure({name: runner for name, (runner, _) in made.items()})
-        return {name: Timed(times[name], shapes) for name, (_, shapes) in made.items()}
+        runners = [runner for runner, _ in made.values()]
+        *own, control = measure(dict(enumerate([*runners, runners[0]]))).values()
+        pairs = zip(made.items(), own, strict=True)
+        noise = abs(speedup(own[0].samples_ms, control.samples_ms).ratio - 1)
+        return {name: Timed(times, shapes) for (name, (_, shapes)), times in pairs}, noise
     except MemoryError as error:
         raise InputError(_TOO_MUCH.format(batch_size)) from error
     except RuntimeError as error:  # torch and onnxruntime have no class of their own for it on a CPU

@@ -20,3 +20,4 @@ from .serialization import to_json as to_json
 from .tables import count as count
 from .tables import milliseconds as milliseconds
 from .tables import size as size
+from .tables import verdict as verdict

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from compressor._utils import percentile
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -127,22 +129,30 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Timing:
-    """Latency of one model in one place, from `n` timed calls; milliseconds for a whole batch."""
+    """Latency of one model in one place: every timed call in its order, milliseconds for a whole batch.
+
+    `model` is "dense" or "pruned", or "control": the dense model once more, whose difference from itself is noise.
+    """
 
     model: str
     backend: str
     device: str
     batch_size: int
-    n: int
-    mean_ms: float
-    min_ms: float
-    p10_ms: float
-    p25_ms: float
-    p50_ms: float
-    p75_ms: float
-    p90_ms: float
-    p99_ms: float
-    max_ms: float
+    samples_ms: tuple[float, ...]
+
+    @property
+    def n(self) -> int:
+        """Number of timed calls."""
+        return len(self.samples_ms)
+
+    @property
+    def p50_ms(self) -> float:
+        """Median."""
+        return self.percentile_ms(50)
+
+    def percentile_ms(self, q: float) -> float:
+        """Return a percentile, `q` in [0, 100]."""
+        return percentile(self.samples_ms, q)
 
 
 @dataclass(frozen=True)

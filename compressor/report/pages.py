@@ -75,8 +75,8 @@ def html(report: Report) -> str:
 
 def _speed_tiles(report: Report) -> list[dict[str, object]]:
     """Return the gain at batch size 1, one tile for each backend."""
-    timed = [(place, both) for place, both in tables.pairs(report.timings) if both[0].batch_size == 1]
-    return [{"place": place, "ratio": dense.p50_ms / pruned.p50_ms} for place, (dense, pruned) in timed]
+    timed = [each for each in tables.pairs(report.timings) if each.dense.batch_size == 1]
+    return [{"place": each.place, "ratio": each.speedup.ratio} for each in timed]
 
 
 def _write(path: Path, text: str) -> None:

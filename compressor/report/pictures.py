@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from compressor.report.document import Cut, Epoch, Layer, Report, Timing
 from compressor.report.svg import circle, element, group, hint, join, line, polyline, rectangle, text
-from compressor.report.tables import count, kept, milliseconds, pairs
+from compressor.report.tables import Pair, count, kept, milliseconds, pairs
 
 WIDTH = 760
 _ROW = 18  # height of one bar with its gap
@@ -68,7 +68,7 @@ def training(report: Report) -> Markup:
 
 def latency(timings: Iterable[Timing]) -> Markup:
     """Draw latency, dense over pruned, in every place: line from p10 to p99, box from p25 to p75, stroke at p50."""
-    blocks = [_latency_block(place, both, 4 + 88 * row) for row, (place, both) in enumerate(pairs(timings))]
+    blocks = [_latency_block(pair, 4 + 88 * row) for row, pair in enumerate(pairs(timings))]
     return picture("latency of both models, with spread", 4 + 88 * len(blocks), blocks)
 
 
@@ -148,31 +148,33 @@ def _dot(x: float, y: float, epoch: Epoch) -> Markup:
     return circle(x, y, 2.6, hint(says), class_=epoch.stage)
 
 
-def _latency_block(place: str, both: tuple[Timing, Timing], top: float) -> Markup:
+def _latency_block(pair: Pair, top: float) -> Markup:
     # A scale for each place, from 0 on: lengths compare two models, and batch 32 would flatten batch 1 to nothing.
-    across = Scale(0, 1.05 * max(timing.p99_ms for timing in both), 70, WIDTH - 90)
+    both = (pair.dense, pair.pruned)
+    across = Scale(0, 1.05 * max(timing.percentile_ms(99) for timing in both), 70, WIDTH - 90)
     ticks = [
         line(across(tick), top + 18, across(tick), top + 62, class_="grid")
         + text(across(tick), top + 76, f"{tick:g} ms", "middle", class_="axis")
         for tick in across.ticks()
     ]
     rows = [_latency_row(timing, across, top + 30 + 22 * row) for row, timing in enumerate(both)]
-    return join([text(4, top + 10, place, class_="label"), *ticks, *rows])
+    return join([text(4, top + 10, pair.place, class_="label"), *ticks, *rows])
 
 
 def _latency_row(timing: Timing, across: Scale, middle: float) -> Markup:
+    low, left, right, high = (across(timing.percentile_ms(q)) for q in (10, 25, 75, 99))
     says = (
-        f"{timing.model}: p50 {milliseconds(timing.p50_ms)}, p90 {milliseconds(timing.p90_ms)}, "
-        f"p99 {milliseconds(timing.p99_ms)} ms; {timing.n} calls"
+        f"{timing.model}: p50 {milliseconds(timing.p50_ms)}, p90 {milliseconds(timing.percentile_ms(90))}, "
+        f"p99 {milliseconds(timing.percentile_ms(99))} ms; {timing.n} calls"
     )
     middle_x = across(timing.p50_ms)
     return group(
         hint(says),
         text(across.start - 8, middle + 4, timing.model, "end", class_="axis"),
-        line(across(timing.p10_ms), middle, across(timing.p99_ms), middle, class_=f"whisker {timing.model}"),
-        _bar(across(timing.p25_ms), across(timing.p75_ms), middle - 6, 12, timing.model),
+        line(low, middle, high, middle, class_=f"whisker {timing.model}"),
+        _bar(left, right, middle - 6, 12, timing.model),
         line(middle_x, middle - 8, middle_x, middle + 8, class_="median"),
-        text(across(timing.p99_ms) + 8, middle + 4, f"{milliseconds(timing.p50_ms)} ms", class_="value"),
+        text(high + 8, middle + 4, f"{milliseconds(timing.p50_ms)} ms", class_="value"),
     )
 
 

@@ -2,7 +2,7 @@
 
 test accuracy (449 images)   98.00%   97.00%   -1.00 points
 parameters                   10.0 k   4.00 k   -60.0%
-torch, batch 1: p50/p90 ms   3.00/3.60   1.50/1.80   2.00× as fast
+torch, batch 1: p50/p90 ms   3.00/3.60   1.50/1.80   2.00× as fast (1.95 to 2.05)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from compressor._utils import Speedup, speedup
 from compressor.report.document import Layer, Report, Timing
 
 
@@ -44,20 +45,61 @@ def comparison(report: Report) -> list[Row]:
         _row("model.safetensors", dense.size_bytes, pruned.size_bytes, size),
         *_row_if_known("model.onnx", dense.onnx_size_bytes, pruned.onnx_size_bytes, size),
     ]
-    return rows + [_latency_row(place, *pair) for place, pair in pairs(report.timings)]
+    return rows + [_latency_row(each) for each in pairs(report.timings)]
 
 
 def _row_if_known(label: str, dense: int | None, pruned: int | None, show: Callable[[float], str]) -> list[Row]:
     return [] if dense is None or pruned is None else [_row(label, dense, pruned, show)]
 
 
-def pairs(timings: Iterable[Timing]) -> list[tuple[str, tuple[Timing, Timing]]]:
-    """Return (place, (dense, pruned)) for every place in which both models were timed, on the run's one device."""
+@dataclass(frozen=True)
+class Pair:
+    """Both models in one place."""
+
+    place: str
+    dense: Timing
+    pruned: Timing
+    control: Timing | None
+
+    @property
+    def speedup(self) -> Speedup:
+        """How many times as fast the pruned one is."""
+        return speedup(self.dense.samples_ms, self.pruned.samples_ms)
+
+    @property
+    def noise(self) -> float:
+        """The share by which the dense model differs from itself; 0 where that was not measured."""
+        return abs(speedup(self.dense.samples_ms, self.control.samples_ms).ratio - 1) if self.control else 0.0
+
+    def verdict(self) -> str:
+        """Return what this says in words."""
+        return verdict(self.dense.samples_ms, self.pruned.samples_ms, self.noise)
+
+
+def verdict(base: Sequence[float], other: Sequence[float], noise: float) -> str:
+    """Return how many times as fast `other` is as `base`, with its uncertainty, in words.
+
+    Args:
+        base, other: samples that were taken in turns.
+        noise: the share by which equal models differ.
+    """
+    found = speedup(base, other)
+    if found.is_within(noise):
+        return "no measurable difference"
+    return f"{found.ratio:.2f}× as fast ({found.low:.2f} to {found.high:.2f})"
+
+
+def pairs(timings: Iterable[Timing]) -> list[Pair]:
+    """Return every place in which both models were timed, on the run's one device."""
     # A place without its counterpart is left out: half a comparison would be read as a whole one.
     places: dict[str, dict[str, Timing]] = {}
     for timing in timings:
         places.setdefault(f"{timing.backend}, batch {timing.batch_size}", {})[timing.model] = timing
-    return [(place, (both["dense"], both["pruned"])) for place, both in places.items() if len(both) == 2]
+    return [
+        Pair(place, each["dense"], each["pruned"], each.get("control"))
+        for place, each in places.items()
+        if {"dense", "pruned"} <= each.keys()
+    ]
 
 
 def summary(report: Report) -> str:
@@ -133,14 +175,13 @@ def _row(label: str, dense: float, pruned: float, show: Callable[[float], str]) 
     return Row(label, show(dense), show(pruned), f"{(pruned - dense) / dense:+.1%}" if dense else "")
 
 
-def _latency_row(place: str, dense: Timing, pruned: Timing) -> Row:
+def _latency_row(pair: Pair) -> Row:
     # Medians: the mean of a few hundred calls is moved by one that another process interrupted.
-    change = f"{dense.p50_ms / pruned.p50_ms:.2f}× as fast"
-    return Row(f"{place}: p50/p90 ms", _latency(dense), _latency(pruned), change)
+    return Row(f"{pair.place}: p50/p90 ms", _latency(pair.dense), _latency(pair.pruned), pair.verdict())
 
 
 def _latency(timing: Timing) -> str:
-    return f"{milliseconds(timing.p50_ms)}/{milliseconds(timing.p90_ms)}"
+    return f"{milliseconds(timing.p50_ms)}/{milliseconds(timing.percentile_ms(90))}"
 
 
 def _three_digits(value: float) -> str:
