@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from compressor.budget import Budget, Cubic, Limits, Linear, OneShot, PruneResult, Threshold
     from compressor.criteria import CRITERIA, Snapshot
-    from compressor.deploy import export_onnx, load, save
+    from compressor.deploy import LatencyCost, Place, export_onnx, load, save
     from compressor.graph import RULES, ChannelGraph, Group, trace
     from compressor.pruning import Pruner, prune
     from compressor.relevance import RelevanceConfig
@@ -29,9 +29,11 @@ _HOME = {
     "ChannelGraph": "graph",
     "Cubic": "budget",
     "Group": "graph",
+    "LatencyCost": "deploy",
     "Limits": "budget",
     "Linear": "budget",
     "OneShot": "budget",
+    "Place": "deploy",
     "PruneResult": "budget",
     "Pruner": "pruning",
     "RULES": "graph",
@@ -54,9 +56,11 @@ __all__ = [
     "ChannelGraph",
     "Cubic",
     "Group",
+    "LatencyCost",
     "Limits",
     "Linear",
     "OneShot",
+    "Place",
     "PruneResult",
     "Pruner",
     "RelevanceConfig",

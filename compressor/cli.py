@@ -461,17 +461,25 @@ def predict(
 
 
 @app.command()
+def doctor() -> None:
+    """Say which engines really work on this machine, and what to install for the others."""
+    rows = [(each.engine, "works" if each.works else "no", each.says) for each in job.doctor.examine()]
+    _print_table("engines", ("engine", "", "version, or what is missing"), rows, (0, 1, 2))
+
+
+@app.command()
 def benchmark(
     files: Annotated[list[Path], typer.Argument(help=".safetensors or .onnx files to time side by side.")],
     batch_size: Annotated[list[int], typer.Option(min=1, help="Images at once; may be given several times.")] = (1, 32),  # type: ignore[assignment]
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    engine: Annotated[list[str], typer.Option(help="For .onnx files: onnxruntime, openvino.")] = ("onnxruntime",),  # type: ignore[assignment]
     factory: Factory = "",
     image_size: ImageSize = None,
 ) -> None:
-    """Time models in turns, in one run: .safetensors files in PyTorch, .onnx files in onnxruntime."""
+    """Time models in turns, in one run: .safetensors files in PyTorch, .onnx files in onnxruntime or OpenVINO."""
     for size in batch_size:
-        times, noise = job.saved.timed(files, size, device, threads, factory, image_size)
+        times, noise = job.saved.timed(files, size, device, threads, factory, image_size, engine)
         first = next(iter(times.values())).latency.samples_ms
         rows = [
             (

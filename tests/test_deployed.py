@@ -211,3 +211,48 @@ def test_front_matter_is_yaml() -> None:
     found = yaml.safe_load(model_card(made).split("---\n")[1])
     assert found["model-index"][0]["name"] == 'odd: "name"'
     assert found["model-index"][0]["results"][0]["dataset"]["name"] == "a: b"
+
+
+# -- engines
+
+
+def test_the_doctor_runs_every_engine(monkeypatch) -> None:
+    found = {each.engine: each for each in job.doctor.examine()}
+    assert found["torch, cpu"].works
+    assert found["onnxruntime, cpu"].works
+    if not torch.cuda.is_available():
+        assert not found["onnxruntime, cuda"].works
+        assert "needs a GPU with its driver" in found["onnxruntime, cuda"].says
+    monkeypatch.setattr(job.doctor, "has_openvino", lambda: False)
+    said = CliRunner().invoke(app, ["doctor"])
+    assert said.exit_code == 0
+    assert "pip install openvino" in said.stdout
+
+
+def test_an_engine_that_gives_something_else_does_not_work() -> None:
+    tried = job.doctor._tried("odd", lambda: torch.ones(2), "install it", torch.zeros(2))
+    assert (tried.works, tried.says) == (False, "runs, and gives other results (by 1.0e+00)")
+
+
+def test_a_file_is_timed_in_several_engines(run: Path) -> None:
+    pytest.importorskip("openvino")
+    words = ["benchmark", str(run / "model.onnx"), "--batch-size", "2"]
+    said = CliRunner().invoke(app, [*words, "--engine", "openvino", "--engine", "onnxruntime"])
+    assert said.exit_code == 0, said.stderr
+    assert "(openvino)" in said.stdout
+    assert "(onnxruntime)" in said.stdout
+    wrong = CliRunner().invoke(app, [*words, "--engine", "ncnn"])
+    assert wrong.exit_code == 2
+    assert "openvino" in wrong.stderr
+
+
+def test_an_exported_file_is_held_in_openvino_too(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("openvino")
+    from compressor.deploy import parity
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5)).eval(), torch.randn(2, 3, 8, 8)
+    assert "OpenVINO" in compressor.export_onnx(model, tmp_path / "a.onnx", x).providers
+    monkeypatch.setattr(parity, "_openvino_run", lambda path: lambda inputs: [torch.zeros(len(inputs), 5)])
+    with pytest.raises(compressor.errors.ParityError, match="on OpenVINO"):
+        compressor.export_onnx(model, tmp_path / "b.onnx", x)

@@ -249,7 +249,8 @@ def test_a_file_that_onnxruntime_refuses_fails(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_where_no_gpu_was_compared_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "compressor")
-    assert export_onnx(plain(), tmp_path / "m.onnx", torch.randn(1, 3, 8, 8)).providers == ("CPUExecutionProvider",)
+    found = export_onnx(plain(), tmp_path / "m.onnx", torch.randn(1, 3, 8, 8)).providers
+    assert set(found) <= {"CPUExecutionProvider", "OpenVINO"}
     assert "is compared on the CPU only" in caplog.text
 
 

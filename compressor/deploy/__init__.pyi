@@ -13,6 +13,11 @@ from .machine import versions as versions
 from .metadata import ImageModel as ImageModel
 from .model_file import Description as Description
 from .onnx_inputs import example_inputs as example_inputs
+from .openvino_engine import has_openvino as has_openvino
+from .openvino_engine import open_openvino as open_openvino
+from .openvino_engine import openvino_runner as openvino_runner
+from .openvino_engine import openvino_version as openvino_version
+from .parity import first_line as first_line
 from .place import ENGINES as ENGINES
 from .place import Engine as Engine
 from .place import Place as Place

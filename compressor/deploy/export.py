@@ -41,7 +41,7 @@ class ExportReport:
         images: how many examples were compared, the random ones included.
         top1_agreement: share of them with the same top-1 class, in [0, 1]; below 1 only where two classes tie within
             the tolerance. NaN where the first output is not a table of class scores `(B, classes)`.
-        providers: where onnxruntime ran it; each was compared.
+        providers: where it ran, each compared: onnxruntime's providers, OpenVINO.
     """
 
     path: Path
@@ -68,9 +68,9 @@ def export_onnx(
     """Write a model as ONNX, in evaluation mode and with a dynamic batch size, and prove that it is the model.
 
     onnxruntime is held against PyTorch on seven random examples and on `check_inputs`, at batch sizes 1 and 7, on the
-    CPU and on a GPU where there is one: every output within 1e-4 of its scale (in half precision eight units in the
-    last place), and the same top-1 class wherever the model's own choice is clearer than that. The model is left as it
-    was.
+    CPU and on a GPU where there is one, and OpenVINO where it is installed: every output within 1e-4 of its scale (in
+    half precision eight units in the last place), and the same top-1 class wherever the model's own choice is clearer
+    than that. The model is left as it was.
 
     Args:
         model: any module that `torch.export` can follow.

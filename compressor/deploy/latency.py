@@ -9,8 +9,8 @@ Warm-up is not counted, threads are set and reported, a GPU is waited for, and t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import nn
 from compressor._utils import Speedup, device_of, eval_mode, speedup
 from compressor.deploy.machine import describe_machine
 from compressor.deploy.session import open_session
-from compressor.deploy.timing import Latency, Runner, measure, session_runner, torch_runner
+from compressor.deploy.timing import Latency, Runner, measure, session_runner, torch_runner, torch_threads
 from compressor.errors import InputError, RangeError
 
 USUAL_NOISE = 0.03  # the share by which equal models may differ
@@ -98,7 +98,7 @@ def compare(
     comparisons = []
     busy = _busy()
     with ExitStack() as stack:
-        stack.enter_context(_torch_threads(threads))
+        stack.enter_context(torch_threads(threads))
         for model in models.values():
             stack.enter_context(eval_mode(model))
         makers = _makers(models, onnx_files, device, threads)
@@ -165,13 +165,3 @@ def _makers(
         sessions = {name: open_session(Path(path), device, threads=threads) for name, path in onnx_files.items()}
         makers["onnxruntime"] = lambda name, inputs: session_runner(sessions[name], inputs, torch.device(device))
     return makers
-
-
-@contextmanager
-def _torch_threads(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

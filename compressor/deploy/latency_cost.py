@@ -6,13 +6,14 @@ compressor.prune(model, inputs, "l1", compressor.Budget(0.5, cost))
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -23,9 +24,9 @@ from torch.utils._pytree import tree_map
 from compressor.deploy.export import export_onnx
 from compressor.deploy.latency_table import LatencyTable, Progress, Widest
 from compressor.deploy.layers import Layer, fused_layers
+from compressor.deploy.openvino_engine import openvino_runner
 from compressor.deploy.place import Place
-from compressor.deploy.session import open_session
-from compressor.deploy.timing import measure, session_runner
+from compressor.deploy.timing import measure, onnx_runner, torch_runner, torch_threads
 from compressor.errors import InputError
 from compressor.graph import ChannelGraph, Extent
 
@@ -92,12 +93,12 @@ class LatencyCost:
         """Return what measures the whole network as it is then against how it is now, in turns."""
         if not self.is_measured:
             return None
-        before = _Exported(graph, self.place)
+        before = _Frozen(graph, self.place)
 
         def look() -> Measured:
-            now = _Exported(graph, self.place)
-            runners = {"before": before.runner(), "now": now.runner()}
-            times = measure(runners, runs=_RUNS, min_runs=7, warmup=3, budget_s=_SECONDS)
+            runners = {"before": before.runner, "now": _Frozen(graph, self.place).runner}
+            with torch_threads(self.place.threads):
+                times = measure(runners, runs=_RUNS, min_runs=7, warmup=3, budget_s=_SECONDS)
             return Measured(times["before"].p50_ms, times["now"].p50_ms, self.place.describe())
 
         return look
@@ -134,18 +135,21 @@ class Measured:
         )
 
 
-class _Exported:
-    """A network as it is now, in an open session."""
+class _Frozen:
+    """A network as it is now, in its engine."""
 
     def __init__(self, graph: ChannelGraph, place: Place) -> None:
+        inputs = tree_map(lambda tensor: _of(tensor, place.batch), graph.example_inputs)
+        if place.engine == "torch":
+            self.runner = torch_runner(copy.deepcopy(graph.model).eval(), inputs)
+            return
         with TemporaryDirectory() as folder:
             path = Path(folder) / "network.onnx"
             export_onnx(graph.model, path, graph.example_inputs)
-            self._session = open_session(path, "cpu", threads=place.threads)
-        self._inputs = tree_map(lambda tensor: _of(tensor, place.batch), graph.example_inputs)
-
-    def runner(self) -> Any:
-        return session_runner(self._session, self._inputs, torch.device("cpu"))
+            if place.engine == "openvino":
+                self.runner = openvino_runner(path, inputs, place.threads)
+            else:
+                self.runner = onnx_runner(path, inputs, threads=place.threads)
 
 
 def _of(tensor: Tensor, batch: int) -> Tensor:

@@ -24,10 +24,12 @@ import platformdirs
 from numpy.typing import NDArray
 
 from compressor._utils import atomic_write
+from compressor.deploy.eager import torch_ns
 from compressor.deploy.fragments import onnxruntime_ns
 from compressor.deploy.layers import Kind
 from compressor.deploy.machine import describe_machine
-from compressor.deploy.place import Place
+from compressor.deploy.openvino_engine import openvino_ns, openvino_version
+from compressor.deploy.place import Engine, Place
 
 _STEPS = (32, 16, 8, 4, 1)  # channels that a processor may compute at once, by which widths may be aligned
 _AS_GOOD = 1.15  # a step is good if a channel costs at most so much more than at the best one
@@ -36,6 +38,8 @@ _GRID = (1.0, 1.5)  # times powers of two
 
 FloatArray = NDArray[np.float64]
 Progress = Callable[[int, int], None]
+Clock = Callable[[Kind, int, int, int, int], float]
+CLOCKS: dict[Engine, Clock] = {"onnxruntime": onnxruntime_ns, "openvino": openvino_ns, "torch": torch_ns}
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,17 @@ class LatencyTable:
     Args:
         place: where.
         folder: where times are kept; by default the user's cache.
-        measure: takes a kind, two widths, batch and threads, returns nanoseconds.
+        clock: takes a kind, two widths, batch and threads, returns nanoseconds; by default that of the engine.
     """
 
     def __init__(
         self,
         place: Place,
         folder: Path | None = None,
-        measure: Callable[[Kind, int, int, int, int], float] = onnxruntime_ns,
+        clock: Clock | None = None,
     ) -> None:
         self.place = place
-        self._measure = measure
+        self._clock = clock or CLOCKS[place.engine]
         self._path = (folder or _cache()) / f"{_name(place)}.json"
         self._known: dict[str, float] = _read(self._path)
         self._surfaces: list[tuple[Widest, Surface]] = []
@@ -109,9 +113,11 @@ class LatencyTable:
             if known.covers(layer):
                 return surface
         self.prepare([layer])
-        outputs = self._grid(layer.outputs, layer.is_free[1])
+        outputs = self._grid(layer.outputs, layer.is_free[1], layer.kind.groups)
         # One row, whatever comes in, where as many channels go out.
-        inputs = [layer.inputs] if layer.kind.has_one_width else self._grid(layer.inputs, layer.is_free[0])
+        inputs = [layer.inputs]
+        if not layer.kind.has_one_width:
+            inputs = self._grid(layer.inputs, layer.is_free[0], layer.kind.groups)
         times = np.array(
             [[self._known[_key(layer.kind, b if layer.kind.has_one_width else a, b)] for b in outputs] for a in inputs]
         )
@@ -122,12 +128,13 @@ class LatencyTable:
         return surface
 
     def _points(self, layer: Widest) -> list[tuple[Kind, int, int]]:
-        outputs = self._grid(layer.outputs, layer.is_free[1])
+        outputs = self._grid(layer.outputs, layer.is_free[1], layer.kind.groups)
         if layer.kind.has_one_width:
             return [(layer.kind, width, width) for width in outputs]
-        return [(layer.kind, a, b) for a in self._grid(layer.inputs, layer.is_free[0]) for b in outputs]
+        inputs = self._grid(layer.inputs, layer.is_free[0], layer.kind.groups)
+        return [(layer.kind, a, b) for a in inputs for b in outputs]
 
-    def _grid(self, width: int, is_free: bool) -> list[int]:
+    def _grid(self, width: int, is_free: bool, groups: int = 1) -> list[int]:
         """Return the widths at which a layer is measured: multiples of the step, an eighth to all of its own width.
 
         With steps of 16, of a width of 128: 16, 32, 48, 64, 96, 128; of 24: 4, 8, 16, 24.
@@ -138,14 +145,15 @@ class LatencyTable:
         quarters = [max(1, unit // 4), max(1, unit // 2)]
         powers = [round(unit * part * 2**power) for power in range(17) for part in _GRID]
         multiples = [each for each in powers if each % unit == 0]
-        inner = [each for each in sorted({*quarters, *multiples}) if width / _NARROWEST <= each < width]
-        return [*inner, width]
+        # Each group of a grouped convolution is as wide as the others.
+        wanted = {-(-each // max(groups, 1)) * max(groups, 1) for each in (*quarters, *multiples)}
+        return [*(each for each in sorted(wanted) if width / _NARROWEST <= each < width), width]
 
     def _take(self, points: Sequence[tuple[Kind, int, int]], on_progress: Progress) -> None:
         points = [point for point in points if _key(*point) not in self._known]
         for done, (kind, inputs, outputs) in enumerate(points):
             on_progress(done, len(points))
-            self._known[_key(kind, inputs, outputs)] = self._measure(
+            self._known[_key(kind, inputs, outputs)] = self._clock(
                 kind, inputs, outputs, self.place.batch, self.place.threads
             )
         if points:
@@ -205,8 +213,9 @@ def _key(kind: Kind, inputs: int, outputs: int) -> str:
 def _name(place: Place) -> str:
     """Return the name of the file for a place on this machine: other processors and versions have other times."""
     machine = describe_machine()
-    who = hashlib.sha256(f"{machine['cpu']} {machine['cores']} {machine['onnxruntime']}".encode()).hexdigest()[:12]
-    return f"{place.engine}-{machine['onnxruntime']}-cpu-batch{place.batch}-threads{place.threads}-{who}"
+    version = openvino_version() if place.engine == "openvino" else machine[place.engine]
+    who = hashlib.sha256(f"{machine['cpu']} {machine['cores']} {version}".encode()).hexdigest()[:12]
+    return f"{place.engine}-{version}-cpu-batch{place.batch}-threads{place.threads}-{who}"
 
 
 def _cache() -> Path:

@@ -10,7 +10,7 @@ holds for every cut.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -60,6 +60,7 @@ class Kind:
         kernel, stride, padding, dilation: of two dimensions.
         groups: of a convolution; 0: as many as channels, depthwise.
         bias: whether it has one, a folded BatchNorm included.
+        norm: whether a BatchNorm follows it, which engines fold and PyTorch runs.
         followers: what stands behind it.
     """
 
@@ -71,6 +72,7 @@ class Kind:
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
     bias: bool = True
+    norm: bool = False
     followers: tuple[Follower, ...] = ()
 
     @property
@@ -121,8 +123,9 @@ class _Reader:
                 unknown.append(f"{record.op.removeprefix('aten.')} in {record.module or 'the model'}")
                 continue
             kind, inputs, outputs = made
-            followers, biased = self._followers(index)
-            kind = Kind(**{**vars(kind), "bias": kind.bias or biased, "followers": (*kind.followers, *followers)})
+            followers, norm = self._followers(index)
+            followers = [*kind.followers, *followers]
+            kind = replace(kind, bias=kind.bias or norm, norm=norm, followers=tuple(followers))
             layers.append(Layer(record.module, kind, inputs, outputs))
         return layers, unknown
 

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from compressor._utils import as_arguments, batch_size, device_of, named_tensors, tf32_disabled, to_device
+from compressor.deploy.openvino_engine import has_openvino, open_openvino
 from compressor.deploy.session import open_session
-from compressor.errors import InputError
+from compressor.errors import ArtifactError, InputError
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Parity:
         max_abs_difference: largest difference, over all outputs and examples.
         relative: largest difference as a share of its output's scale.
         images: how many examples were compared.
-        providers: where onnxruntime ran them.
+        providers: where they ran: onnxruntime's providers, OpenVINO.
         same_class: `(B,)` for each comparison of class scores, whether the top-1 class was the same.
     """
 
@@ -62,7 +63,8 @@ class Parity:
 
 
 def compare(model: nn.Module, path: Path, examples: list[Any]) -> Parity:
-    """Hold an ONNX file in onnxruntime against a model in evaluation mode, on the CPU and on a usable GPU.
+    """Hold an ONNX file against a model in evaluation mode: in onnxruntime, on the CPU and on a usable GPU, and in
+    OpenVINO where that is installed.
 
     Args:
         model: the model.
@@ -74,6 +76,8 @@ def compare(model: nn.Module, path: Path, examples: list[Any]) -> Parity:
     """
     parity = Parity(images=sum(batch_size(inputs) for inputs in examples))
     runs = {session.get_providers()[0]: _onnx_run(session) for session in _sessions(path)}
+    if has_openvino():
+        runs["OpenVINO"] = _openvino_run(path)
     names = returned_names(model, examples[0])
     for size in BATCH_SIZES:
         # PyTorch once for each size, and every provider against it.
@@ -84,7 +88,7 @@ def compare(model: nn.Module, path: Path, examples: list[Any]) -> Parity:
             try:
                 got = _answers(run, examples, size)
             except Exception as refusal:
-                raise UnequalError(f"onnxruntime does not run it {where}: {first_line(refusal)}") from refusal
+                raise UnequalError(f"it does not run {where}: {first_line(refusal)}") from refusal
             judge(parity, names, expected, got, where, tolerance_of(model))
     parity.providers = tuple(runs)
     return parity
@@ -157,6 +161,19 @@ def _onnx_run(session: Any) -> Run:
     def run(inputs: Any) -> list[Tensor]:
         arrays = [tensor.cpu().numpy() for _, tensor in named_tensors(inputs)]
         return [torch.from_numpy(array) for array in session.run(None, dict(zip(names, arrays, strict=True)))]
+
+    return run
+
+
+def _openvino_run(path: Path) -> Run:
+    try:
+        compiled = open_openvino(path, torch.get_num_threads())
+    except ArtifactError as refusal:
+        raise UnequalError(str(refusal)) from refusal
+
+    def run(inputs: Any) -> list[Tensor]:
+        results = compiled([tensor.cpu().numpy() for _, tensor in named_tensors(inputs)])
+        return [torch.from_numpy(results[slot].copy()) for slot in compiled.outputs]
 
     return run
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from compressor.errors import RangeError, UnknownNameError
 
-Engine = Literal["onnxruntime"]
+Engine = Literal["onnxruntime", "openvino", "torch"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
@@ -16,7 +16,7 @@ class Place:
     """Where a network is to run.
 
     Attributes:
-        engine: "onnxruntime", on the CPU.
+        engine: "onnxruntime", "openvino" or "torch", on the CPU.
         batch: images at once.
         threads: of one operator.
 

@@ -1,3 +1,4 @@
+from . import doctor as doctor
 from . import saved as saved
 from .capacity import require_memory as require_memory
 from .exporting import ExportOptions as ExportOptions

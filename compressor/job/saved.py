@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,11 @@ from compressor.deploy import (
     load,
     measure,
     open_session,
+    openvino_runner,
     session_runner,
     torch_runner,
 )
-from compressor.errors import ArtifactError, InputError
+from compressor.errors import ArtifactError, InputError, UnknownNameError
 from compressor.job.capacity import require_memory, require_threads
 from compressor.job.device import usable_device
 from compressor.training import models
@@ -115,9 +117,15 @@ class Timed:
 
 
 def timed(
-    files: list[Path], batch_size: int, device: str, threads: int, factory: str, image_size: int | None
+    files: list[Path],
+    batch_size: int,
+    device: str,
+    threads: int,
+    factory: str,
+    image_size: int | None,
+    engines: Sequence[str] = ("onnxruntime",),
 ) -> tuple[dict[str, Timed], float]:
-    """Time models in files in turns: .safetensors files in PyTorch, .onnx files in onnxruntime.
+    """Time models in files in turns: .safetensors files in PyTorch, .onnx files in each of the engines.
 
     Returns:
         The times by file, and the share by which the first one, timed once more, differs from itself.
@@ -127,7 +135,12 @@ def timed(
         ArtifactError: a file that cannot be read.
     """
     require_threads(threads)
-    makers = {".safetensors": partial(_in_torch, factory=factory), ".onnx": partial(_in_onnxruntime, threads=threads)}
+    for name in engines:
+        if name not in _ONNX_ENGINES:
+            raise UnknownNameError("engine", name, _ONNX_ENGINES)
+    in_torch = {"torch": partial(_in_torch, factory=factory)}
+    in_engines = {name: partial(_ONNX_ENGINES[name], threads=threads) for name in engines}
+    makers = {".safetensors": in_torch, ".onnx": in_engines}
     for file in files:
         if file.suffix not in makers:
             raise InputError(f"{file} is no model file: give one that ends in {' or '.join(makers)}")
@@ -135,7 +148,11 @@ def timed(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        made = {str(file): makers[file.suffix](file, batch_size, device, image_size) for file in files}
+        made = {
+            f"{file} ({name})" if len(engines) > 1 else str(file): make(file, batch_size, device, image_size)
+            for file in files
+            for name, make in makers[file.suffix].items()
+        }
         runners = [runner for runner, _ in made.values()]
         *own, control = measure(dict(enumerate([*runners, runners[0]]))).values()
         pairs = zip(made.items(), own, strict=True)
@@ -164,6 +181,16 @@ def _in_onnxruntime(file: Path, batch_size: int, device: str, image_size: int | 
     session = _opened(file, device, threads)
     inputs = example_inputs(session, batch_size, image_size, name=str(file), check=require_memory)
     return session_runner(session, inputs, torch.device(device)), tuple(tuple(each.shape) for each in inputs.values())
+
+
+def _in_openvino(file: Path, batch_size: int, device: str, image_size: int | None, *, threads: int) -> _Made:
+    if device != "cpu":
+        raise InputError(f"OpenVINO is timed on the CPU: give --device cpu, or --engine onnxruntime for {device}")
+    inputs = example_inputs(_opened(file, "cpu", 1), batch_size, image_size, name=str(file), check=require_memory)
+    return openvino_runner(file, inputs, threads), tuple(tuple(each.shape) for each in inputs.values())
+
+
+_ONNX_ENGINES = {"onnxruntime": _in_onnxruntime, "openvino": _in_openvino}
 
 
 def _opened(file: Path, device: str, threads: int) -> Any:

@@ -114,7 +114,9 @@ class Settings:
         "Images for BatchNorm statistics anew after a cut; 0: none.",
         f"{RECALIBRATION_IMAGES} with --when after, else 0",
     )
-    target_engine: Engine | None = left_open(Place, "engine", "Latency", "What the network will run in: onnxruntime.")
+    target_engine: Engine | None = left_open(
+        Place, "engine", "Latency", "What the network will run in: onnxruntime, openvino or torch."
+    )
     target_batch: int | None = left_open(Place, "batch", "Latency", "Images at once.")
     target_threads: int | None = left_open(Place, "threads", "Latency", "CPU threads of one operator.")
 

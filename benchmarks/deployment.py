@@ -1,0 +1,227 @@
+"""What pruning, aligned widths, a latency budget and lower precisions are worth in ONNX Runtime on a CPU.
+
+python benchmarks/deployment.py --part widths|accuracy|precision [--data cifar10 --weights FOLDER]
+
+widths: dense, less MACs with any widths and with rounded ones, and half of the latency asked for. accuracy: CIFAR-10 at
+equal measured latency, budgeted by MACs and by latency. precision: float32, float16 and int8, whole and pruned.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from cifar_resnet import data, first_batches, trained
+from results_file import write
+from torch import nn
+from torchvision import models
+
+import compressor
+from compressor.deploy import LatencyCost, Place, export_onnx, lower_precision, measure, onnx_runner
+from compressor.training import evaluate
+from compressor.training.models import build
+
+NETWORKS: dict[str, tuple[Any, int]] = {
+    "resnet18": (models.resnet18, 224),
+    "resnet18, CIFAR stem": (lambda: build("resnet18", classes=10, stem="cifar", seed=0), 32),
+    "mobilenet_v2": (models.mobilenet_v2, 224),
+    "regnet_x_400mf": (models.regnet_x_400mf, 224),
+    "vgg16_bn": (models.vgg16_bn, 224),
+}
+BATCHES = (1, 32)
+BUDGETS: dict[str, dict[str, Any]] = {
+    "MACs -30 %, any widths": {"budget": compressor.Budget(0.3, "macs"), "round_to": 1},
+    "MACs -30 %, multiples of 16": {"budget": compressor.Budget(0.3, "macs"), "round_to": 16},
+    "MACs -50 %, any widths": {"budget": compressor.Budget(0.5, "macs"), "round_to": 1},
+    "MACs -50 %, multiples of 16": {"budget": compressor.Budget(0.5, "macs"), "round_to": 16},
+    "latency -50 % (batch 1)": {"budget": 1},
+    "latency -50 % (batch 32)": {"budget": 32},
+}
+
+
+def main(
+    part: Annotated[str, typer.Option(help="widths, accuracy or precision.")],
+    weights: Annotated[Path | None, typer.Option(help="Folder with NETWORK-cifar10.safetensors.")] = None,
+    source: Annotated[str, typer.Option("--data", help="As for compress --data.")] = "cifar10",
+    networks: Annotated[str, typer.Option(help="Of the widths, with | between them.")] = "|".join(NETWORKS),
+) -> None:
+    """Measure, write, and print where the table is."""
+    torch.set_num_threads(1)
+    if part == "widths":
+        for name in networks.split("|"):
+            path = write(f"deployment-widths-{name.replace(', ', '-').replace(' ', '-')}", widths(name), WIDTHS)
+            print(path, flush=True)
+        return
+    assert weights, "give --weights"
+    rows, note = {"accuracy": (accuracy, ACCURACY), "precision": (precision, PRECISION)}[part]
+    print(write(f"deployment-{part}", rows(source, weights), note))
+
+
+WIDTHS = (
+    "ONNX Runtime on one CPU thread, random weights, L1 norm, the same share of every group. p50 in milliseconds, all "
+    "networks of a table in turns; `again` is the dense network once more: what it differs from `dense` by is noise. "
+    "`realised`: how many times as fast, over how many times fewer MACs. `asked`: of the latency, `predicted` by the "
+    "table of layers, `measured` when it was cut; `table off`: its time for the pruned network against the measured."
+)
+
+
+def widths(name: str) -> list[dict[str, Any]]:
+    """Return a row for each way to cut one network."""
+    make, size = NETWORKS[name]
+    torch.manual_seed(0)
+    dense = make().eval()
+    x = torch.zeros(1, 3, size, size)
+    rows: list[dict[str, Any]] = [{"cut": "dense", "MACs %": 100.0}]
+    with TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        files = {"dense": export_onnx(dense, Path(folder) / "dense.onnx", x).path}
+        rows[0]["export + gate s"] = time.perf_counter() - began
+        for number, (label, how) in enumerate(BUDGETS.items()):
+            model = copy.deepcopy(dense)
+            rows.append(cut(model, x, label, how))
+            files[label] = export_onnx(model, Path(folder) / f"{number}.onnx", x).path
+        for batch in BATCHES:
+            inputs = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+            runners = {label: onnx_runner(path, inputs) for label, path in files.items()}
+            runners["again"] = onnx_runner(files["dense"], inputs)
+            times = measure(runners, runs=100, min_runs=5, budget_s=60)
+            for row in rows:
+                row[f"p50 ms, batch {batch}"] = times[row["cut"]].p50_ms
+                ratio = times["dense"].p50_ms / times[row["cut"]].p50_ms
+                row[f"as fast, batch {batch}"] = ratio
+                row[f"realised, batch {batch}"] = ratio * row["MACs %"] / 100
+                row["n"] = min(row.get("n", 10**6), times["dense"].n)
+            again = times["again"].p50_ms / times["dense"].p50_ms - 1
+            rows[0][f"noise %, batch {batch}"] = 100 * abs(again)
+    return rows
+
+
+def cut(model: nn.Module, x: torch.Tensor, label: str, how: dict[str, Any]) -> dict[str, Any]:
+    """Cut a model, and say how."""
+    if not isinstance(how["budget"], int):
+        found = compressor.prune(model, x, "l1", **how)
+        return {"cut": label, "MACs %": 100 * found.macs[1] / found.macs[0]}
+    cost = LatencyCost(Place(batch=how["budget"]))
+    began = time.perf_counter()
+    cost.count(compressor.trace(model, x))  # so that what the table takes is known
+    table_s = time.perf_counter() - began
+    found = compressor.prune(model, x, "l1", compressor.Budget(0.5, cost))
+    assert found.measured is not None
+    off = next((note.rpartition(": ")[2] for note in found.notes if note.startswith("the layers' table")), "below 10 %")
+    said = {"asked %": 50.0, "predicted %": 100 * found.removed, "measured %": 100 * found.measured}
+    row = {"cut": label, "MACs %": 100 * found.macs[1] / found.macs[0], **said}
+    return {**row, "table off": off, "table s": table_s, "cut s": time.perf_counter() - began - table_s}
+
+
+ACCURACY = (
+    "Trained networks on CIFAR-10, test accuracy in percent. L1 norm, linear compensation and reconstruction over "
+    "1,000 images, no training. `latency` is measured in ONNX Runtime on one CPU thread at batch 32, all networks of "
+    "one kind in turns, as a share of the dense one's. By MACs: multiples of 8 in groups of 64, any width below."
+)
+
+
+def accuracy(source: str, weights: Path) -> list[dict[str, Any]]:
+    """Return a row for each network and budget, by MACs and by latency."""
+    found = data(source)
+    batches = [x for x, _ in first_batches(found, 1000)]
+    x = batches[0][:1]
+    rows = []
+    with TemporaryDirectory() as folder:
+        for network in ("resnet20", "resnet32"):
+            dense = trained(network, weights)
+            files = {"dense": export_onnx(dense, Path(folder) / "dense.onnx", x).path}
+            mine = [{"network": network, "cut": "dense", "MACs %": 100.0, "accuracy": right(dense, found)}]
+            budgets = {f"MACs -{share:.0%}": compressor.Budget(share, "macs") for share in (0.3, 0.4, 0.5, 0.6, 0.7)}
+            budgets |= {
+                f"latency -{share:.0%}": compressor.Budget(share, LatencyCost(Place(batch=32)))
+                for share in (0.3, 0.4, 0.5, 0.6)
+            }
+            for number, (label, budget) in enumerate(budgets.items()):
+                model = copy.deepcopy(dense)
+                cut = compressor.prune(model, x, "l1", budget, rounds=4, calibration=batches, compensate="linear")
+                row = {"network": network, "cut": label, "MACs %": 100 * cut.macs[1] / cut.macs[0]}
+                mine.append({**row, "accuracy": right(model, found)})
+                files[label] = export_onnx(model, Path(folder) / f"{number}.onnx", x).path
+            inputs = batches[0][:32]
+            times = measure({name: onnx_runner(path, inputs) for name, path in files.items()}, runs=200, budget_s=30)
+            for row in mine:
+                row["latency %"] = 100 * times[row["cut"]].p50_ms / times["dense"].p50_ms
+            rows += mine
+    return rows
+
+
+def right(model: nn.Module, found: Any) -> float:
+    """Return the test accuracy in percent."""
+    return 100 * evaluate(model, found.test).accuracy
+
+
+PRECISION = (
+    "ONNX Runtime on one CPU thread; p50 in milliseconds at batch 32, whole and pruned, all precisions in turns. "
+    "int8: static, calibrated on 256 training images. Accuracy of the trained networks on the CIFAR-10 test part; of "
+    "ResNet-18 with random weights only the time. `gate`: what the precision was held to on the validation part."
+)
+
+
+def precision(source: str, weights: Path) -> list[dict[str, Any]]:
+    """Return a row for each network and precision."""
+    found = data(source)
+    batches = [x for x, _ in first_batches(found, 1000)]
+    calibration = [x.numpy() for x, _ in first_batches(found, 300)][:3]
+    check = [(x.numpy(), y.numpy()) for x, y in found.validation.batches(500)]
+    test = [(x.numpy(), y.numpy()) for x, y in found.test.batches(500)]
+    rows = []
+    with TemporaryDirectory() as folder:
+        for network in ("resnet20", "resnet32"):
+            dense = trained(network, weights)
+            pruned = copy.deepcopy(dense)
+            half = compressor.Budget(0.5, LatencyCost(Place(batch=32)))
+            compressor.prune(pruned, batches[0][:1], "l1", half, rounds=4, calibration=batches, compensate="linear")
+            for label, model in (("dense", dense), ("latency -50 %", pruned)):
+                rows += in_precisions(f"{network}, {label}", model, batches[0][:32], folder, calibration, check, test)
+        torch.manual_seed(0)
+        noise = torch.randn(32, 3, 224, 224)
+        model = models.resnet18().eval()
+        some = [(noise.numpy(), model(noise).argmax(1).numpy())]
+        rows += in_precisions("resnet18, 224 pixels", model, noise, folder, [noise.numpy()], some, [])
+    return rows
+
+
+def in_precisions(
+    name: str, model: nn.Module, inputs: torch.Tensor, folder: str, calibration: list, check: list, test: list
+) -> list[dict[str, Any]]:
+    """Return a row for each precision of one network."""
+    whole = export_onnx(model, Path(folder) / "whole.onnx", inputs[:2]).path
+    files, rows = {"fp32": whole}, []
+    said: dict[str, str] = {"fp32": ""}
+    for each in ("fp16", "int8"):
+        tolerance = {} if test else {"tolerance": 0.99}  # random weights: every class is as likely
+        made = lower_precision(
+            whole, Path(folder) / f"{each}.onnx", each, check=check, calibration=calibration, **tolerance
+        )
+        files[each] = made.path
+        said[each] = f"cosine {made.cosine:.5f}, top-1 {made.top1_agreement:.2%}" + (
+            f", {made.whole_accuracy:.2%} to {made.accuracy:.2%}" if test else ""
+        )
+    times = measure({each: onnx_runner(path, inputs) for each, path in files.items()}, runs=100, budget_s=30)
+    for each, path in files.items():
+        row: dict[str, Any] = {"network": name, "precision": each, "kB": path.stat().st_size / 1e3}
+        row |= {"p50 ms": times[each].p50_ms, "as fast": times["fp32"].p50_ms / times[each].p50_ms, "n": times[each].n}
+        rows.append({**row, "accuracy": file_accuracy(path, test) if test else "", "gate": said[each]})
+    return rows
+
+
+def file_accuracy(path: Path, test: list) -> float:
+    """Return the accuracy of an ONNX file in percent."""
+    session = compressor.deploy.open_session(path)
+    name = session.get_inputs()[0].name
+    return float(100 * np.mean(np.concatenate([session.run(None, {name: x})[0].argmax(1) == y for x, y in test])))
+
+
+if __name__ == "__main__":
+    typer.run(main)
