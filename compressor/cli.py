@@ -188,6 +188,9 @@ def compress(
     if made.dense.onnx_size_bytes is None or made.pruned.onnx_size_bytes is None:
         typer.echo("compress: a model could not be exported to ONNX, see the notes above", err=True)
         raise typer.Exit(1)
+    if any(each.missed for each in made.lowered):
+        typer.echo(f"compress: a model misses the gate of {settings.precision}, see the notes above", err=True)
+        raise typer.Exit(1)
 
 
 def _flags(**values: object) -> list[str]:

@@ -49,7 +49,8 @@ def test_the_run_folder_holds_what_it_should_and_nothing_else(finished) -> None:
     settings, made, _ = finished
     folder = Path(settings.out)
     names = {path.name for path in folder.iterdir()}
-    assert names == {*folders.MODELS, *folders.RECORDS, *folders.REPORTS, "README.md", "checkpoint", ".lock"}
+    models = {*folders.MODELS} - {*folders.LOWERED}
+    assert names == {*models, *folders.RECORDS, *folders.REPORTS, "README.md", "checkpoint", ".lock"}
     assert made.files == {name: (folder / name).stat().st_size for name in made.files}
     assert report.read(folder) == made
 
@@ -245,7 +246,7 @@ def test_latency_goes_without_onnxruntime_where_it_cannot_use_the_device(tmp_pat
     settings, data = Settings.from_options(DURING), datasets.load_data("digits")
     notes = list[str]()
     files = {"dense": tmp_path / "dense.onnx"}
-    timings = results._timings(settings, data, {"dense": tiny(10)}, files, lambda *step: None, notes)
+    timings = results._timings(settings, data, {"dense": tiny(10)}, (files, {}), lambda *step: None, notes)
     assert (timings, notes) == ((), ["onnxruntime cannot run on 'cuda' here"])
 
 

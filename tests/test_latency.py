@@ -154,7 +154,7 @@ def test_models_are_timed_side_by_side_in_every_place(tmp_path: Path) -> None:
         export_onnx(models[name], path, torch.randn(1, 3, 8, 8))
     before = {name: {k: v.clone() for k, v in model.state_dict().items()} for name, model in models.items()}
     random = torch.get_rng_state()
-    report = compare(models, (3, 8, 8), onnx_files=files, batch_sizes=(1, 3), runs=6, budget_s=30)
+    report = compare(models, (3, 8, 8), onnx_files={"onnxruntime": files}, batch_sizes=(1, 3), runs=6, budget_s=30)
     places = [(each.backend, each.device, each.batch_size) for each in report.comparisons]
     assert places == [("torch", "cpu", 1), ("torch", "cpu", 3), ("onnxruntime", "cpu", 1), ("onnxruntime", "cpu", 3)]
     for each in report.comparisons:
@@ -213,7 +213,10 @@ def test_equal_times_cannot_be_told_apart() -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"onnx_files": {"b": "x.onnx"}}, r"onnx_files are of \['b'\], and the models \['a'\]: give a file for each"),
+        (
+            {"onnx_files": {"onnxruntime": {"b": "x.onnx"}}},
+            r"onnx_files are of \['b'\], and the models \['a'\]: give a file for each",
+        ),
         ({"device": "cuda"}, r"model 'a' is on cpu, and device is 'cuda': move it with model\.to\('cuda'\)"),
         ({"threads": 0}, "threads = 0 is out of range: give threads in 1, 2, 3"),
         ({"batch_sizes": (1, 0)}, "batch size = 0 is out of range"),

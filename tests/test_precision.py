@@ -17,12 +17,13 @@ from torch import nn
 from typer.testing import CliRunner
 
 import compressor
-from compressor import job
+from compressor import job, report
 from compressor.cli import app
 from compressor.deploy import lower_precision, open_session
 from compressor.deploy.precision import _cosines
 from compressor.errors import ArtifactError, InputError, ParityError, RangeError, UnknownNameError
 from compressor.job import Settings
+from compressor.report import tables
 
 BLOBS = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
 
@@ -190,7 +191,35 @@ def test_what_cannot_be_lowered_is_said(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.onnx", "two.onnx", "whole.onnx"]
 
 
-# -- the command
+# -- the run and the command
+
+
+def test_a_run_leaves_both_models_in_int8_and_says_what_that_cost(tmp_path: Path) -> None:
+    given = {"model": "user_models:tiny", "epochs": 2, "criterion": "l1", "finetune-epochs": 1, "sparsity": 0.3}
+    more = {"precision": "int8", "tolerance": 0.1, "out": str(tmp_path / "run")}
+    made = job.run(Settings.from_options({**given, **more}))
+    assert [each.file for each in made.lowered] == ["dense.int8.onnx", "model.int8.onnx"]
+    for each, name in zip(made.lowered, ("dense", "pruned"), strict=True):
+        assert each.size_bytes == (tmp_path / "run" / each.file).stat().st_size
+        assert not each.missed
+        assert each.accuracy == pytest.approx(getattr(made, name).accuracy, abs=0.1)
+    assert "onnxruntime int8" in {timing.backend for timing in made.timings}
+    rows = {row.label: row for row in tables.comparison(made)}
+    assert rows["test accuracy in int8"].pruned == f"{made.lowered[1].accuracy:.2%}"
+    assert report.read(tmp_path / "run") == made
+
+
+def test_a_run_whose_int8_misses_the_gate_says_so(tmp_path: Path, monkeypatch) -> None:
+    def refuse(source: Path, target: Path, *rest: object) -> None:
+        raise ParityError("it is wrong", str(target), "Try again")
+
+    monkeypatch.setattr("compressor.job.results.lower_on", refuse)
+    words = ["--model", "user_models:tiny", "--epochs", 1, "--criterion", "l1", "--sparsity", 0.3]
+    code, said = compress(*words, "--precision", "int8", "--out", tmp_path / "run")
+    assert code == 1
+    assert "misses the gate of int8" in said
+    rows = {row.label: row for row in tables.comparison(report.read(tmp_path / "run"))}
+    assert (rows["test accuracy in int8"].dense, rows["model.int8.onnx"].pruned) == ("-", "-")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Models side by side, in PyTorch and in onnxruntime: dense and pruned take turns in one run.
 
-    report = compare({"dense": dense, "pruned": pruned}, (3, 32, 32), onnx_files={"dense": ..., "pruned": ...})
+    report = compare({"dense": dense, "pruned": pruned}, (3, 32, 32),
+                     onnx_files={"onnxruntime": {"dense": "dense.onnx", "pruned": "small.onnx"}})
     report.comparisons[0].speedup("pruned").ratio
 
 Warm-up is not counted, threads are set and reported, a GPU is waited for, and the machine is named.
@@ -12,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,7 @@ def compare(
     models: Mapping[str, nn.Module],
     example_shape: Sequence[int],
     *,
-    onnx_files: Mapping[str, str | Path] | None = None,
+    onnx_files: Mapping[str, Mapping[str, str | Path]] | None = None,
     batch_sizes: Sequence[int] = (1, 32),
     device: str = "cpu",
     threads: int = 1,
@@ -81,7 +83,7 @@ def compare(
     Args:
         models: by name, the model that the others are compared with first; left as they were.
         example_shape: of one example without the batch, `(3, 32, 32)` say; the values are random.
-        onnx_files: the exported file of each model.
+        onnx_files: by backend, `onnxruntime` or `onnxruntime int8` say, the exported file of each model.
         batch_sizes: how many examples at once.
         device: "cpu", "cuda" or "cuda:N", where the models already are.
         threads: CPU threads.
@@ -135,13 +137,14 @@ def _noisy(comparison: Comparison) -> list[str]:
 
 def _check_comparison(
     models: Mapping[str, nn.Module],
-    onnx_files: Mapping[str, str | Path] | None,
+    onnx_files: Mapping[str, Mapping[str, str | Path]] | None,
     batch_sizes: Sequence[int],
     device: str,
     threads: int,
 ) -> None:
-    if onnx_files and onnx_files.keys() != models.keys():
-        raise InputError(f"onnx_files are of {list(onnx_files)}, and the models {list(models)}: give a file for each")
+    for files in (onnx_files or {}).values():
+        if files.keys() != models.keys():
+            raise InputError(f"onnx_files are of {list(files)}, and the models {list(models)}: give a file for each")
     for name, model in models.items():
         # The kind only: "cuda" and "cuda:0" are one place.
         if (found := device_of(model)).type != torch.device(device).type:
@@ -154,14 +157,21 @@ def _check_comparison(
 
 
 def _makers(
-    models: Mapping[str, nn.Module], onnx_files: Mapping[str, str | Path] | None, device: str, threads: int
+    models: Mapping[str, nn.Module],
+    onnx_files: Mapping[str, Mapping[str, str | Path]] | None,
+    device: str,
+    threads: int,
 ) -> dict[str, Callable[[str, Any], Runner]]:
     """Return, by backend, what makes the runner of a model for some inputs; files that cannot run fail here."""
     makers: dict[str, Callable[[str, Any], Runner]] = {
         "torch": lambda name, inputs: torch_runner(models[name], inputs),
     }
-    if onnx_files:
+    for backend, files in (onnx_files or {}).items():
         # Opened once for all batch sizes, and before PyTorch is timed: a minute later would be late for bad news.
-        sessions = {name: open_session(Path(path), device, threads=threads) for name, path in onnx_files.items()}
-        makers["onnxruntime"] = lambda name, inputs: session_runner(sessions[name], inputs, torch.device(device))
+        sessions = {name: open_session(Path(path), device, threads=threads) for name, path in files.items()}
+        makers[backend] = partial(_in_session, sessions, torch.device(device))
     return makers
+
+
+def _in_session(sessions: Mapping[str, Any], device: torch.device, name: str, inputs: Any) -> Runner:
+    return session_runner(sessions[name], inputs, device)

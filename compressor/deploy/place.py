@@ -1,4 +1,4 @@
-"""Where a network is to run: what a latency is a latency of."""
+"""Where and in which precision a network is to run; no torch here, the command line's help reads these names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from compressor.errors import RangeError, UnknownNameError
 
 Engine = Literal["onnxruntime", "openvino", "torch"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
+Precision = Literal["fp32", "fp16", "int8"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+Target = Literal["x86-vnni", "x86", "arm", "tensorrt"]  # of int8
+TARGETS: tuple[Target, ...] = get_args(Target)
+TOLERANCE = 0.01  # of accuracy, that int8 may lose
 
 
 @dataclass(frozen=True)

@@ -20,20 +20,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
 from compressor._utils import atomic_write
+from compressor.deploy.place import PRECISIONS, TARGETS, TOLERANCE, Precision, Target
 from compressor.deploy.session import open_session
 from compressor.errors import ArtifactError, InputError, ParityError, RangeError, UnknownNameError
 
-Precision = Literal["fp32", "fp16", "int8"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
-Target = Literal["x86-vnni", "x86", "arm", "tensorrt"]
-TARGETS: tuple[Target, ...] = get_args(Target)
-
-TOLERANCE = 0.01  # of accuracy
 LEAST_COSINE = 0.9999  # between the outputs of float16 and those of float32
 LEAST_AGREEMENT = 0.99  # of their top-1 classes
 _RANKED_IMAGES = 64  # on which layers are tried one at a time

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 from compressor import criteria
 from compressor.budget import MEASURES
+from compressor.deploy import PRECISIONS
 from compressor.errors import InputError, UnknownNameError
 from compressor.job.options import as_typed
 from compressor.sparse import Method
@@ -49,7 +50,12 @@ def require_names(given: Values) -> None:
     elif given["criterion"] not in criterion_names():
         raise UnknownNameError("criterion", given["criterion"], criterion_names())
     measures = (*MEASURES, "latency")
-    for name, known in (("stem", ("imagenet", "cifar")), ("when", ("during", "after")), ("measure", measures)):
+    for name, known in (
+        ("stem", ("imagenet", "cifar")),
+        ("when", ("during", "after")),
+        ("measure", measures),
+        ("precision", PRECISIONS),
+    ):
         if given[name] is not None and given[name] not in known:
             raise UnknownNameError(name, given[name], known)
 
@@ -107,6 +113,7 @@ def idle_options(given: Values) -> dict[str, str]:
         "reconstruct": "--when during" if is_during(given) and given["reconstruct"] else "",
         **dict.fromkeys(relevance, "" if observing else unobserved),
         **dict.fromkeys(("target_engine", "target_batch", "target_threads"), unmeasured),
+        "tolerance": "" if given["precision"] == "int8" else f"--precision {given['precision']}",
         "granularity": "" if sparse else criterion,
         **dict.fromkeys(("compensate", "recalibrate", "verify"), criterion if sparse else ""),
         **dict.fromkeys(("round_to", "keep", "only", "sparsity_by_pattern"), weights),

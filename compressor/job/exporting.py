@@ -156,6 +156,16 @@ def lower_on(
     return lower_precision(source, target, precision, check=check, calibration=calibration, target=machine, **given)
 
 
+def accuracy_of(path: Path, part: Split, says: ImageModel) -> float:
+    """Return the share of a part's images that an ONNX file gets right."""
+    session = open_session(path)
+    name = session.get_inputs()[0].name
+    found = [
+        (session.run(None, {name: images})[0].argmax(1) == labels) for images, labels in _arrays(part, says, len(part))
+    ]
+    return float(np.concatenate(found).mean())
+
+
 def _arrays(part: Split, says: ImageModel, images: int, *, shuffled: bool = False) -> Iterator[tuple[Array, Array]]:
     """Return batches of images as the file takes them, with their classes."""
     import torch

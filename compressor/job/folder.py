@@ -19,16 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from compressor._utils import atomic_write, remove_unfinished
+from compressor.deploy import PRECISIONS
 from compressor.errors import InputError, RunFolderError
 from compressor.job.options import read_toml
 from compressor.job.settings import Settings, option_kinds
 from compressor.training import NEWEST, PREVIOUS
 
-MODELS = ("model.safetensors", "model.onnx", "dense.safetensors", "dense.onnx")
+LOWERED = tuple(f"{name}.{kind}.onnx" for kind in PRECISIONS[1:] for name in ("model", "dense"))
+MODELS = ("model.safetensors", "model.onnx", "dense.safetensors", "dense.onnx", *LOWERED)
 RECORDS = (_CONFIG, _METRICS) = ("config.toml", "metrics.jsonl")
 REPORTS = ("report.html", "report.md", "report.json")
 _CHECKPOINTS = "checkpoint"
-_FAILED = ("model.failed.onnx", "dense.failed.onnx")
+_FAILED = tuple(name.replace(".onnx", ".failed.onnx") for name in MODELS if name.endswith(".onnx"))
 _LOCK = ".lock"
 _HOLDER = ".lock.txt"
 # Every config.toml of a run has all of these; a file of somebody else's with one of them makes no folder a run.

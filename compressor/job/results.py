@@ -25,6 +25,7 @@ from compressor.deploy import (
 )
 from compressor.errors import ExportError, InputError, ParityError
 from compressor.graph import ChannelGraph
+from compressor.job.exporting import accuracy_of, lower_on
 from compressor.job.folder import MODELS, RECORDS
 from compressor.job.settings import Settings
 from compressor.job.stages import Progress, Trained
@@ -62,7 +63,9 @@ def finish(
     }
     exports = {name: export for name, export in tried.items() if export}
     files = {name: export.path for name, export in exports.items()}
-    timings = _timings(settings, data, models, files, on_progress, notes) if with_timings else ()
+    lowered = [_lowered(settings, files[name], data, image_model) for name in files if settings.precision != "fp32"]
+    small = {name: folder / each.file for name, each in zip(files, lowered, strict=False) if not each.missed}
+    timings = _timings(settings, data, models, (files, small), on_progress, notes) if with_timings else ()
     figures = {name: _figures(settings, data, trained, name, folder, notes, seen[name]) for name in models}
     made = report.Report(
         name=folder.resolve().name,
@@ -78,7 +81,8 @@ def finish(
         timings=timings,
         parity=tuple(_parity(export) for export in exports.values()),
         files={name: (folder / name).stat().st_size for name in (*MODELS, *RECORDS) if (folder / name).exists()},
-        notes=(*graph.notes, *trained.result.notes, *notes),
+        notes=(*graph.notes, *trained.result.notes, *notes, *(each.missed for each in lowered if each.missed)),
+        lowered=tuple(lowered),
         **figures,
     )
     report.write(made, folder)
@@ -139,6 +143,20 @@ def _export(
     return made
 
 
+def _lowered(settings: Settings, whole: Path, data: Data, says: ImageModel) -> report.Lowered:
+    """Bring an ONNX file to the run's precision, and measure it on the test part; a missed gate is said, not raised."""
+    target = whole.with_suffix(f".{settings.precision}.onnx")
+    try:
+        made = lower_on(whole, target, settings.precision, data, says, settings.tolerance)
+    except ParityError as error:
+        target.unlink(missing_ok=True)  # of an earlier try
+        return report.Lowered(target.name, settings.precision, math.nan, 0, math.nan, (), f"no {target.name}: {error}")
+    accuracy = accuracy_of(target, data.test, says)
+    return report.Lowered(
+        target.name, settings.precision, accuracy, made.size_bytes, made.top1_agreement, made.left_whole
+    )
+
+
 def _images(part: Split) -> Tensor:
     """Return the first images of a part, normalised, `(B, C, H, W)`."""
     return next(iter(part.batches(CHECK_IMAGES)))[0]
@@ -177,7 +195,7 @@ def _timings(
     settings: Settings,
     data: Data,
     models: Mapping[str, nn.Module],
-    files: Mapping[str, Path],
+    files: tuple[Mapping[str, Path], Mapping[str, Path]],
     on_progress: Progress,
     notes: list[str],
 ) -> tuple[report.Timing, ...]:
@@ -187,7 +205,8 @@ def _timings(
     )
     on_progress("latency", 0, 1)
     try:
-        measured = compare(onnx_files=files if len(files) == len(models) else None)
+        kinds = {"onnxruntime": files[0], f"onnxruntime {settings.precision}": files[1]}
+        measured = compare(onnx_files={kind: each for kind, each in kinds.items() if len(each) == len(models)})
     except InputError as error:
         measured = compare()
         notes.append(str(error))

@@ -25,7 +25,7 @@ from compressor.budget import (
     SelectionOptions,
     Threshold,
 )
-from compressor.deploy import Engine, Place
+from compressor.deploy import TOLERANCE, Engine, Place, Precision
 from compressor.errors import InputError, RangeError, UnknownNameError
 from compressor.job.checks import OBSERVING, is_during, is_sparse, observes, require_effects, require_names
 from compressor.job.device import usable_device
@@ -181,6 +181,9 @@ class Settings:
         "a twentieth of the training, 0 for source",
     )
 
+    precision: Precision = option("fp32", "Run", "Of ONNX files beside those in float32: fp16, int8.")
+    tolerance: float | None = option(None, "Run", "Accuracy that int8 may lose, in [0, 1).", f"{TOLERANCE}")
+
     seed: int = from_config(TrainingConfig, "seed", "Run", "Seed of everything that draws.")
     device: str = option("auto", "Run", "cpu, cuda, cuda:1, ..., or auto: a GPU if there is one.")
     out: str = option("", "Run", "The run folder.", "runs/MODEL-DATA-CRITERION-SPARSITY-SEED")
@@ -215,6 +218,7 @@ class Settings:
             "finetune_epochs": ("0, 1, 2, ...", (self.finetune_epochs or 0) >= 0),
             "epochs": ("1, 2, 3, ...; 0 with --when after", trains),
             "rounds": (f"1 to {MOST_ROUNDS}", 1 <= self.rounds <= MOST_ROUNDS),
+            "tolerance": ("[0, 1)", 0 <= (self.tolerance or 0) < 1),
             "prune_every": ("1, 2, 3, ...", self.prune_every is None or self.prune_every >= 1),
         }
         for name, (text, holds) in allowed.items():

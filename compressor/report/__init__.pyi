@@ -6,6 +6,7 @@ from .document import Figures as Figures
 from .document import FrozenLayer as FrozenLayer
 from .document import Goal as Goal
 from .document import Layer as Layer
+from .document import Lowered as Lowered
 from .document import Parity as Parity
 from .document import Report as Report
 from .document import Timing as Timing

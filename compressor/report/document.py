@@ -177,6 +177,29 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class Lowered:
+    """An ONNX file in a lower precision, and what that cost.
+
+    Attributes:
+        file: its name.
+        precision: "fp16" or "int8".
+        accuracy: share of right answers on the test split, in [0, 1].
+        size_bytes: of the file.
+        top1_agreement: share of validation images with the class of the float32 file.
+        left_whole: layers that stayed in float32.
+        missed: what the gate refused it for, empty where it passed.
+    """
+
+    file: str
+    precision: str
+    accuracy: float
+    size_bytes: int
+    top1_agreement: float
+    left_whole: tuple[str, ...] = ()
+    missed: str = ""
+
+
+@dataclass(frozen=True)
 class Report:
     """One run, complete: everything that the tables, the pictures and the page show.
 
@@ -193,6 +216,7 @@ class Report:
         timings, parity: of both models.
         files: size in bytes of each file of the run folder, by name.
         notes: what the reader should know besides.
+        lowered: both models in a lower precision, where that was asked for.
     """
 
     name: str
@@ -211,3 +235,4 @@ class Report:
     parity: tuple[Parity, ...]
     files: dict[str, int]
     notes: tuple[str, ...] = ()
+    lowered: tuple[Lowered, ...] = ()

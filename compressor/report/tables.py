@@ -45,7 +45,28 @@ def comparison(report: Report) -> list[Row]:
         _row("model.safetensors", dense.size_bytes, pruned.size_bytes, size),
         *_row_if_known("model.onnx", dense.onnx_size_bytes, pruned.onnx_size_bytes, size),
     ]
-    return rows + [_latency_row(each) for each in pairs(report.timings)]
+    return [*rows, *_lowered_rows(report), *(_latency_row(each) for each in pairs(report.timings))]
+
+
+def _lowered_rows(report: Report) -> list[Row]:
+    """Return accuracy and size of both models in a lower precision; a file that missed its gate has a dash."""
+    by_file = {each.file.partition(".")[0]: each for each in report.lowered}
+    if not by_file:
+        return []
+    dense, pruned = (by_file.get(name) for name in ("dense", "model"))
+    kind = report.lowered[0].precision
+    points = 100 * (pruned.accuracy - dense.accuracy) if dense and pruned else math.nan
+    accuracies = [f"{each.accuracy:.2%}" if each and not each.missed else "-" for each in (dense, pruned)]
+    sizes = [size(each.size_bytes) if each and not each.missed else "-" for each in (dense, pruned)]
+    return [
+        Row(
+            f"test accuracy in {kind}",
+            accuracies[0],
+            accuracies[1],
+            "" if math.isnan(points) else f"{points:+.2f} points",
+        ),
+        Row(f"model.{kind}.onnx", sizes[0], sizes[1], ""),
+    ]
 
 
 def _row_if_known(label: str, dense: int | None, pruned: int | None, show: Callable[[float], str]) -> list[Row]:
