@@ -68,6 +68,10 @@ class CostModel:
         """
         return int(self._sum(measure)(self._counts(kept))[0])
 
+    def rows(self, measure: str | Cost, kept: IntArray) -> IntArray:
+        """Return the counts, `(B,)`, of many choices at once: `(B, G)` kept channels in the order of the groups."""
+        return self._sum(measure)(kept)
+
     def per_channel(self, measure: str | Cost, kept: Mapping[str, int]) -> dict[str, float]:
         """Return what one channel of each group costs now: the difference that keeping one channel less makes.
 

@@ -2,7 +2,8 @@
 
 All channels that may go stand in one queue, the least worth keeping first. The shortest front of the queue whose
 removal meets the budget goes; bisection on the closed-form costs finds it. The last one to go may have cost far more
-than was still missing: what fits into that room comes back, the best first.
+than was still missing: what fits into that room comes back, the best first. A cost that falls in steps, a latency, is
+met by steps instead of channels (`stairs`).
 
 Shape letters: G groups that have scores, C channels of a group, Q channels in the queue.
 """
@@ -19,9 +20,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compressor.budget.budget import Budget
+from compressor.budget.budget import Budget, Cost
 from compressor.budget.costs import CostModel
 from compressor.budget.options import SelectionOptions
+from compressor.budget.stairs import Price, step_down
 from compressor.budget.widths import IntArray, Widths, fixed_counts
 from compressor.errors import ScoreError, UnknownNameError
 from compressor.graph import ChannelGraph, Group
@@ -63,7 +65,8 @@ def select(
 ) -> Selection:
     """Choose the channels to keep: as many as the budget allows.
 
-    Allocated "global", not one step of any group could come back, "uniform", not one of the group that went last.
+    Allocated "global", not one step of any group could come back, "uniform", not one of the group that went last. Of
+    a latency, nothing could come back; "uniform" then means that a share of one group is worth as much as of another.
 
     Args:
         graph: whose groups are to lose channels.
@@ -108,10 +111,14 @@ def select(
     def fits(gone: IntArray) -> bool:
         return costs.measure(budget.measure, kept(gone)) <= goal
 
-    queue = _queue(keys, widths.sizes - widths.lowest)
-    # Where the cost falls in steps, what stands between two of them comes back for nothing.
-    refill = options.allocate != "uniform" or not isinstance(budget.measure, str)
-    counts = kept(_gone(queue, len(free), fits, refill=refill))
+    if isinstance(budget.measure, str):
+        queue = _queue(keys, widths.sizes - widths.lowest)
+        counts = kept(_gone(queue, len(free), fits, refill=options.allocate != "uniform"))
+    else:
+        price = _priced(costs, budget.measure, graph, free, fixed)
+        shares_lost = [key / len(key) for key in keys] if options.allocate == "uniform" else keys
+        stayed = step_down(shares_lost, widths, price, goal)
+        counts = fixed | dict(zip((group.name for group in free), stayed.tolist(), strict=True))
     after = costs.measure(budget.measure, counts)
     return Selection(
         keep=_keep(groups, orders, counts),
@@ -122,6 +129,22 @@ def select(
         after=after,
         blocked=() if after <= goal else _blocked(graph, budget, costs, counts, options, shares),
     )
+
+
+def _priced(
+    costs: CostModel, measure: Cost, graph: ChannelGraph, free: Sequence[Group], fixed: Mapping[str, int]
+) -> Price:
+    """Return what prices rows of widths of the groups that serve the budget, all others as they are."""
+    names = list(graph.sizes())
+    usual = np.array([fixed.get(name, size) for name, size in graph.sizes().items()], dtype=np.int64)
+    columns = [names.index(group.name) for group in free]
+
+    def price(kept: IntArray) -> IntArray:
+        rows = np.repeat(usual[None], len(kept), axis=0)
+        rows[:, columns] = kept
+        return costs.rows(measure, rows)
+
+    return price
 
 
 # -- who goes first
