@@ -150,8 +150,8 @@ def _priced(
 def _alike(size: int, width: int) -> FloatArray:
     """Return what losing each channel costs a group, `(C,)`, if every group counts alike: ever more, the fewer are left.
 
-    The loss of a share of a group's whole width goes with its fourth power. With the square, a ResNet-20 that saves a
-    fifth of its latency takes three quarters of one group and keeps 77 % on CIFAR-10, with the fourth power 88 %.
+    The loss of a share of a group's whole width goes with its fourth power. With the square, a ResNet-20 that saves
+    a fifth of its latency takes three quarters of one group and keeps 77 % on CIFAR-10; with the fourth power 88 %.
     """
     place = (width - size + np.arange(size) + 0.5) / width
     return place**3 / width
