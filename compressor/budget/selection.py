@@ -148,7 +148,7 @@ def _priced(
 
 
 def _alike(size: int, width: int) -> FloatArray:
-    """Return what losing each channel costs a group, `(C,)`, if every group counts alike: ever more, the fewer are left.
+    """Return what losing each channel costs a group, `(C,)`, if all groups count alike: the more, the fewer are left.
 
     The loss of a share of a group's whole width goes with its fourth power. With the square, a ResNet-20 that saves
     a fifth of its latency takes three quarters of one group and keeps 77 % on CIFAR-10; with the fourth power 88 %.
