@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressor.budget import Limits
-from compressor.errors import InputError, RangeError, UnknownNameError
+from compressor.errors import CompressorError, InputError, RangeError, UnknownNameError
 from compressor.job import Settings, option_kinds, read_toml
 
 whole = st.integers(min_value=2, max_value=10_000)
@@ -246,3 +246,31 @@ def test_a_file_that_is_missing_or_no_toml_is_refused(tmp_path: Path) -> None:
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().epochs = 3  # type: ignore[misc]
+
+
+def test_a_latency_is_asked_for_with_its_place() -> None:
+    settings = Settings(measure="latency", target_batch=8, when="after", criterion="l1")
+    assert (settings.target_engine, settings.target_batch, settings.target_threads) == ("onnxruntime", 8, 1)
+    budget = settings.budget()
+    assert budget.counts == "latency"
+    assert budget.measure.place.batch == 8
+    assert Settings.from_options(settings.given()) == settings
+    assert "--measure latency" in settings.command()
+    assert "--target-batch 8" in settings.command()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"target_batch": 8}, "--target-batch has no effect with --measure params"),
+        ({"measure": "latency", "target_batch": 0}, "target-batch = 0 is out of range"),
+        ({"measure": "latency", "target_engine": "ncnn"}, "onnxruntime"),
+        ({"measure": "time"}, "latency"),
+        ({"precision": "int4"}, "int8"),
+        ({"tolerance": 0.1}, "--tolerance has no effect with --precision fp32"),
+        ({"precision": "int8", "tolerance": 1.0}, "tolerance = 1.0 is out of range"),
+    ],
+)
+def test_odd_places_and_precisions_are_refused(given: dict, message: str) -> None:
+    with pytest.raises(CompressorError, match=message):
+        Settings(**given)

@@ -203,7 +203,10 @@ class Settings:
             ):
                 component()
         except RangeError as error:
-            raise RangeError(as_typed(error.name), error.value, error.allowed) from error
+            # Fields of a config may have another name than their option: batch, --target-batch.
+            option_of = {at.name: name for name, at in _origins().items()}
+            name = option_of.get(error.name, error.name)
+            raise RangeError(as_typed(name), error.value, error.allowed) from error
         self._require_ranges()
         require_effects(vars(self), {item.name: item.default for item in dataclasses.fields(self)})
         for name, value in self._worked_out().items():
