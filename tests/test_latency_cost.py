@@ -218,6 +218,13 @@ def test_nothing_is_measured_twice_on_one_machine(tmp_path: Path) -> None:
     assert table(tmp_path)._known == {}
 
 
+def test_widths_of_a_grouped_convolution_are_multiples_of_its_groups(tmp_path: Path) -> None:
+    kind = Kind("Conv", (14, 14), (3, 3), padding=(1, 1), groups=10)
+    surface = table(tmp_path).surface(Widest(kind, 160, 160))
+    assert all(width % 10 == 0 for width in (*surface.inputs, *surface.outputs))
+    fragment(kind, int(surface.inputs[0]), int(surface.outputs[-1]), 1)
+
+
 def test_other_places_have_other_times(tmp_path: Path) -> None:
     for place in (Place(), Place(batch=8), Place(threads=2)):
         LatencyTable(place, tmp_path, Clock()).prepare([Widest(THREE, 16, 16)])
