@@ -253,6 +253,20 @@ def test_an_exported_file_is_held_in_openvino_too(tmp_path: Path, monkeypatch) -
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 5)).eval(), torch.randn(2, 3, 8, 8)
     assert "OpenVINO" in compressor.export_onnx(model, tmp_path / "a.onnx", x).providers
-    monkeypatch.setattr(parity, "_openvino_run", lambda path: lambda inputs: [torch.zeros(len(inputs), 5)])
+    wrong = {"OpenVINO": lambda inputs: [torch.zeros(len(inputs), 5)]}
+    monkeypatch.setattr(parity, "_openvino_run", lambda path: wrong)
     with pytest.raises(compressor.errors.ParityError, match="on OpenVINO"):
         compressor.export_onnx(model, tmp_path / "b.onnx", x)
+
+
+def test_what_openvino_cannot_read_is_compared_without_it(tmp_path: Path, monkeypatch, caplog) -> None:
+    from compressor.deploy import parity
+
+    def refuse(path: Path, threads: int) -> None:
+        raise ArtifactError("OpenVINO does not read it")
+
+    monkeypatch.setattr(parity, "has_openvino", lambda: True)
+    monkeypatch.setattr(parity, "open_openvino", refuse)
+    made = compressor.export_onnx(nn.Linear(3, 2), tmp_path / "a.onnx", torch.zeros(2, 3))
+    assert "OpenVINO" not in made.providers
+    assert "is not compared in OpenVINO: OpenVINO does not read it" in caplog.text

@@ -7,7 +7,7 @@ import torch
 from test_pruning import wide
 
 import compressor
-from compressor.budget import PruningProgress
+from compressor.budget import Budget, PruningProgress
 
 X = torch.zeros(1, 3, 8, 8)
 
@@ -16,7 +16,7 @@ X = torch.zeros(1, 3, 8, 8)
 def ledger() -> PruningProgress:
     """A group of 32 channels that lost 12 and was refused then, and one of 32 that can still be cut."""
     graph = compressor.trace(wide(), X)
-    ledger = PruningProgress(graph)
+    ledger = PruningProgress(graph, Budget(0.5))
     compressor.cut(graph, {"0": list(range(20))})
     ledger.result(compressor.Budget(0.5))
     graph.freeze(["0"], "its cut was refused")
@@ -38,7 +38,7 @@ def test_what_remains_of_a_budget_of_channels_is_to_be_found_elsewhere(ledger: P
 
 
 def test_the_books_go_on_after_an_interruption(ledger: PruningProgress) -> None:
-    again = PruningProgress(compressor.trace(ledger.graph.model, X))
+    again = PruningProgress(compressor.trace(ledger.graph.model, X), Budget(0.5))
     again.load_state_dict(ledger.state_dict())
     again.graph.freeze(["0"], "its cut was refused")
     assert again.result(compressor.Budget(0.5)) == ledger.result(compressor.Budget(0.5))
@@ -46,10 +46,10 @@ def test_the_books_go_on_after_an_interruption(ledger: PruningProgress) -> None:
 
 def test_a_lone_channel_is_not_called_refused() -> None:
     graph = compressor.trace(wide(), X)
-    ledger = PruningProgress(graph)
+    ledger = PruningProgress(graph, Budget(0.5))
     compressor.cut(graph, {"0": [3]})
     ledger.result(compressor.Budget(0.5))
-    again = PruningProgress(compressor.trace(graph.model, X))
+    again = PruningProgress(compressor.trace(graph.model, X), Budget(0.5))
     again.load_state_dict(ledger.state_dict())
     assert again.refused() == ledger.refused() == []
     assert again.result(compressor.Budget(0.5)) == ledger.result(compressor.Budget(0.5))
