@@ -35,6 +35,7 @@ _STEPS = (32, 16, 8, 4, 1)  # channels that a processor may compute at once, by 
 _AS_GOOD = 1.15  # a step is good if a channel costs at most so much more than at the best one
 _NARROWEST = 8  # widths are measured down to this part of a layer's own
 _GRID = (1.0, 1.5)  # times powers of two
+_MOST_OF_GROUPED = 16  # widths of a grouped convolution that are measured
 
 FloatArray = NDArray[np.float64]
 Progress = Callable[[int, int], None]
@@ -121,9 +122,11 @@ class LatencyTable:
         times = np.array(
             [[self._known[_key(layer.kind, b if layer.kind.has_one_width else a, b)] for b in outputs] for a in inputs]
         )
-        # Noise may make a narrower layer slower than a wider one; a selection would then ask for the wider one.
-        times = np.maximum.accumulate(np.maximum.accumulate(times, 0), 1)
-        surface = Surface(np.array(inputs), np.array(outputs), times, self.step)
+        if layer.kind.groups <= 1:
+            # Noise may make a narrower layer slower than a wider one; a selection would then ask for the wider one.
+            times = np.maximum.accumulate(np.maximum.accumulate(times, 0), 1)
+        step = self.step if layer.kind.groups <= 1 else 1
+        surface = Surface(np.array(inputs), np.array(outputs), times, step)
         self._surfaces.append((layer, surface))
         return surface
 
@@ -141,13 +144,15 @@ class LatencyTable:
         """
         if not is_free:
             return [width]
+        if groups > 1:
+            # What counts is the width of each group, and between its blocks there is a slow path: all are measured.
+            every = groups * max(1, round(width / groups / _MOST_OF_GROUPED))
+            return [*range(every, width, every), width]
         unit = self.step
         quarters = [max(1, unit // 4), max(1, unit // 2)]
         powers = [round(unit * part * 2**power) for power in range(17) for part in _GRID]
         multiples = [each for each in powers if each % unit == 0]
-        # Each group of a grouped convolution is as wide as the others.
-        wanted = {-(-each // max(groups, 1)) * max(groups, 1) for each in (*quarters, *multiples)}
-        return [*(each for each in sorted(wanted) if width / _NARROWEST <= each < width), width]
+        return [*(each for each in sorted({*quarters, *multiples}) if width / _NARROWEST <= each < width), width]
 
     def _take(self, points: Sequence[tuple[Kind, int, int]], on_progress: Progress) -> None:
         points = [point for point in points if _key(*point) not in self._known]
