@@ -18,6 +18,7 @@ from .running import tf32_disabled as tf32_disabled
 from .running import to_device as to_device
 from .running import unwrap_compiled as unwrap_compiled
 from .samples import Speedup as Speedup
+from .samples import noise as noise
 from .samples import percentile as percentile
 from .samples import speedup as speedup
 from .stopping import StopRequest as StopRequest

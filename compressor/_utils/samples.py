@@ -33,6 +33,11 @@ class Speedup:
         return self.low <= 1 <= self.high or abs(self.ratio - 1) <= noise
 
 
+def noise(base: Sequence[float], again: Sequence[float]) -> float:
+    """Return the share by which the medians of one thing, measured twice in turns, differ."""
+    return abs(percentile(base, 50) / percentile(again, 50) - 1)
+
+
 def speedup(base: Sequence[float], other: Sequence[float]) -> Speedup:
     """Return how many times as fast `other` is as `base`, which were measured in turns.
 

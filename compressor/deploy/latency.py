@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from compressor._utils import Speedup, device_of, eval_mode, speedup
+from compressor._utils import Speedup, device_of, eval_mode, noise, speedup
 from compressor.deploy.machine import describe_machine
 from compressor.deploy.session import open_session
 from compressor.deploy.timing import Latency, Runner, measure, session_runner, torch_runner, torch_threads
@@ -54,7 +54,7 @@ class Comparison:
     @property
     def noise(self) -> float:
         """The share by which the first model differs from itself."""
-        return abs(speedup(next(iter(self.latencies.values())).samples_ms, self.control.samples_ms).ratio - 1)
+        return noise(next(iter(self.latencies.values())).samples_ms, self.control.samples_ms)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,12 @@
 """Latency as what a budget counts: predicted from a table of layers, and measured on the whole network at the end.
 
-cost = compressor.deploy.LatencyCost(Place("onnxruntime", batch=1, threads=1))
+cost = compressor.LatencyCost(compressor.Place("onnxruntime", batch=1, threads=1))
 compressor.prune(model, inputs, "l1", compressor.Budget(0.5, cost))
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,8 +28,6 @@ from compressor.deploy.place import Place
 from compressor.deploy.timing import measure, onnx_runner, torch_runner, torch_threads
 from compressor.errors import InputError
 from compressor.graph import ChannelGraph, Extent
-
-logger = logging.getLogger(__name__)
 
 IntArray: TypeAlias = NDArray[np.int64]
 

@@ -102,11 +102,10 @@ class LatencyTable:
 
     def prepare(self, layers: Sequence[Widest], on_progress: Progress = lambda done, total: None) -> None:
         """Measure what is not known yet of layers that have these widths at most."""
-        points = dict.fromkeys(point for layer in layers for point in self._points(layer))
-        missing = [point for point in points if _key(*point) not in self._known]
+        points = list(dict.fromkeys(point for layer in layers for point in self._points(layer)))
         # In random order: a machine that slows down meanwhile makes all of them less exact, and not one of them slow.
-        random.Random(0).shuffle(missing)
-        self._take(missing, on_progress)
+        random.Random(0).shuffle(points)
+        self._take(points, on_progress)
 
     def surface(self, layer: Widest) -> Surface:
         """Return the times of a layer up to its widths."""
@@ -155,6 +154,7 @@ class LatencyTable:
         return [*(each for each in sorted({*quarters, *multiples}) if width / _NARROWEST <= each < width), width]
 
     def _take(self, points: Sequence[tuple[Kind, int, int]], on_progress: Progress) -> None:
+        """Measure what is not known yet, and keep it."""
         points = [point for point in points if _key(*point) not in self._known]
         for done, (kind, inputs, outputs) in enumerate(points):
             on_progress(done, len(points))

@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from compressor._utils import speedup
+from compressor._utils import noise
 from compressor.deploy import (
     Description,
     ImageModel,
@@ -156,8 +156,8 @@ def timed(
         runners = [runner for runner, _ in made.values()]
         *own, control = measure(dict(enumerate([*runners, runners[0]]))).values()
         pairs = zip(made.items(), own, strict=True)
-        noise = abs(speedup(own[0].samples_ms, control.samples_ms).ratio - 1)
-        return {name: Timed(times, shapes) for (name, (_, shapes)), times in pairs}, noise
+        timed_files = {name: Timed(times, shapes) for (name, (_, shapes)), times in pairs}
+        return timed_files, noise(own[0].samples_ms, control.samples_ms)
     except MemoryError as error:
         raise InputError(_TOO_MUCH.format(batch_size)) from error
     except RuntimeError as error:  # torch and onnxruntime have no class of their own for it on a CPU

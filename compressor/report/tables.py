@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from compressor._utils import Speedup, speedup
+from compressor._utils import Speedup, noise, speedup
 from compressor.report.document import Layer, Report, Timing
 
 
@@ -90,22 +90,22 @@ class Pair:
     @property
     def noise(self) -> float:
         """The share by which the dense model differs from itself; 0 where that was not measured."""
-        return abs(speedup(self.dense.samples_ms, self.control.samples_ms).ratio - 1) if self.control else 0.0
+        return noise(self.dense.samples_ms, self.control.samples_ms) if self.control else 0.0
 
     def verdict(self) -> str:
         """Return what this says in words."""
         return verdict(self.dense.samples_ms, self.pruned.samples_ms, self.noise)
 
 
-def verdict(base: Sequence[float], other: Sequence[float], noise: float) -> str:
+def verdict(base: Sequence[float], other: Sequence[float], differ: float) -> str:
     """Return how many times as fast `other` is as `base`, with its uncertainty, in words.
 
     Args:
         base, other: samples that were taken in turns.
-        noise: the share by which equal models differ.
+        differ: the share by which equal models do.
     """
     found = speedup(base, other)
-    if found.is_within(noise):
+    if found.is_within(differ):
         return "no measurable difference"
     return f"{found.ratio:.2f}× as fast ({found.low:.2f} to {found.high:.2f})"
 
