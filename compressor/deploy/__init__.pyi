@@ -32,6 +32,7 @@ from .prediction import Prediction as Prediction
 from .prediction import image_files as image_files
 from .prediction import predict as predict
 from .preprocess import WithPreprocessing as WithPreprocessing
+from .session import open_file as open_file
 from .session import open_session as open_session
 from .timing import Latency as Latency
 from .timing import Runner as Runner

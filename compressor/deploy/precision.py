@@ -26,7 +26,7 @@ import numpy as np
 
 from compressor._utils import atomic_write
 from compressor.deploy.place import PRECISIONS, TARGETS, TOLERANCE, Precision, Target
-from compressor.deploy.session import open_session
+from compressor.deploy.session import open_file
 from compressor.errors import ArtifactError, InputError, ParityError, RangeError, UnknownNameError
 
 LEAST_COSINE = 0.9999  # between the outputs of float16 and those of float32
@@ -348,14 +348,7 @@ def _this_machine() -> Target:
 
 
 def _opened(path: Path) -> Any:
-    if not path.is_file():
-        raise ArtifactError(f"there is no file {path}: give an ONNX file")
-    try:
-        session = open_session(path)
-    except InputError:
-        raise
-    except Exception as error:  # onnxruntime's own exceptions share no base class of their own
-        raise ArtifactError(f"{path} is no ONNX file that onnxruntime can read: {error}") from error
+    session = open_file(path)
     if (count := len(session.get_inputs())) != 1:
         raise ArtifactError(f"{path} has {count} inputs, and only files with one are brought to a lower precision")
     return session

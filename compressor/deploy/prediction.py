@@ -14,8 +14,8 @@ import numpy as np
 
 from compressor._utils import IMAGE_SUFFIXES, decode
 from compressor.deploy.metadata import ImageModel
-from compressor.deploy.session import open_session
-from compressor.errors import ArtifactError, InputError
+from compressor.deploy.session import open_file
+from compressor.errors import InputError
 
 _AT_ONCE = 32  # images
 _LUMA = np.array([0.299, 0.587, 0.114])  # of red, green and blue (ITU-R BT.601)
@@ -68,14 +68,7 @@ def predict(
         DataError: an image that cannot be read.
         InputError: a device that cannot be used.
     """
-    if not file.is_file():
-        raise ArtifactError(f"there is no file {file}: give an ONNX file")
-    try:
-        session = open_session(file, device, threads=threads)
-    except InputError:
-        raise
-    except Exception as error:  # onnxruntime's own exceptions share no base class of their own
-        raise ArtifactError(f"{file} is no ONNX file that onnxruntime can read: {error}") from error
+    session = open_file(file, device, threads=threads)
     about = ImageModel.from_props(session.get_modelmeta().custom_metadata_map, str(file))
     name = session.get_inputs()[0].name
     for some in (images[start : start + _AT_ONCE] for start in range(0, len(images), _AT_ONCE)):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from compressor.errors import InputError
+from compressor.errors import ArtifactError, InputError
 
 
 def open_session(path: Path, device: str = "cpu", *, threads: int = 1, tf32: bool = True) -> Any:
@@ -39,6 +39,23 @@ def open_session(path: Path, device: str = "cpu", *, threads: int = 1, tf32: boo
     if provider[0] not in session.get_providers():
         raise InputError(_no_device(device, session.get_providers()))
     return session
+
+
+def open_file(path: Path, device: str = "cpu", *, threads: int = 1) -> Any:
+    """Open somebody's ONNX file as `open_session` does, and say it of the file where that cannot be done.
+
+    Raises:
+        ArtifactError: there is no such file, or onnxruntime cannot read it.
+        InputError: as for `open_session`.
+    """
+    if not path.is_file():
+        raise ArtifactError(f"there is no file {path}: give an ONNX file")
+    try:
+        return open_session(path, device, threads=threads)
+    except InputError:
+        raise
+    except Exception as error:  # onnxruntime's own exceptions share no base class of their own
+        raise ArtifactError(f"{path} is no ONNX file that onnxruntime can read: {error}") from error
 
 
 def _provider(device: torch.device, tf32: bool) -> tuple[str, dict[str, str]]:

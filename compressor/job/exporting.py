@@ -20,9 +20,10 @@ from compressor.deploy import (
     WithPreprocessing,
     export_onnx,
     lower_precision,
+    open_file,
     open_session,
 )
-from compressor.errors import ArtifactError, InputError
+from compressor.errors import InputError
 from compressor.job.folder import MODELS
 from compressor.job.saved import about, example, loaded, pixels, trained_on
 from compressor.training import Data, Split, load_data
@@ -183,10 +184,5 @@ def _arrays(part: Split, says: ImageModel, images: int, *, shuffled: bool = Fals
 
 def _image_model(path: Path) -> ImageModel | None:
     """Return what an ONNX file says that it takes; None for a file of somebody else."""
-    if not path.is_file():
-        raise ArtifactError(f"there is no file {path}: give an ONNX file")
-    try:
-        props = open_session(path).get_modelmeta().custom_metadata_map
-    except Exception as error:  # onnxruntime's own exceptions share no base class of their own
-        raise ArtifactError(f"{path} is no ONNX file that onnxruntime can read: {error}") from error
+    props = open_file(path).get_modelmeta().custom_metadata_map
     return ImageModel.from_props(props, str(path)) if "image_shape" in props else None

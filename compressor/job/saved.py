@@ -22,7 +22,7 @@ from compressor.deploy import (
     example_inputs,
     load,
     measure,
-    open_session,
+    open_file,
     openvino_runner,
     session_runner,
     torch_runner,
@@ -178,7 +178,7 @@ def _in_torch(file: Path, batch_size: int, device: str, image_size: int | None, 
 
 
 def _in_onnxruntime(file: Path, batch_size: int, device: str, image_size: int | None, *, threads: int) -> _Made:
-    session = _opened(file, device, threads)
+    session = open_file(file, device, threads=threads)
     inputs = example_inputs(session, batch_size, image_size, name=str(file), check=require_memory)
     return session_runner(session, inputs, torch.device(device)), tuple(tuple(each.shape) for each in inputs.values())
 
@@ -186,22 +186,11 @@ def _in_onnxruntime(file: Path, batch_size: int, device: str, image_size: int | 
 def _in_openvino(file: Path, batch_size: int, device: str, image_size: int | None, *, threads: int) -> _Made:
     if device != "cpu":
         raise InputError(f"OpenVINO is timed on the CPU: give --device cpu, or --engine onnxruntime for {device}")
-    inputs = example_inputs(_opened(file, "cpu", 1), batch_size, image_size, name=str(file), check=require_memory)
+    inputs = example_inputs(open_file(file), batch_size, image_size, name=str(file), check=require_memory)
     return openvino_runner(file, inputs, threads), tuple(tuple(each.shape) for each in inputs.values())
 
 
 _ONNX_ENGINES = {"onnxruntime": _in_onnxruntime, "openvino": _in_openvino}
-
-
-def _opened(file: Path, device: str, threads: int) -> Any:
-    if not file.is_file():
-        raise ArtifactError(f"there is no file {file}: give an ONNX file")
-    try:
-        return open_session(file, device, threads=threads)
-    except InputError:
-        raise
-    except Exception as error:  # onnxruntime's own exceptions share no base class of their own
-        raise ArtifactError(f"{file} is no ONNX file that onnxruntime can read: {error}") from error
 
 
 _Side = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
