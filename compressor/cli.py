@@ -502,7 +502,21 @@ def benchmark(
 
 
 @app.command("report")
-def report_(run: Annotated[Path, typer.Argument(help="The folder of a finished run.")]) -> None:
-    """Render report.html and report.md of a run again from its report.json."""
-    for path in report.render(report.read(run), run):
+def report_(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN...")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for runs.html, .md and .json of several runs. Default: where you are.")
+    ] = None,
+) -> None:
+    """Render the report of a run again; of several runs, show them side by side with the best of them."""
+    found = [report.read(run) for run in runs]
+    if len(runs) > 1:
+        # By their paths: a/demo and b/demo have one name.
+        named = [dataclasses.replace(each, name=str(run)) for each, run in zip(found, runs, strict=True)]
+        for path in report.side_by_side.write(named, out or Path()):
+            typer.echo(path)
+        return
+    if out:
+        raise InputError("--out has no effect on the report of one run, which stands in its folder; leave it out")
+    for path in report.render(found[0], runs[0]):
         typer.echo(path)

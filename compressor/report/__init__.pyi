@@ -1,4 +1,5 @@
 from . import comparison as comparison
+from . import side_by_side as side_by_side
 from . import tables as tables
 from .document import Cut as Cut
 from .document import Epoch as Epoch
