@@ -114,6 +114,8 @@ def idle_options(given: Values) -> dict[str, str]:
         **dict.fromkeys(relevance, "" if observing else unobserved),
         **dict.fromkeys(("target_engine", "target_batch", "target_threads"), unmeasured),
         "tolerance": "" if given["precision"] == "int8" else f"--precision {given['precision']}",
+        **dict.fromkeys(("temperature", "teacher"), "" if given["distill"] else "--distill 0"),
+        "distill": "--finetune-epochs 0" if not is_during(given) and given["finetune_epochs"] == 0 else "",
         "granularity": "" if sparse else criterion,
         **dict.fromkeys(("compensate", "recalibrate", "verify"), criterion if sparse else ""),
         **dict.fromkeys(("round_to", "keep", "only", "sparsity_by_pattern"), weights),

@@ -19,11 +19,12 @@ from compressor import report
 from compressor._utils import StopRequest
 from compressor.errors import InputError
 from compressor.graph import trace
+from compressor.job import saved
 from compressor.job.folder import clear_unfinished, copy_checkpoints, locked, require_usable, resumed, start
 from compressor.job.results import finish
 from compressor.job.settings import Settings
 from compressor.job.stages import DENSE_STAGES, Progress, Stages
-from compressor.training import Data, load_data, load_weights, models
+from compressor.training import Data, load_data, load_weights, models, require_scores
 
 
 def run(
@@ -85,8 +86,9 @@ def _run_in(
     )
     model = _initial(settings, data)
     graph = trace(model, torch.zeros(1, *data.image_shape))
+    teacher = _teacher(settings, data)
     takes_over = resume or dense_from is not None
-    stages = Stages(settings, data, folder, takes_over, on_progress, stop, graph.recording.fingerprint())
+    stages = Stages(settings, data, folder, takes_over, on_progress, stop, graph.recording.fingerprint(), teacher)
     if not resume:
         stages.preflight(model)
         start(folder, settings)
@@ -108,3 +110,14 @@ def _initial(settings: Settings, data: Data) -> nn.Module:
     if settings.weights:
         load_weights(model, Path(settings.weights))
     return model
+
+
+def _teacher(settings: Settings, data: Data) -> nn.Module | None:
+    """Return the teacher in a file, if one was named, on the device of the run."""
+    if not settings.teacher:
+        return None
+    factory = settings.model if ":" in settings.model else ""
+    teacher, _ = saved.loaded(Path(settings.teacher), factory)
+    teacher.requires_grad_(False).to(settings.device)
+    require_scores(teacher, data, settings.device)
+    return teacher

@@ -45,7 +45,7 @@ from compressor.job.options import (
 from compressor.relevance import EstimatorName, Exclusion, RelevanceConfig
 from compressor.sparse import Granularity, MaskAllocation, SparseConfig
 from compressor.surgery import COMPENSATIONS, Compensation
-from compressor.training import RECALIBRATION_IMAGES, TrainingConfig
+from compressor.training import RECALIBRATION_IMAGES, USUAL_LR, TrainingConfig
 
 RunMeasure = Literal["params", "macs", "channels", "latency"]
 _USUAL_ROUNDING = f"{ALIGNED} in groups of {LARGE} channels or more, else 1; by the table with --measure latency"
@@ -132,7 +132,33 @@ class Settings:
         None, "Training", "Epochs after the cut, with --when after.", "half of --epochs"
     )
     batch_size: int = from_config(TrainingConfig, "batch_size", "Training", "Images in one training step.")
-    lr: float = from_config(TrainingConfig, "lr", "Training", "Highest learning rate.")
+    lr: float | None = option(
+        None, "Training", "Highest learning rate.", ", ".join(f"{lr:g} with {name}" for name, lr in USUAL_LR.items())
+    )
+    optimizer: str = from_config(TrainingConfig, "optimizer", "Training", "sgd or adamw.")
+    weight_decay: float = from_config(TrainingConfig, "weight_decay", "Training", "Of all parameters.")
+    decay_norms: bool = from_config(
+        TrainingConfig, "decay_norms", "Training", "Whether norms and biases decay as well."
+    )
+    clip_norm: float | None = from_config(
+        TrainingConfig, "clip_norm", "Training", "Largest norm of all gradients together.", "none"
+    )
+    label_smoothing: float = from_config(
+        TrainingConfig, "label_smoothing", "Training", "Share of the target that all classes get, in [0, 1)."
+    )
+    mixup: float = from_config(TrainingConfig, "mixup", "Training", "Alpha of Mixup; 0: none.")
+    cutmix: float = from_config(TrainingConfig, "cutmix", "Training", "Alpha of CutMix; 0: none.")
+    distill: float = from_config(
+        TrainingConfig,
+        "distill",
+        "Training",
+        "Share of the pruned model's loss that is a teacher's soft targets, in [0, 1].",
+    )
+    temperature: float | None = left_open(TrainingConfig, "temperature", "Training", "Of the soft targets.")
+    teacher: str = option("", "Training", "A .safetensors file of compress with the teacher.", "the dense model")
+    checkpoint_every: int | None = option(
+        None, "Training", "Training steps between checkpoints.", "one after every epoch"
+    )
     prune_every: int | None = option(
         None,
         "Training",
@@ -222,6 +248,7 @@ class Settings:
             "epochs": ("1, 2, 3, ...; 0 with --when after", trains),
             "rounds": (f"1 to {MOST_ROUNDS}", 1 <= self.rounds <= MOST_ROUNDS),
             "tolerance": ("[0, 1)", 0 <= (self.tolerance or 0) < 1),
+            "checkpoint_every": ("1, 2, 3, ...", self.checkpoint_every is None or self.checkpoint_every >= 1),
             "prune_every": ("1, 2, 3, ...", self.prune_every is None or self.prune_every >= 1),
         }
         for name, (text, holds) in allowed.items():
@@ -255,7 +282,13 @@ class Settings:
 
     def training(self, epochs: int | None = None) -> TrainingConfig:
         """Return how one stage trains, for so many epochs."""
-        return TrainingConfig(epochs or self.epochs or 1, self.batch_size, self.lr, seed=self.seed, device=self.device)
+        typed_as = [item.name for item in dataclasses.fields(TrainingConfig) if hasattr(self, item.name)]
+        chosen = {name: getattr(self, name) for name in typed_as if name not in ("epochs", "warmup")}
+        if self.lr is None:
+            chosen["lr"] = USUAL_LR.get(self.optimizer, TrainingConfig.lr)
+        if self.temperature is None:
+            del chosen["temperature"]
+        return TrainingConfig(epochs=epochs or self.epochs or 1, **chosen)
 
     def relevance(self) -> RelevanceConfig:
         """Return how relevance observes."""
@@ -341,6 +374,8 @@ class Settings:
             "when": "during" if during else "after",
             "device": usable_device(self.device),
             "out": self.out or self._folder(),
+            "lr": self.training().lr,
+            "temperature": self.training().temperature if self.distill else None,
         }
         if not during:
             opened["finetune_epochs"] = self.finetune_epochs

@@ -58,6 +58,7 @@ class Stages:
     """The stages of one run, each with a checkpoint of its own.
 
     Attributes:
+        teacher: whom the pruned model learns from besides the classes; by default the dense model.
         network: what tells the code of the dense model from another's; a resumed run must have the same.
     """
 
@@ -68,6 +69,7 @@ class Stages:
     on_progress: Progress
     stop: StopRequest | None = None
     network: str = ""
+    teacher: nn.Module | None = None
 
     def __post_init__(self) -> None:
         """Open the records."""
@@ -126,7 +128,7 @@ class Stages:
             return _Recalibrating(pruners[-1], self._recalibrate) if self.settings.recalibrate else pruners[-1]
 
         self._train(dense, "dense", self.settings.epochs)
-        self._train(pruned, "pruned", self.settings.epochs, make_pruner)
+        self._train(pruned, "pruned", self.settings.epochs, make_pruner, teacher=self._teacher(dense))
         return Trained(dense, pruned, pruners[-1].result())
 
     def after(self, model: nn.Module) -> Trained:
@@ -141,7 +143,8 @@ class Stages:
         pruned = copy.deepcopy(model)
         result = self._prune(pruned)
         self._train(dense, "dense", settings.finetune_epochs or 0)
-        self._train(pruned, "pruned", settings.finetune_epochs or 0, events=_cut_records(result))
+        epochs = settings.finetune_epochs or 0
+        self._train(pruned, "pruned", epochs, events=_cut_records(result), teacher=self._teacher(dense))
         return Trained(dense, pruned, result)
 
     def _train(
@@ -151,16 +154,18 @@ class Stages:
         epochs: int,
         hook: HookFactory = PlainStep,
         events: list[dict[str, Any]] | None = None,
+        teacher: nn.Module | None = None,
     ) -> None:
         """Train for one stage; `events` came before its first epoch. Writes the model."""
         settings = self.settings
         if epochs == 0:  # --finetune-epochs 0: what was cut is recorded all the same
             self.metrics.replace_stage({"stage": stage, **event} for event in events or ())
             return
+        config = settings.training(epochs)
         history = train(
             model,
             self.data,
-            settings.training(epochs),
+            config if teacher else replace(config, distill=0.0),  # the dense model learns from the classes alone
             hook,
             checkpoint=checkpoint(self.folder, stage),
             resume=self.resume,
@@ -168,8 +173,17 @@ class Stages:
             log=lambda record: self.metrics.append({"stage": stage, **record}),
             stop=self.stop,
             about={"network": self.network},
+            teacher=teacher,
+            checkpoint_every=settings.checkpoint_every,
         )
         self.metrics.replace_stage({"stage": stage, **record} for record in (*(events or ()), *history.records))
+
+    def _teacher(self, dense: nn.Module) -> nn.Module | None:
+        """Return whom the pruned model learns from besides the classes, if from anybody."""
+        settings = self.settings
+        if not settings.distill:
+            return None
+        return self.teacher or dense
 
     def _epoch_steps(self) -> int:
         return max(1, len(self.data.train) // self.settings.batch_size)

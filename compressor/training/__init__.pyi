@@ -2,10 +2,12 @@ from . import models as models
 from .checkpoint import NEWEST as NEWEST
 from .checkpoint import PREVIOUS as PREVIOUS
 from .config import RECALIBRATION_IMAGES as RECALIBRATION_IMAGES
+from .config import USUAL_LR as USUAL_LR
 from .config import TrainingConfig as TrainingConfig
 from .data.sources import Data as Data
 from .data.sources import load_data as load_data
 from .data.splits import Split as Split
+from .distillation import distilled as distilled
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .evaluation import in_mode as in_mode

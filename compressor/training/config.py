@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from compressor.errors import RangeError, UnknownNameError
 
 OPTIMIZERS = ("sgd", "adamw")
+USUAL_LR = {"sgd": 0.05, "adamw": 1e-3}  # AdamW's steps do not shrink with the gradients: at 0.05 it diverges
 RECALIBRATION_IMAGES = 2000  # 20 batches of 100: enough to average over, far from the cost of an epoch
 
 
@@ -27,9 +28,14 @@ class TrainingConfig:
         lr: the highest learning rate; see `learning_rate`.
         optimizer: "sgd" (with Nesterov momentum) or "adamw".
         momentum: of SGD; AdamW's first beta.
-        weight_decay: on all parameters.
+        weight_decay: on all parameters, or on those of two dimensions and more.
+        decay_norms: whether norms and biases, parameters of one dimension, decay as well.
+        clip_norm: the largest norm of all gradients together; larger ones are scaled down.
         warmup: share of the steps over which the learning rate rises.
         label_smoothing: share of the target that is spread over all classes.
+        mixup, cutmix: alpha of either way to mix images with others of their batch; 0 mixes nothing. See `data.mixing`.
+        distill: a teacher's share of the loss, in [0, 1]; see `distilled`.
+        temperature: of the teacher's soft targets.
         augment: move and mirror training images at random.
         amp: compute in bfloat16 where torch.autocast allows.
         channels_last: keep images and weights in channels-last memory order, which GPUs prefer.
@@ -42,12 +48,18 @@ class TrainingConfig:
 
     epochs: int = 24
     batch_size: int = 64
-    lr: float = 0.05
+    lr: float = USUAL_LR["sgd"]
     optimizer: str = "sgd"
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    decay_norms: bool = True
+    clip_norm: float | None = None
     warmup: float = 0.15
     label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    distill: float = 0.0
+    temperature: float = 4.0
     augment: bool = True
     amp: bool = False
     channels_last: bool = False
@@ -66,6 +78,11 @@ class TrainingConfig:
             "lr": ("(0, inf)", 0 < self.lr < math.inf),
             "momentum": ("[0, 1)", 0 <= self.momentum < 1),
             "weight_decay": ("[0, inf)", 0 <= self.weight_decay < math.inf),
+            "clip_norm": ("(0, inf)", self.clip_norm is None or 0 < self.clip_norm < math.inf),
+            "mixup": ("[0, inf)", 0 <= self.mixup < math.inf),
+            "cutmix": ("[0, inf)", 0 <= self.cutmix < math.inf),
+            "distill": ("[0, 1]", 0 <= self.distill <= 1),
+            "temperature": ("(0, inf)", 0 < self.temperature < math.inf),
             "warmup": ("[0, 1)", 0 <= self.warmup < 1),
             "label_smoothing": ("[0, 1)", 0 <= self.label_smoothing < 1),
             # Torch takes it as a seed, and TOML, whose whole numbers have 64 bits and a sign, can write it down.

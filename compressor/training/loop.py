@@ -24,10 +24,12 @@ from compressor.graph import all_numeric_attributes
 from compressor.training import checkpoint as checkpoints
 from compressor.training.config import TrainingConfig
 from compressor.training.data.images import Progress
+from compressor.training.data.mixing import mix
 from compressor.training.data.sources import Data
+from compressor.training.distillation import distilled
 from compressor.training.evaluation import evaluate, in_mode
 from compressor.training.history import History
-from compressor.training.hooks import HookFactory, PlainStep
+from compressor.training.hooks import HookFactory, LossFunction, PlainStep
 from compressor.training.optimizers import learning_rate, make_optimizer
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,8 @@ def train(
     log: Log = lambda record: None,
     stop: StopRequest | None = None,
     about: Mapping[str, Any] = MappingProxyType({}),
+    teacher: nn.Module | None = None,
+    checkpoint_every: int | None = None,
 ) -> History:
     """Train a model in place, on `config.device`, where it stays.
 
@@ -65,29 +69,49 @@ def train(
         log: called with every new record when it arises; see `History`. After an interruption, events of the epoch that
             was cut off arise again.
         stop: asks to stop at the end of a step, with a checkpoint.
+        teacher: a model of the same outputs, on `config.device`, that this one also learns from; `config.distill` says
+            how much. It stays as it is.
+        checkpoint_every: steps between checkpoints besides those after an epoch.
         about: more that must be the same when the run is resumed, as JSON values by name.
 
     Raises:
         KeyboardInterrupt: `stop` asked for it.
-        InputError: the model's output does not fit the data; the checkpoint is of a run with other settings.
+        InputError: the model's output does not fit the data; there is a teacher without `config.distill`, or the other
+            way round; the checkpoint is of a run with other settings.
         ArtifactError: the checkpoint is damaged or of another model. The model is as it was.
         TrainingError: the loss became infinite or not a number. The checkpoint of the epoch before stays.
     """
     require_scores(model.to(config.device), data, config.device)
+    if teacher is None and config.distill:
+        raise InputError(f"distill = {config.distill} needs a teacher: pass teacher=, or leave it out")
+    if teacher is not None:
+        if not config.distill:
+            raise InputError(
+                "a teacher has no effect without distill: pass TrainingConfig(distill=0.5), or leave it out"
+            )
+        require_scores(teacher, data, config.device)
     dense = checkpoints.shapes(model)  # before the checkpoint narrows it: what a later resume is held against
     about = {**_about(config, data), **about}
     state = _restored(model, checkpoint, about) if checkpoint and resume else None
     # The hook is made on the narrowed model: what it traces must be what it goes on with.
-    run = _Run(model, data, config, hook, on_progress, log)
+    run = _Run(model, data, config, hook, on_progress, log, teacher)
     if state and checkpoint:
         with checkpoints.as_damage(checkpoint):
             run.load_state_dict(state)
     stop = stop or StopRequest()
+
+    def write() -> None:
+        if checkpoint:
+            checkpoints.write(checkpoint, {**run.state_dict(), "about": about, "dense": dense})
+
     while run.epoch < config.epochs:
         with stop.deferred():
-            run.train_epoch(lambda: stop.signal is not None)
-            if checkpoint:
-                checkpoints.write(checkpoint, {**run.state_dict(), "about": about, "dense": dense})
+            for _ in run.train_epoch():
+                if stop.signal is not None:
+                    break
+                if checkpoint_every and run.step % checkpoint_every == 0:
+                    write()
+            write()
         if stop.signal is not None:
             raise KeyboardInterrupt
     return History(tuple(run.records))
@@ -110,7 +134,14 @@ class _Run:
     """One training: what changes from step to step."""
 
     def __init__(
-        self, model: nn.Module, data: Data, config: TrainingConfig, hook: HookFactory, on_progress: Progress, log: Log
+        self,
+        model: nn.Module,
+        data: Data,
+        config: TrainingConfig,
+        hook: HookFactory,
+        on_progress: Progress,
+        log: Log,
+        teacher: nn.Module | None = None,
     ) -> None:
         torch.manual_seed(config.seed)
         if config.channels_last:
@@ -123,6 +154,7 @@ class _Run:
         self._config = config
         self._on_progress = on_progress
         self._log = log
+        self._teacher = teacher
         self._device = torch.device(config.device)
         self._total = config.epochs * _steps_per_epoch(len(data.train), config.batch_size)
         # A generator of its own: a hook that draws from the global one must not change which images come when.
@@ -140,16 +172,18 @@ class _Run:
         self._loss = torch.zeros((), dtype=torch.float64, device=self._device)
         self._images = 0
 
-    def train_epoch(self, must_stop: Callable[[], bool]) -> None:
-        """Go through the train split once, look at the validation split, and record both; or stop behind a step."""
+    def train_epoch(self) -> Iterator[None]:
+        """Go through the train split once, look at the validation split, and record both; yields behind every step.
+
+        Whoever stops there may take the state, and go on from it in another process.
+        """
         began = perf_counter()
         self._model.train()
         for inputs, targets in self._batches():
             self._loss += self._take_step(inputs, targets).double() * len(targets)
             self._images += len(targets)
             self._done += 1
-            if must_stop():
-                return
+            yield
         loss = float(self._loss) / self._images
         self.epoch += 1
         self._begin_epoch()
@@ -182,14 +216,20 @@ class _Run:
         )
 
     def _take_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        if self._config.channels_last:
+        config = self._config
+        if config.channels_last:
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         # Set anew each time from the number of the step: a resumed run needs no state of a scheduler.
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate(self._config, self.step, self._total)
+            group["lr"] = learning_rate(config, self.step, self._total)
+        if config.mixup or config.cutmix:
+            shares = {"mixup": config.mixup, "cutmix": config.cutmix}
+            inputs, targets = mix(inputs, targets, len(self._data.classes), **shares, generator=self._generator)
         with self._precision():
-            loss = self._hook.loss(inputs, targets, self._loss_fn)
+            loss = self._hook.loss(inputs, targets, self._batch_loss(inputs))
         loss.backward()  # type: ignore[no-untyped-call]
+        if config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._model.parameters(), config.clip_norm)
         self._optimizer.step()
         self.step += 1
         # Before the gradients are cleared: criteria read them, and a cut slices them along with the weights.
@@ -199,6 +239,12 @@ class _Run:
             self._note({"event": "update", "epoch": self.epoch + 1, "step": self.step, **event})
         self._on_progress(self.step, self._total)
         return loss.detach()
+
+    def _batch_loss(self, inputs: Tensor) -> LossFunction:
+        if self._teacher is None:
+            return self._loss_fn
+        config = self._config
+        return distilled(self._loss_fn, self._teacher, inputs, weight=config.distill, temperature=config.temperature)
 
     def _precision(self) -> AbstractContextManager[Any]:
         # bfloat16 has float32's range, so that no loss has to be scaled, as float16 would ask for.

@@ -9,6 +9,7 @@ A worked example: lr = 1, warmup = 0.2, ten steps. The rise takes two of them, t
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -28,9 +29,16 @@ def learning_rate(config: TrainingConfig, step: int, total_steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / (total_steps - rise)))
 
 
+def _decaying(model: nn.Module, config: TrainingConfig) -> list[dict[str, Any]]:
+    """Return two groups of parameters: weights, and what has one dimension, which does not decay."""
+    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    others = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    return [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+
+
 def make_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     """Return the optimizer of all parameters; the loop sets its learning rate before every step."""
-    parameters = model.parameters()
+    parameters = _decaying(model, config) if not config.decay_norms else model.parameters()
     if config.optimizer == "adamw":
         betas = (config.momentum, 0.999)
         return AdamW(parameters, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
