@@ -5,7 +5,6 @@ Weights are not shipped: those of Yerlan Idelbayev's pytorch_resnet_cifar10 (BSD
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -79,8 +78,7 @@ def data(source: str) -> Data:
     """Return CIFAR-10, normalised as the weights expect it."""
     found = load_data(source, seed=0)
     mean, std = (tuple(255 * each for each in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    parts = {name: replace(getattr(found, name), mean=mean, std=std) for name in ("train", "validation", "test")}
-    return replace(found, **parts)
+    return found.normalised(mean, std)
 
 
 def first_batches(found: Data, images: int, batch: int = 100) -> list[tuple[Tensor, Tensor]]:

@@ -17,14 +17,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from cifar_resnet import data, first_batches, trained
+from cifar_resnet import NETWORKS, data, first_batches, trained
 from results_file import earlier, write
 from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
 import compressor
-from compressor.training import Data, evaluate
+from compressor.training import Data, distilled, evaluate
 
 BATCH, LR, CALIBRATION = 128, 0.02, 1000
 USUAL = {"allocate": "uniform", "rounds": 8, "compensate": "linear", "reconstruct": True}
@@ -35,13 +35,21 @@ METHODS: dict[str, dict[str, Any]] = {
     "euclidean": USUAL | {"criterion": "euclidean"},
     "l1 in widths by relevance": USUAL | {"criterion": "l1", "allocate": "relevance"},
     "l1 with mean alone": USUAL | {"criterion": "l1", "rounds": 1, "compensate": "mean", "reconstruct": False},
+    "relevance distilled": USUAL | {"criterion": "relevance", "allocate": "relevance"},
+    "random weights": USUAL | {"criterion": "l1", "rounds": 1, "compensate": "none", "reconstruct": False},
+    "random weights distilled": USUAL | {"criterion": "l1", "rounds": 1, "compensate": "none", "reconstruct": False},
     "random with mean alone": USUAL | {"criterion": "random", "rounds": 1, "compensate": "mean", "reconstruct": False},
 }
+DISTILLED = ("relevance distilled", "random weights distilled")  # taught by the network as it was before the cut
+UNTRAINED = ("random weights", "random weights distilled")  # cut from a network that was never trained
+SHARE, TEMPERATURE = 0.5, 4.0  # of the loss that is the teacher's, and of its soft targets
 NOTE = (
     f"Accuracy in percent; SGD, momentum 0.9, batches of {BATCH}, learning rate {LR} falling to 0 (cosine), weight "
     "decay 1e-4, flips and shifts, on the 45,000 images that are not held out for validation. `cut`: test accuracy "
     "before training. Unless said otherwise everybody has 8 rounds, linear compensation and reconstruction over "
-    f"{CALIBRATION} images. Differences: paired over seeds, with a 95 % t interval."
+    f"{CALIBRATION} images. Distilled: {SHARE:.0%} of the loss is the uncut network's, at temperature {TEMPERATURE:g}. "
+    "Random weights: the same network as L1 cuts it, never trained, in one cut without compensation. Differences: "
+    "paired over seeds, with a 95 % t interval."
 )
 
 
@@ -53,7 +61,9 @@ def main(
     epochs: Annotated[int, typer.Option(help="Of training after the cut.")] = 1,
     seeds: Annotated[int, typer.Option(help="Orders of the images.")] = 4,
     only: Annotated[str, typer.Option(help="all channels, or inner: inside the blocks.")] = "all",
-    methods: Annotated[str, typer.Option(help="Comma list of rows.")] = ",".join(METHODS),
+    methods: Annotated[str, typer.Option(help="Comma list of rows.")] = ",".join(
+        name for name in METHODS if name not in (*DISTILLED, *UNTRAINED)
+    ),
 ) -> None:
     """Measure, write, and print where the table is."""
     found = data(source)
@@ -67,10 +77,12 @@ def main(
                 continue
             draws = how["criterion"] == "random"
             if draws or method not in cuts:
-                cuts[method] = cut(trained(network, weights), found, share, only, seed, how)
+                torch.manual_seed(seed)
+                start = NETWORKS[network]() if method in UNTRAINED else trained(network, weights)
+                cuts[method] = cut(start, found, share, only, seed, how)
             model = copy.deepcopy(cuts[method])
             row = {"method": method, "seed": seed, "cut": 100 * evaluate(model, found.test).accuracy}
-            train(model, found, epochs, seed)
+            train(model, found, epochs, seed, trained(network, weights) if method in DISTILLED else None)
             row |= {part: 100 * evaluate(model, getattr(found, part)).accuracy for part in ("validation", "test")}
             rows.append(row)
             write(f"{name}-cells", rows, NOTE)
@@ -90,8 +102,8 @@ def cut(model: nn.Module, found: Data, share: float, only: str, seed: int, how: 
     return model
 
 
-def train(model: nn.Module, found: Data, epochs: int, seed: int) -> None:
-    """Train for so many epochs; writes the model."""
+def train(model: nn.Module, found: Data, epochs: int, seed: int, teacher: nn.Module | None = None) -> None:
+    """Train for so many epochs, also by a teacher's answers if there is one; writes the model."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=1e-4)
     steps = epochs * (len(found.train) // BATCH)
@@ -99,7 +111,10 @@ def train(model: nn.Module, found: Data, epochs: int, seed: int) -> None:
     order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
         for x, y in found.train.batches(BATCH, shuffle=order, augment=True, drop_last=True):
-            F.cross_entropy(model(x), y).backward()
+            loss_fn = F.cross_entropy
+            if teacher:
+                loss_fn = distilled(loss_fn, teacher, x, weight=SHARE, temperature=TEMPERATURE)
+            loss_fn(model(x), y).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

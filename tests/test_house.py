@@ -25,7 +25,7 @@ ROOMS = house.rooms()
 NUMBER = {name: room.number for room in ROOMS for name in room.names}
 HEAVY = {
     *("torch", "torchvision", "torch_pruning", "onnx", "onnxruntime", "onnxscript", "fvcore", "safetensors", "sklearn"),
-    *("openvino", "scipy", "rich", "jinja2", "PIL", "msgspec", "filelock"),
+    *("openvino", "timm", "scipy", "rich", "jinja2", "PIL", "msgspec", "filelock"),
 }
 # What a rule of `test_a_room_hands_out_what_others_take` cannot say: the package's own list of names.
 PUBLIC = "compressor's own list of names"

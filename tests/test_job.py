@@ -16,16 +16,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from user_models import tiny
+from user_models import plain, tiny
 
 from compressor import job, report
 from compressor._utils import StopRequest
-from compressor.deploy import describe, latency, load, open_session
+from compressor.deploy import describe, latency, load, open_session, save
 from compressor.errors import BudgetError, CompressorError, ExportError, InputError, RunFolderError
 from compressor.job import Settings, results, stages
 from compressor.job import folder as folders
 from compressor.report import Report
-from compressor.training import evaluate
+from compressor.training import ModelSpec, evaluate
 from compressor.training.data import sources as datasets
 
 DURING = {"model": "user_models:tiny", "epochs": 3, "round-to": 4, "prune-every": 9}
@@ -186,8 +186,9 @@ def outcome(settings: Settings, monkeypatch, *kills: tuple[str, int]) -> tuple[l
         (DURING, [("dense", 20), ("pruned", 40)]),
         ({**DURING, "sparsity": 0.85}, [("pruned", 1), ("pruned", 20), ("pruned", 53)]),
         (AFTER, [("train", 20), ("dense", 20), ("pruned", 20)]),
+        ({**AFTER, "distill": 0.5, "checkpoint-every": 5}, [("dense", 20), ("pruned", 7), ("pruned", 33)]),
     ],
-    ids=["during", "during, thrice, once narrow", "after"],
+    ids=["during", "during, thrice, once narrow", "after", "distilled"],
 )
 def test_a_killed_run_goes_on_bit_for_bit(options, kills, tmp_path: Path, monkeypatch) -> None:
     whole = outcome(Settings.from_options({**options, "out": str(tmp_path / "whole")}), monkeypatch)
@@ -196,6 +197,41 @@ def test_a_killed_run_goes_on_bit_for_bit(options, kills, tmp_path: Path, monkey
     for there, here in zip(killed[1:], whole[1:], strict=True):
         assert there.keys() == here.keys()
         assert all(torch.equal(there[name], here[name]) for name in here)
+
+
+@pytest.mark.parametrize("options", [DURING, AFTER], ids=["during", "after"])
+def test_only_the_pruned_model_learns_from_the_dense_one(options, tmp_path: Path, monkeypatch) -> None:
+    plain, taught = (
+        outcome(Settings.from_options({**options, "out": str(tmp_path / name), "distill": share}), monkeypatch)
+        for name, share in (("plain", 0.0), ("taught", 0.7))
+    )
+    assert all(torch.equal(plain[1][name], taught[1][name]) for name in plain[1])
+    assert any(not torch.equal(a, b) for a, b in zip(plain[2].values(), taught[2].values(), strict=True))
+
+
+def test_the_dense_model_in_a_file_teaches_as_itself(tmp_path: Path, monkeypatch) -> None:
+    """A run's own dense model, saved, is the teacher that it would have had."""
+    options = {**DURING, "distill": 0.7}
+    by_itself = job.run(Settings.from_options({**options, "out": str(tmp_path / "first")}), timings=False)
+    file = tmp_path / "first/dense.safetensors"
+    _, _, taught = outcome(
+        Settings.from_options({**options, "out": str(tmp_path / "second"), "teacher": str(file)}), monkeypatch
+    )
+    pruned = load(tmp_path / "first/model.safetensors", factory=lambda: tiny(10)).state_dict()
+    assert by_itself.settings["distill"] == 0.7
+    assert all(torch.equal(pruned[name], taught[name]) for name in taught)
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [("nowhere.safetensors", "nowhere.safetensors"), ("other.safetensors", "was built by user_models:plain")],
+)
+def test_a_teacher_that_cannot_be_used_is_refused_before_the_training(file: str, says: str, tmp_path: Path) -> None:
+    save(plain(10), tmp_path / "other.safetensors", spec=ModelSpec("user_models:plain", 10))
+    settings = {**AFTER, "model": "resnet18", "out": str(tmp_path / "run"), "distill": 0.5}
+    with pytest.raises(CompressorError, match=says):
+        job.run(Settings.from_options({**settings, "teacher": str(tmp_path / file)}))
+    assert not (tmp_path / "run/config.toml").exists()
 
 
 def test_a_resumed_run_repeats_no_finished_epoch(tmp_path: Path, monkeypatch) -> None:

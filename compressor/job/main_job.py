@@ -17,14 +17,23 @@ from torch import nn
 
 from compressor import report
 from compressor._utils import StopRequest
+from compressor.deploy import describe
 from compressor.errors import InputError
 from compressor.graph import trace
 from compressor.job import saved
 from compressor.job.folder import clear_unfinished, copy_checkpoints, locked, require_usable, resumed, start
 from compressor.job.results import finish
-from compressor.job.settings import Settings
+from compressor.job.settings import PUBLISHED, Settings
 from compressor.job.stages import DENSE_STAGES, Progress, Stages
-from compressor.training import Data, load_data, load_weights, models, require_scores
+from compressor.training import (
+    Data,
+    fit_weights,
+    load_data,
+    load_weights,
+    models,
+    published_weights,
+    require_scores,
+)
 
 
 def run(
@@ -84,7 +93,7 @@ def _run_in(
     data = load_data(
         settings.data, seed=settings.seed, download=settings.download, on_progress=partial(on_progress, "reading data")
     )
-    model = _initial(settings, data)
+    model, data = _initial(settings, data)
     graph = trace(model, torch.zeros(1, *data.image_shape))
     teacher = _teacher(settings, data)
     takes_over = resume or dense_from is not None
@@ -98,8 +107,8 @@ def _run_in(
     return finish(settings, data, trained, graph, stages.metrics.records, on_progress, timings)
 
 
-def _initial(settings: Settings, data: Data) -> nn.Module:
-    """Return the dense model as both ways begin with it."""
+def _initial(settings: Settings, data: Data) -> tuple[nn.Module, Data]:
+    """Return the dense model as both ways begin with it, and the data, normalised as published weights expect it."""
     model = models.build(settings.model, classes=len(data.classes), stem=settings.stem, seed=settings.seed)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and parameter.dtype is not torch.float32:
@@ -107,17 +116,28 @@ def _initial(settings: Settings, data: Data) -> nn.Module:
                 f"{name!r} of {settings.model} is {parameter.dtype}, and images come as torch.float32: let its "
                 "factory return model.float(); for other precisions use compressor.prune in a loop of your own"
             )
+    if settings.weights == PUBLISHED:
+        published = published_weights(settings.model)
+        fit_weights(model, published.tensors, f"the published weights of {settings.model}")
+        return model, data.normalised(published.mean, published.std)
     if settings.weights:
         load_weights(model, Path(settings.weights))
-    return model
+    return model, data
 
 
 def _teacher(settings: Settings, data: Data) -> nn.Module | None:
     """Return the teacher in a file, if one was named, on the device of the run."""
     if not settings.teacher:
         return None
-    factory = settings.model if ":" in settings.model else ""
-    teacher, _ = saved.loaded(Path(settings.teacher), factory)
+    path = Path(settings.teacher)
+    built_by = (describe(path).spec or {}).get("factory", "")
+    if built_by and models.ModelSpec(built_by, 1).names_code and built_by != settings.model:
+        raise InputError(
+            f"the teacher {path} was built by {built_by}, and no code is imported but that of --model "
+            f"{settings.model}: give a teacher of the same factory, or of torchvision"
+        )
+    own = models.ModelSpec(settings.model, 1).names_code
+    teacher, _ = saved.loaded(path, settings.model if own else "")
     teacher.requires_grad_(False).to(settings.device)
     require_scores(teacher, data, settings.device)
     return teacher

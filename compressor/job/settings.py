@@ -45,8 +45,9 @@ from compressor.job.options import (
 from compressor.relevance import EstimatorName, Exclusion, RelevanceConfig
 from compressor.sparse import Granularity, MaskAllocation, SparseConfig
 from compressor.surgery import COMPENSATIONS, Compensation
-from compressor.training import RECALIBRATION_IMAGES, USUAL_LR, TrainingConfig
+from compressor.training import RECALIBRATION_IMAGES, TRAINED_LR, USUAL_LR, TrainingConfig
 
+PUBLISHED = "default"  # as --weights: those that torchvision or timm has for the model
 RunMeasure = Literal["params", "macs", "channels", "latency"]
 _USUAL_ROUNDING = f"{ALIGNED} in groups of {LARGE} channels or more, else 1; by the table with --measure latency"
 
@@ -62,9 +63,14 @@ class Settings:
     """
 
     criterion: str = option("relevance", "What", "relevance (observes training), magnitude, set, rigl, l1, l2, ...")
-    model: str = option("resnet18", "What", "A torchvision classifier, or package.module:factory.")
+    model: str = option("resnet18", "What", "A torchvision classifier, timm:NAME, or package.module:factory.")
     stem: str = option("imagenet", "What", "imagenet, or cifar for small images.")
-    weights: str = option("", "What", "Begin with the weights in this .safetensors, .pt or .pth file.", "random")
+    weights: str = option(
+        "",
+        "What",
+        "Begin with the weights in this .safetensors, .pt or .pth file; default: those published with it.",
+        "random",
+    )
     data: str = option("digits", "What", "digits, cifar10, cifar100, or imagefolder:PATH.")
     download: bool = option(False, "What", "Download the data set if it is not there.")
 
@@ -133,7 +139,10 @@ class Settings:
     )
     batch_size: int = from_config(TrainingConfig, "batch_size", "Training", "Images in one training step.")
     lr: float | None = option(
-        None, "Training", "Highest learning rate.", ", ".join(f"{lr:g} with {name}" for name, lr in USUAL_LR.items())
+        None,
+        "Training",
+        "Highest learning rate.",
+        ", ".join(f"{lr:g} with {name}" for name, lr in USUAL_LR.items()) + f", times {TRAINED_LR} with --weights",
     )
     optimizer: str = from_config(TrainingConfig, "optimizer", "Training", "sgd or adamw.")
     weight_decay: float = from_config(TrainingConfig, "weight_decay", "Training", "Of all parameters.")
@@ -285,7 +294,9 @@ class Settings:
         typed_as = [item.name for item in dataclasses.fields(TrainingConfig) if hasattr(self, item.name)]
         chosen = {name: getattr(self, name) for name in typed_as if name not in ("epochs", "warmup")}
         if self.lr is None:
-            chosen["lr"] = USUAL_LR.get(self.optimizer, TrainingConfig.lr)
+            usual = USUAL_LR.get(self.optimizer, TrainingConfig.lr)
+            # A network that is trained already would lose what it knows to the steps of a new one.
+            chosen["lr"] = usual * TRAINED_LR if self.weights else usual
         if self.temperature is None:
             del chosen["temperature"]
         return TrainingConfig(epochs=epochs or self.epochs or 1, **chosen)

@@ -2,6 +2,7 @@ from . import models as models
 from .checkpoint import NEWEST as NEWEST
 from .checkpoint import PREVIOUS as PREVIOUS
 from .config import RECALIBRATION_IMAGES as RECALIBRATION_IMAGES
+from .config import TRAINED_LR as TRAINED_LR
 from .config import USUAL_LR as USUAL_LR
 from .config import TrainingConfig as TrainingConfig
 from .data.sources import Data as Data
@@ -21,4 +22,6 @@ from .loop import require_scores as require_scores
 from .loop import train as train
 from .models import ModelSpec as ModelSpec
 from .optimizers import learning_rate as learning_rate
+from .published import published_weights as published_weights
+from .weights import fit_weights as fit_weights
 from .weights import load_weights as load_weights

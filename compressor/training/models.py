@@ -25,6 +25,7 @@ from compressor.errors import InputError, RangeError, UnknownNameError
 logger = logging.getLogger(__name__)
 
 STEMS = ("imagenet", "cifar")
+TIMM = "timm:"  # what names of its models begin with
 _MOST = 1_000_000  # classes and input channels: far more fill the memory before anything is refused
 
 # What a factory needs beside the number of classes. Auxiliary classifiers exist for training from the 2014 recipe only;
@@ -68,11 +69,13 @@ class ModelSpec:
     @property
     def names_code(self) -> bool:
         """Whether building imports a module of the user's: never do that for a spec that was read from a file."""
-        return ":" in self.factory
+        return ":" in self.factory and not self.factory.startswith(TIMM)
 
     def build(self, *, seed: int | None = None) -> nn.Module:
         """Build the dense model with fresh weights; see `build`."""
         make = _from_import_path if self.names_code else _from_torchvision
+        if self.factory.startswith(TIMM):
+            make = _from_timm
         with _seeded(seed):
             model = make(self)
         vars(model)["compressor_spec"] = self  # beside the modules: it must not appear in the state_dict
@@ -85,11 +88,11 @@ def build(
     """Build a model with fresh weights, `(B, in_channels, H, W)` to `(B, classes)`; `model.compressor_spec` tells how.
 
     Args:
-        name: a torchvision classifier, or `package.module:factory`, which is called as `factory(num_classes=classes)`
-            if it takes that argument and as `factory()` otherwise.
+        name: a torchvision classifier, `timm:NAME`, or `package.module:factory`, which is called as
+            `factory(num_classes=classes)` if it takes that argument and as `factory()` otherwise.
         classes: number of outputs.
         stem: "cifar": ResNets with a 3x3 stride-1 first convolution without max-pool, VGGs with one classifier layer.
-        in_channels: channels of the images; torchvision models only.
+        in_channels: channels of the images; models of torchvision and timm only.
         seed: makes the weights repeatable and leaves torch's global generator as it was; None draws from the latter.
 
     Raises:
@@ -176,6 +179,24 @@ def _initialized_like_torchvision(conv: nn.Conv2d) -> nn.Conv2d:
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
     return conv
+
+
+# -- timm's
+
+
+def _from_timm(spec: ModelSpec) -> nn.Module:
+    name = spec.factory.removeprefix(TIMM)
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError(f"{spec.factory} needs timm: pip install timm") from error
+    # NOTE: timm itself would take hf-hub:NAME and local-dir:PATH, and this name may come from a file.
+    if name not in (known := timm.list_models()):
+        raise UnknownNameError("timm model", name, known, "a model of your own is package.module:factory")
+    if spec.stem != "imagenet":
+        raise InputError(f"{spec.factory} has no {spec.stem} stem: torchvision's ResNets and VGGs have")
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=spec.classes, in_chans=spec.in_channels)
+    return model
 
 
 # -- the user's own

@@ -32,9 +32,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ArtifactError: the file is missing, damaged, holds more than tensors, or belongs to another model: the first
             tensor that does not fit is named with both shapes, and how many do fit.
     """
+    fit_weights(model, _read_tensors(path), path)
+
+
+def fit_weights(model: nn.Module, given: dict[str, Tensor], source: Path | str) -> None:
+    """Write weights by name into the model, as `load_weights` does with those in a file; `source` is for messages."""
     wanted = model.state_dict()
-    given = _without_prefix(path, _read_tensors(path), wanted)
-    given = _without_head(path, model, given, wanted)
+    given = _without_prefix(source, given, wanted)
+    given = _without_head(source, model, given, wanted)
     # BatchNorm's batch counter is younger than many published weights, and has no effect on what the model gives.
     kept = {name for name in wanted if name not in given and (name.endswith(".num_batches_tracked"))}
     expected = [name for name in wanted if name not in kept]
@@ -43,26 +48,26 @@ def load_weights(model: nn.Module, path: Path) -> None:
     wrong += [name for name in given if name not in wanted]
     if wrong:
         fitting = sum(_shape(given, name) == _shape(wanted, name) for name in expected)
-        raise ArtifactError(_misfit(path, wrong[0], given, wanted, fitting))
+        raise ArtifactError(_misfit(source, wrong[0], given, wanted, fitting))
     for name in expected:
-        _require_kind(path, name, given[name], wanted[name])
+        _require_kind(source, name, given[name], wanted[name])
     if kept:
-        logger.info("%s has no batch counters: %d BatchNorms keep their own", path, len(kept))
+        logger.info("%s has no batch counters: %d BatchNorms keep their own", source, len(kept))
     with torch.no_grad():
         for name in expected:
             wanted[name].copy_(given[name])
 
 
-def _without_prefix(path: Path, given: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _without_prefix(source: Path | str, given: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for prefix in ("module.", "_orig_mod."):  # of DataParallel and DistributedDataParallel, of torch.compile
         if given and all(name.startswith(prefix) for name in given) and not any(n.startswith(prefix) for n in wanted):
-            logger.warning("%s: names begin with %r, which a wrapper put there; it is left out", path, prefix)
+            logger.warning("%s: names begin with %r, which a wrapper put there; it is left out", source, prefix)
             return {name.removeprefix(prefix): tensor for name, tensor in given.items()}
     return given
 
 
 def _without_head(
-    path: Path, model: nn.Module, given: dict[str, Tensor], wanted: Mapping[str, Tensor]
+    source: Path | str, model: nn.Module, given: dict[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return the given tensors, with the model's own for a last layer that differs in the number of classes only."""
     heads = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)]
@@ -74,15 +79,15 @@ def _without_head(
     if not is_head:
         return given
     there, here = (len(tensors[differing[0]]) for tensors in (given, wanted))
-    logger.warning("%s: %r has %d classes there and %d here; it begins anew", path, head[:-1], there, here)
+    logger.warning("%s: %r has %d classes there and %d here; it begins anew", source, head[:-1], there, here)
     return given | {name: wanted[name] for name in differing}
 
 
-def _require_kind(path: Path, name: str, given: Tensor, wanted: Tensor) -> None:
+def _require_kind(source: Path | str, name: str, given: Tensor, wanted: Tensor) -> None:
     """Refuse tensors whose values would not be those of weights: whole numbers, complex ones, compressed ones."""
     kinds = [_kind(tensor) for tensor in (given, wanted)]
     if kinds[0] != kinds[1]:
-        raise ArtifactError(f"{path}: tensor {name!r} holds {kinds[0]}, and the model {kinds[1]}: convert it first")
+        raise ArtifactError(f"{source}: tensor {name!r} holds {kinds[0]}, and the model {kinds[1]}: convert it first")
 
 
 def _kind(tensor: Tensor) -> str:
@@ -92,10 +97,12 @@ def _kind(tensor: Tensor) -> str:
     return real if tensor.is_floating_point() or tensor.is_complex() else "whole numbers"
 
 
-def _misfit(path: Path, name: str, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], fitting: int) -> str:
+def _misfit(
+    source: Path | str, name: str, given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], fitting: int
+) -> str:
     there, here = (_shape(tensors, name) if name in tensors else "absent" for tensors in (given, wanted))
     return (
-        f"{path} belongs to another model: tensor {name!r} is {there} in the file and {here} in the model; "
+        f"{source} belongs to another model: tensor {name!r} is {there} in the file and {here} in the model; "
         f"{fitting} of the model's {len(wanted)} tensors fit. Give weights of the same model, stem and classes"
     )
 

@@ -44,6 +44,18 @@ class Data:
     validation: Split
     test: Split
 
+    def normalised(self, mean: tuple[float, ...], std: tuple[float, ...]) -> Data:
+        """Return the same images less another mean, over another deviation: one number a channel, of pixels 0 to 255.
+
+        Raises:
+            InputError: for another number of channels.
+        """
+        channels = self.image_shape[0]
+        if not len(mean) == len(std) == channels:
+            raise InputError(f"{self.name} has images of {channels} channels, and the mean has {len(mean)} numbers")
+        parts = {name: replace(getattr(self, name), mean=mean, std=std) for name in ("train", "validation", "test")}
+        return replace(self, **parts)
+
 
 def load_data(
     name: str,
