@@ -213,21 +213,31 @@ class BudgetError(CompressorError):
         )
 
 
+_FEW = 8  # indices that a message lists
+
+
 class TrainingError(CompressorError):
     """The loss became infinite or not a number: training diverged.
 
     Attributes:
-        loss: the mean loss of the epoch.
+        loss: the mean loss of the step, or of the epoch where nobody looked before its end.
         epoch: which one, from 1.
         lr: the highest learning rate.
+        step: which one, from 1; None where only the epoch is known.
+        images: indices of that step's images in their data set.
     """
 
-    def __init__(self, loss: float, epoch: int, lr: float) -> None:
+    def __init__(self, loss: float, epoch: int, lr: float, step: int | None = None, images: Sequence[int] = ()) -> None:
         self.loss = loss
         self.epoch = epoch
         self.lr = lr
+        self.step = step
+        self.images = tuple(images)
+        when = f"epoch {epoch}" if step is None else f"step {step}, epoch {epoch}"
+        few = ", ".join(map(str, self.images[:_FEW])) + (", ..." if len(self.images) > _FEW else "")
+        batch = f"; images of that step, by their index in the training data: {few}" if self.images else ""
         super().__init__(
-            f"the loss became {loss} in epoch {epoch}: training diverged at lr = {lr:g}; try {lr / 3:.1g} or less"
+            f"the loss became {loss} in {when}: training diverged at lr = {lr:g}; try {lr / 3:.1g} or less{batch}"
         )
 
 

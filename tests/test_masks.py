@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 
 import pytest
 import torch
@@ -399,9 +400,18 @@ def test_hooks_are_gone_after_an_exception(graph: ChannelGraph) -> None:
 
 
 def test_hooks_are_gone_when_the_model_itself_fails(graph: ChannelGraph) -> None:
-    with pytest.raises(InputError, match="'b' cannot be gated"), Gates(graph).applied(ones(graph, 2)):
-        graph.model(images(3))
+    with pytest.raises(RuntimeError, match="channels"), Gates(graph).applied(ones(graph, 2)):
+        graph.model(images(2)[:, :1].repeat(1, 7, 1, 1))
     assert hooks(graph.model) == 0
+
+
+def test_an_input_of_another_batch_is_left_alone_and_said(graph: ChannelGraph) -> None:
+    gates = Gates(graph)
+    with gates.applied(torch.zeros(2, 22, dtype=torch.float64)) as reached:
+        graph.model(images(3))
+    assert reached == set()
+    assert gates.unseen.keys() == gates.sizes.keys()
+    assert all("batch of 2 samples first" in reason for reason in gates.unseen.values())
 
 
 # -- cuts and checkpoints
@@ -480,7 +490,11 @@ def test_unknown_groups_are_refused(graph: ChannelGraph) -> None:
         (lambda module: module(torch.zeros(2, 3, 5, 5)), "with at least 4 channels on dimension -3"),
     ],
 )
-def test_inputs_of_another_layout_are_refused(call, came: str) -> None:
+def test_inputs_of_another_layout_are_left_alone_and_said(call, came: str) -> None:
     graph = by_hand_group((ConsumerInput("b.weight", -3, torch.arange(4).unsqueeze(1)),))
-    with Gates(graph).applied(torch.ones(2, 4)), pytest.raises(InputError, match=came):
+    gates = Gates(graph)
+    with gates.applied(torch.zeros(2, 4)) as reached, contextlib.suppress(RuntimeError):  # of too few channels
         call(graph.model.b)
+    assert reached == set()
+    (reason,) = gates.unseen.values()
+    assert re.search(came, reason)

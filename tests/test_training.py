@@ -524,8 +524,30 @@ def test_divergence_is_said_and_the_checkpoint_stays(data: Data, tmp_path: Path)
 
     with pytest.raises(TrainingError) as caught:
         train(net(), data, CONFIG, Diverging, checkpoint=tmp_path)
-    assert str(caught.value) == "the loss became nan in epoch 2: training diverged at lr = 0.1; try 0.03 or less"
+    says = (
+        "the loss became nan in step 8, epoch 2: training diverged at lr = 0.1; try 0.03 or less; images of that step"
+    )
+    assert str(caught.value).startswith(says)
+    assert caught.value.step == 8
     assert checkpoints.read(tmp_path)["epoch"] == 1
+
+
+def test_the_images_of_a_diverging_step_are_named(data: Data) -> None:
+    """Of one image among 44 the loss is not finite: it is in the batch that is named, wherever the shuffle put it."""
+    pixels = data.train.images.take(torch.arange(44), torch.device("cpu")).clone()
+    pixels[13] = 255  # the only white one
+    white = replace(data, train=replace(data.train, images=Resident(pixels), shift=0))
+
+    class Diverging(PlainStep):
+        def loss(self, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
+            bad = inputs.flatten(1).amin(1).amax() >= (255 - 128) / 64
+            return super().loss(inputs, targets, loss_fn) * (float("inf") if bad else 1)
+
+    for seed in range(5):
+        with pytest.raises(TrainingError) as caught:
+            train(net(), white, replace(CONFIG, seed=seed), Diverging)
+        assert 13 in caught.value.images
+        assert len(caught.value.images) == CONFIG.batch_size
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,8 @@ class Pruner:
 
         Yields:
             A function that takes the losses, `(B,)` or `(B, ...)`, of the samples and returns their mean, to call
-            `backward` on. A batch whose losses it does not get is not observed.
+            `backward` on. The relevance estimators "gate" and "soft" do without: any loss will do, of any outputs and
+            targets, and every batch counts alike. For the others a batch whose losses it does not get is not observed.
         """
         self._begin(inputs)
         if not self.relevance or not self._observes():

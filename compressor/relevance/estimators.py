@@ -85,6 +85,11 @@ class Estimator:
     control_variate: bool = False
     observe_every: int = 1
 
+    @property
+    def reads_losses(self) -> bool:
+        """Whether it needs the losses of the samples; without, gradients by their gates say everything."""
+        return not self.soft or self.control_variate
+
 
 def credit_excluded(batch: BatchRecord) -> Increment:
     """Credit what the batch excluded with its loss above expectation, as published: a sum, whoever was drawn how often.

@@ -62,6 +62,7 @@ class Gates:
 
     Attributes:
         sizes: by group name, the number of its channels, in the order in which they stand side by side in `(B, N)`.
+        unseen: by group name, why a pass did not show its channels sample by sample: that input was left alone.
 
     Raises:
         UnknownNameError: a group that is not in the graph.
@@ -83,6 +84,7 @@ class Gates:
         self._graph = graph
         self.half_life = half_life
         self.track_every = track_every
+        self.unseen: dict[str, str] = {}
         self._passes = 0
         self._workspace = Workspace()
         self._kept: ExitStack | None = None
@@ -105,10 +107,8 @@ class Gates:
                 by every sample's gates, summed over all places where a group is consumed.
 
         Yields:
-            The names of the modules whose input was gated, filled while the model runs.
-
-        Raises:
-            InputError: while the model runs, if an input is not laid out as `(B, ...)` with the expected channels.
+            The names of the modules whose input was gated, filled while the model runs. An input that is not laid out
+            as `(B, ...)` with the expected channels is left alone, and its groups are `unseen`.
         """
         # NOTE: Column 0 is the gate of every position that belongs to no gated group.
         padded = torch.cat([gates.new_ones(len(gates), 1), gates], dim=1)
@@ -149,7 +149,10 @@ class Gates:
             is_recomputed = in_backward()
             if not self._graph.model.training or not (batch.is_open or is_recomputed):
                 return None
-            h = site.checked(inputs, len(batch.padded))
+            if problem := site.problem(inputs, len(batch.padded)):
+                self.unseen |= dict.fromkeys(site.positions, problem)
+                return None
+            h = inputs[0]
             batch.gated_modules.add(site.name)
             if not is_recomputed and (batch.tracked or not site.count):
                 site.track(h.detach(), 0.5 ** (self.track_every / self.half_life))
@@ -265,18 +268,17 @@ class _Site:
     covariances: RunningCovariances | None = None
     _columns: Tensor | None = None
 
-    def checked(self, inputs: tuple[Any, ...], batch: int) -> Tensor:
-        """Return the module's first positional input, if it is laid out as the gates need it."""
+    def problem(self, inputs: tuple[Any, ...], batch: int) -> str:
+        """Return why the module's first positional input cannot be gated; nothing where it is laid out as needed."""
         h = inputs[0] if inputs else None
         least = 1 + max(int(positions.max()) for positions in self.positions.values())
         if not isinstance(h, Tensor) or h.dim() <= -self.dim or len(h) != batch or h.size(self.dim) < least:
             came = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else f"{type(h).__name__} instead of a tensor"
-            raise InputError(
+            return (
                 f"the input of module {self.name!r} cannot be gated: its first positional argument is {came}, and a "
-                f"batch of {batch} samples first, with at least {least} channels on dimension {self.dim}, is needed; "
-                f"leave out its groups: {', '.join(self.positions)}"
+                f"batch of {batch} samples first, with at least {least} channels on dimension {self.dim}, is needed"
             )
-        return h
+        return ""
 
     def columns(self, h: Tensor) -> Tensor:
         """Return the column of the gate of every position, `(D,)`."""

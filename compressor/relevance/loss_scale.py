@@ -1,7 +1,8 @@
 """Brings losses and gradients into units of the losses' running deviation.
 
 Losses fall while a network trains, and their spread falls with them. In its own unit an early step would outweigh
-many late ones, which know the network as it is now.
+many late ones, which know the network as it is now. Where a loop has no losses of single samples (a detector's), every
+batch counts alike instead.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class LossScale:
         """Return batch `number` in units of the running deviation, which is brought up to date first.
 
         Args:
-            observation: a batch with losses, after its backward pass.
+            observation: a batch after its backward pass; without losses it is its own unit.
             number: of the batch, from 0.
             decay: by how much what was learned before counts less.
             factor: `(N,)`, by how much losses correct gradients; handed on.
@@ -42,7 +43,8 @@ class LossScale:
         Raises:
             InputError: there was no backward pass, and the estimator reads gradients.
         """
-        assert observation.losses is not None
+        if observation.losses is None:
+            return _by_gradients_alone(observation, factor)
         losses = observation.losses.to(observation.gates.dtype)
         gradients = observation.gradients() if self._estimator.soft else torch.zeros_like(observation.gates)
         excess, unit = self._learn(losses, number, decay)
@@ -88,3 +90,24 @@ class LossScale:
         """Go on from `state_dict()`."""
         for name, mean in self._running().items():
             mean.load_state_dict(state[name])
+
+
+def _by_gradients_alone(observation: Observation, factor: Tensor) -> BatchRecord:
+    """Return a batch in units of its own gradients: the length of a sample's, root mean square over samples.
+
+    A mean loss has a B-th of a single one's gradients, a gradient scaler multiplies them, accumulation divides them:
+    whatever the loop did to its loss is a factor, and goes out here.
+    """
+    gradients = observation.gradients()
+    length = gradients.square().sum(1).mean().sqrt()
+    none = torch.zeros_like(length)
+    return BatchRecord(
+        losses=none.expand(len(gradients)),
+        residual=torch.ones_like(length),
+        controlled=False,
+        excess_loss=none,
+        draw=observation.draw,
+        gates=observation.gates.detach(),
+        gradients=gradients * torch.where(length > 0, 1 / length, 0.0),
+        factor=factor,
+    )

@@ -43,7 +43,7 @@ class Observation:
     Attributes:
         gates: `(B, N)`; their gradient is read after `backward()`.
         draw: `(B, N)` or `(B, N + D * G)` bool.
-        losses: `(B,)`, detached, once they are credited.
+        losses: `(B,)`, detached, once they are credited; None where only gradients tell.
         ungated: `(B,)`, detached, the losses of the same samples without gates, where they are known.
         share: `(B,)`, the gradient of what `backward()` started from by every sample's loss: 1/B for a mean, times the
             factor of a gradient scaler, over the number of accumulated batches.
@@ -60,7 +60,9 @@ class Observation:
 
     @property
     def awaits_backward(self) -> bool:
-        """Whether the losses carry gradients, and `backward()` has not come yet."""
+        """Whether gradients are to come, and `backward()` has not come yet."""
+        if self.losses is None:
+            return self.gates.grad is None
         return self._has_gradients and self.share is None
 
     def credit(self, losses: Tensor, ungated: Tensor | None = None) -> None:
@@ -100,13 +102,15 @@ class Observation:
         self.share = gradient if self.share is None else self.share + gradient
 
     def gradients(self) -> Tensor:
-        """Return the gradient of every sample's loss by its gates, `(B, N)`.
+        """Return the gradient of every sample's loss by its gates, `(B, N)`; up to a factor without losses.
 
         Where BatchNorm ties samples together, it is that of all losses by this sample's gates.
 
         Raises:
             InputError: there was no backward pass.
         """
-        if self.gates.grad is None or self.share is None:
+        if self.awaits_backward or self.gates.grad is None:
             raise InputError("step() came before backward(): call loss.backward() first")
+        if self.share is None:
+            return self.gates.grad
         return self.gates.grad / self.share.to(self.gates.grad).unsqueeze(1)

@@ -76,6 +76,7 @@ class Relevance:
         self._evidence = Evidence(self._estimator, self._sampler.group_of, self.config.dummies)
         self._scale = LossScale(self._estimator, parameter.device)
         self._pending: list[Observation] = []
+        self._left_out = False  # whether a batch of this step was forgotten
         self._batches = 0
 
     def _watch_groups(self) -> Gates:
@@ -132,7 +133,8 @@ class Relevance:
     def observe(self, batch_size: int) -> Iterator[Observation]:
         """Run the forward pass of one batch in this `with`, for a loop of one's own; call `credit` with the losses.
 
-        Gates and hooks are gone afterwards, whatever happened. A batch that was not credited is forgotten.
+        Gates and hooks are gone afterwards, whatever happened. A batch that was not credited is forgotten by estimators
+        that read losses; "gate" and "soft" take its gradients alone, of whatever `backward()` starts from.
         """
         if self._gates.awaits_backward and self._pending and self._pending[-1].awaits_backward:
             raise InputError(
@@ -143,8 +145,23 @@ class Relevance:
         gating = self._gates.applied(observation.gates)
         with gating as observation.gated_modules:
             yield observation
-        if observation.losses is not None:
+        if self._gates.unseen:
+            self._leave_out_unseen()
+        elif observation.losses is not None or (observation.gated_modules and not self._estimator.reads_losses):
             self._pending.append(observation)
+
+    def _leave_out_unseen(self) -> None:
+        """Freeze the groups that the batch did not show sample by sample, and forget it: its gates were not all there.
+
+        Boxes of all images in one dimension, windows, tokens: nobody could say whose loss a gate there would change.
+        """
+        if len(self._gates.unseen) == len(self._gates.sizes):
+            raise InputError(f"{next(iter(self._gates.unseen.values()))}; the same holds for every group")
+        for name, reason in self._gates.unseen.items():
+            logger.warning("group %s stays as it is: %s", name, reason)
+            self.graph.freeze([name], reason)
+        self.narrow({}, self.graph)
+        self._left_out = True
 
     @torch.no_grad()
     def step(self) -> None:
@@ -156,10 +173,15 @@ class Relevance:
         self._gates.release()
         pending = self._pending
         self._pending = []
-        if not pending and self.draws:
-            raise InputError("step() came without a batch: call loss(...) and backward() first")
+        if not pending and self.draws and not self._left_out:
+            reads = "; this estimator reads losses: hand those of the samples to what observe() gives"
+            raise InputError(
+                "step() came without a batch: call loss(...) and backward() first"
+                + (reads if self._estimator.reads_losses else "")
+            )
         # A batch that a loop skips before its backward pass (its loss was not finite, say) showed nothing; the last one
         # has had it, or step() comes too early.
+        self._left_out = False
         pending = [each for each in pending[:-1] if not each.awaits_backward] + pending[-1:]
         for observation in pending:
             self._add(observation)

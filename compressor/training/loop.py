@@ -79,7 +79,7 @@ def train(
         InputError: the model's output does not fit the data; there is a teacher without `config.distill`, or the other
             way round; the checkpoint is of a run with other settings.
         ArtifactError: the checkpoint is damaged or of another model. The model is as it was.
-        TrainingError: the loss became infinite or not a number. The checkpoint of the epoch before stays.
+        TrainingError: the loss became infinite or not a number; on a CPU at that step. The checkpoint before it stays.
     """
     require_scores(model.to(config.device), data, config.device)
     if teacher is None and config.distill:
@@ -180,21 +180,25 @@ class _Run:
         began = perf_counter()
         self._model.train()
         for inputs, targets in self._batches():
-            self._loss += self._take_step(inputs, targets).double() * len(targets)
+            loss = self._take_step(inputs, targets)
+            # On a CPU the number is there. A GPU would have to be waited for in every step: it is asked once an epoch.
+            if self._device.type == "cpu" and not math.isfinite(loss):
+                images = self._data.train.chosen(self._done, self._config.batch_size, self._order).tolist()
+                raise TrainingError(float(loss), self.epoch + 1, self._config.lr, self.step, images)
+            self._loss += loss.double() * len(targets)
             self._images += len(targets)
             self._done += 1
             yield
-        loss = float(self._loss) / self._images
+        mean = float(self._loss) / self._images
         self.epoch += 1
         self._begin_epoch()
-        # Once an epoch, not once a step: asking for the number makes a GPU wait.
-        if not math.isfinite(loss):
-            raise TrainingError(loss, self.epoch, self._config.lr)
+        if not math.isfinite(mean):
+            raise TrainingError(mean, self.epoch, self._config.lr)
         seen = evaluate(self._model, self._data.validation, self._config.batch_size, self._device)
         record = {
             "epoch": self.epoch,
             "step": self.step,
-            "train_loss": loss,
+            "train_loss": mean,
             "validation_accuracy": seen.accuracy,
             "validation_loss": seen.loss,
             "lr": self._optimizer.param_groups[0]["lr"],

@@ -80,7 +80,7 @@ class Split:
         """
         if augment and shuffle is None:
             raise InputError("augment=True draws at random: pass shuffle=torch.Generator() as well")
-        order = torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
+        order = self._order(shuffle)
         if drop_last:
             order = order[: len(self) - len(self) % batch_size]
         if shuffle is not None and draws is not None:
@@ -90,6 +90,21 @@ class Split:
             if augment and shuffle is not None:
                 pixels = _augmented(pixels, self.shift, self.mirror, shuffle)
             yield self._normalised(pixels), self.targets[chosen].to(device)
+
+    def chosen(self, number: int, batch_size: int, state: Tensor) -> Tensor:
+        """Return which images batch `number` of an epoch holds, by their index in the data set.
+
+        Args:
+            number: from 0.
+            batch_size: as in `batches`.
+            state: of the generator that shuffled, as it was before the epoch.
+        """
+        generator = torch.Generator()
+        generator.set_state(state)
+        return self.indices[torch.split(self._order(generator), batch_size)[number]]
+
+    def _order(self, shuffle: torch.Generator | None) -> Tensor:
+        return torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         # Bytes travel to the device and are kept there; only the batch at hand is float, four times as large.

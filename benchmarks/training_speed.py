@@ -1,0 +1,130 @@
+"""Our training loop against a bare one, and its steps while channels go: seconds a step, interleaved in one run.
+
+python benchmarks/training_speed.py [--network resnet18] [--batch 128] [--rounds 3] [--device cpu]
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import resource
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+from typing import Annotated, Any
+
+import torch
+import typer
+from results_file import write
+from torch import nn
+from torch.nn import functional as F
+
+import compressor
+from compressor.training import Data, Split, TrainingConfig, models, train
+from compressor.training.data.images import Resident
+from compressor.training.optimizers import make_optimizer
+
+COUNTED = 3  # steps of each turn; one before them is not counted
+NOTE = (
+    "CIFAR stem, 32x32 images of random bytes, float32. `bare loop`: the same model, optimizer and batches, already "
+    "normalised, without augmentation, records or checkpoints. `bare loop again`: the same once more, what noise is. "
+    "All in turns, every other round backwards; one step of each turn is not counted."
+)
+
+
+def main(
+    network: Annotated[str, typer.Option(help="resnet18, or another with a CIFAR stem.")] = "resnet18",
+    batch: Annotated[int, typer.Option(help="Images in a step.")] = 128,
+    rounds: Annotated[int, typer.Option(help="Turns of every row.")] = 3,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Measure, write, and print where the table is."""
+    torch.set_num_threads(1)
+    data = images(batch * (COUNTED + 1))
+    config = TrainingConfig(epochs=1, batch_size=batch, augment=False, device=device)
+    dense = models.build(network, classes=10, stem="cifar", seed=0)
+    networks = {0.0: dense} | {share: without(dense, share) for share in (0.25, 0.5, 0.75)}
+    turns: dict[str, Callable[[], list[float]]] = {
+        "bare loop": lambda: bare(copy.deepcopy(dense), data, config),
+        "bare loop again": lambda: bare(copy.deepcopy(dense), data, config),
+        "ours": lambda: ours(copy.deepcopy(dense), data, config),
+        "ours, augmented": lambda: ours(copy.deepcopy(dense), data, TrainingConfig(**vars(config) | {"augment": True})),
+    }
+    for share, model in networks.items():
+        if share:
+            turns[f"ours, {share:.0%} of the MACs gone"] = lambda model=model: ours(copy.deepcopy(model), data, config)
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for number in range(rounds):
+        for name in list(turns)[:: -1 if number % 2 else 1]:
+            seconds[name] += turns[name]()
+            print(number, name, [round(each, 3) for each in seconds[name][-COUNTED:]], flush=True)
+    base = median(seconds["bare loop"])
+    rows: list[dict[str, Any]] = [
+        {
+            "loop": name,
+            "s a step": median(each),
+            "least": min(each),
+            "most": max(each),
+            "n": len(each),
+            "images/s": batch / median(each),
+            "speed over the bare loop": base / median(each),
+        }
+        for name, each in seconds.items()
+    ]
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(write(f"training-speed-{network}-{device}", rows, f"{NOTE} Peak memory of the process: {most:.0f} MiB."))
+
+
+def images(count: int) -> Data:
+    """Return random images with random classes; few to validate on."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(n: int) -> Split:
+        pixels = torch.randint(0, 256, (n, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        return Split.from_arrays(Resident(pixels), torch.randint(0, 10, (n,), generator=generator))
+
+    data = Data("random", tuple("0123456789"), (3, 32, 32), split(count), split(10), split(10))
+    return data.normalised((127.5,) * 3, (64.0,) * 3)
+
+
+def without(dense: nn.Module, share: float) -> nn.Module:
+    """Return the model less a share of its MACs."""
+    model = copy.deepcopy(dense)
+    compressor.prune(model, torch.zeros(1, 3, 32, 32), "l1", compressor.Budget(share, "macs"), compensate="none")
+    return model
+
+
+def bare(model: nn.Module, data: Data, config: TrainingConfig) -> list[float]:
+    """Return the seconds of every counted step of the loop that everybody writes."""
+    batches = list(data.train.batches(config.batch_size, device=config.device))
+    optimizer = make_optimizer(model.to(config.device).train(), config)
+    ends = []
+    for x, y in batches:
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ends.append(now(config.device))
+    return steps(ends)
+
+
+def ours(model: nn.Module, data: Data, config: TrainingConfig) -> list[float]:
+    """Return the seconds of every counted step of `compressor.training.train`."""
+    ends: list[float] = []
+    train(model, data, config, on_progress=lambda done, total: ends.append(now(config.device)))
+    return steps(ends)
+
+
+def now(device: str) -> float:
+    """Return the time at which everything asked of the device so far is done."""
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+    return perf_counter()
+
+
+def steps(ends: list[float]) -> list[float]:
+    """Return the time between ends of steps."""
+    return [after - before for before, after in itertools.pairwise(ends)]
+
+
+if __name__ == "__main__":
+    typer.run(main)
