@@ -25,7 +25,7 @@ from compressor.errors import BudgetError, CompressorError, ExportError, InputEr
 from compressor.job import Settings, results, stages
 from compressor.job import folder as folders
 from compressor.report import Report
-from compressor.training import ModelSpec, evaluate
+from compressor.training import ModelSpec, evaluate, models
 from compressor.training.data import sources as datasets
 
 DURING = {"model": "user_models:tiny", "epochs": 3, "round-to": 4, "prune-every": 9}
@@ -220,6 +220,14 @@ def test_the_dense_model_in_a_file_teaches_as_itself(tmp_path: Path, monkeypatch
     pruned = load(tmp_path / "first/model.safetensors", factory=lambda: tiny(10)).state_dict()
     assert by_itself.settings["distill"] == 0.7
     assert all(torch.equal(pruned[name], taught[name]) for name in taught)
+
+
+def test_a_model_of_ones_own_has_a_teacher_of_torchvision(tmp_path: Path, monkeypatch) -> None:
+    save(models.build("squeezenet1_1", classes=10, seed=0), tmp_path / "big.safetensors")
+    settings = {**AFTER, "epochs": 1, "finetune-epochs": 1, "distill": 0.5, "out": str(tmp_path / "run")}
+    monkeypatch.setattr("compressor.job.main_job.finish", lambda settings, data, trained, *rest: trained)
+    trained = job.run(Settings.from_options({**settings, "teacher": str(tmp_path / "big.safetensors")}))
+    assert trained.result.reached
 
 
 @pytest.mark.parametrize(

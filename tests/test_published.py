@@ -96,6 +96,10 @@ def test_timm_gives_only_models_that_it_lists(name: str) -> None:
         models.build(name, classes=10)
 
 
+def test_a_timm_name_may_say_which_weights() -> None:
+    assert models.build(f"{NAME}.r160_in1k", classes=10)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
 def test_a_timm_model_has_no_cifar_stem_and_any_channels() -> None:
     with pytest.raises(InputError, match="has no cifar stem"):
         models.build(NAME, classes=10, stem="cifar")

@@ -190,8 +190,9 @@ def _from_timm(spec: ModelSpec) -> nn.Module:
         import timm
     except ImportError as error:
         raise InputError(f"{spec.factory} needs timm: pip install timm") from error
-    # NOTE: timm itself would take hf-hub:NAME and local-dir:PATH, and this name may come from a file.
-    if name not in (known := timm.list_models()):
+    # NOTE: timm itself would take hf-hub:NAME and local-dir:PATH, and this name may come from a file. What follows a
+    # dot says which of its weights: resnet18.a1_in1k.
+    if name.partition(".")[0] not in (known := timm.list_models()):
         raise UnknownNameError("timm model", name, known, "a model of your own is package.module:factory")
     if spec.stem != "imagenet":
         raise InputError(f"{spec.factory} has no {spec.stem} stem: torchvision's ResNets and VGGs have")
