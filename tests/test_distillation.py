@@ -54,7 +54,7 @@ def test_single_losses_are_those_that_the_mean_is_of(seed: int, weight: float, t
     # A model that answers as its teacher is left with its own part.
     own = distilled(F.cross_entropy, lambda inputs: scores, None, weight=weight, temperature=temperature)
     torch.testing.assert_close(
-        own(scores, targets), (1 - weight) * F.cross_entropy(scores, targets), atol=1e-6, rtol=1e-6
+        own(scores, targets), (1 - weight) * F.cross_entropy(scores, targets), atol=1e-12, rtol=1e-9
     )
 
 
@@ -66,7 +66,7 @@ def test_the_gradient_is_that_of_hinton() -> None:
         student, torch.zeros(3, dtype=torch.long), reduction="sum"
     ).backward()
     expected = 3.0 * (F.softmax(student / 3, 1) - F.softmax(teacher / 3, 1))
-    torch.testing.assert_close(student.grad, expected.detach(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(student.grad, expected.detach(), atol=1e-12, rtol=1e-9)
 
 
 def test_a_teacher_stays_as_it_is(data: Data) -> None:

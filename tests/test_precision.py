@@ -70,9 +70,11 @@ def test_a_file_keeps_its_names_its_free_batch_and_what_it_says(tmp_path: Path, 
 def test_weights_in_int8_are_rounded_per_channel(tmp_path: Path) -> None:
     model = two_layers()
     whole = exported(model, tmp_path / "whole.onnx")
+    # With any loss allowed: on a processor without VNNI sums of this target saturate, and a layer would stay whole.
     made = lower_precision(
-        whole, tmp_path / "small.onnx", "int8", check=labelled(whole), calibration=[BLOBS], target="x86-vnni"
-    )
+        whole, tmp_path / "small.onnx", "int8", check=labelled(whole), calibration=[BLOBS], tolerance=0.9,
+        target="x86-vnni",
+    )  # fmt: skip
     stored = initializers(made.path)
     weight = model[0].weight.detach().numpy()
     scale = np.abs(weight).max(1, keepdims=True) / 127

@@ -54,7 +54,7 @@ def distilled(
         raise RangeError("weight", weight, "[0, 1]")
     if not 0 < temperature < float("inf"):
         raise RangeError("temperature", temperature, "(0, inf)")
-    wanted = F.softmax(_answers(teacher, inputs).float() / temperature, dim=1)
+    wanted = F.softmax(_at_least_float32(_answers(teacher, inputs)) / temperature, dim=1)
 
     def loss(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
         if outputs.shape != wanted.shape:
@@ -62,13 +62,19 @@ def distilled(
                 f"the model gives {tuple(outputs.shape)} and the teacher {tuple(wanted.shape)}: both need one score a "
                 "class for the same batch; make the loss function anew for every batch"
             )
-        divergence = F.kl_div(F.log_softmax(outputs.float() / temperature, dim=1), wanted, reduction="none").sum(1)
+        divergence = F.kl_div(
+            F.log_softmax(_at_least_float32(outputs) / temperature, dim=1), wanted, reduction="none"
+        ).sum(1)
         soft = temperature**2 * divergence
         if reduction != "none":
             soft = soft.mean() if reduction == "mean" else soft.sum()
         return (1 - weight) * loss_fn(outputs, targets, reduction=reduction) + weight * soft
 
     return loss
+
+
+def _at_least_float32(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))  # under autocast they come in half precision
 
 
 def _answers(teacher: Callable[[Any], Tensor], inputs: Any) -> Tensor:
