@@ -94,8 +94,8 @@ def _run_in(
         settings.data, seed=settings.seed, download=settings.download, on_progress=partial(on_progress, "reading data")
     )
     model, data = _initial(settings, data)
-    graph = trace(model, torch.zeros(1, *data.image_shape))
     teacher = _teacher(settings, data)
+    graph = trace(model, torch.zeros(1, *data.image_shape))
     takes_over = resume or dense_from is not None
     stages = Stages(settings, data, folder, takes_over, on_progress, stop, graph.recording.fingerprint(), teacher)
     if not resume:
