@@ -30,6 +30,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+_FEW = 8  # indices that a message lists
+
 
 class CompressorError(Exception):
     """Base of every exception in this module."""
@@ -211,9 +213,6 @@ class BudgetError(CompressorError):
         super().__init__(
             f"cannot remove {asked:.1%} of the {measure}: {advice}. What blocks it:{why or ' nothing is left to cut'}"
         )
-
-
-_FEW = 8  # indices that a message lists
 
 
 class TrainingError(CompressorError):

@@ -19,6 +19,13 @@ from compressor.relevance import RelevanceConfig
 READ_NO_LOSSES = ["gate", "soft"]
 
 
+def finish_step(loss: Tensor, optimizer: torch.optim.Optimizer, pruner: Pruner) -> None:
+    loss.backward()
+    optimizer.step()
+    pruner.step()
+    optimizer.zero_grad()
+
+
 def scores_after(estimator: Any, factor: float | None, steps: int = 4) -> dict[str, Tensor]:
     """Return what a few steps say, of the mean loss times a factor; by losses of single samples for None."""
     torch.manual_seed(0)
@@ -30,10 +37,7 @@ def scores_after(estimator: Any, factor: float | None, steps: int = 4) -> dict[s
         with pruner.observe(X) as mean:
             losses = F.cross_entropy(model(X), Y, reduction="none")
             loss = mean(losses) if factor is None else factor * losses.mean()
-        loss.backward()
-        optimizer.step()
-        pruner.step()
-        optimizer.zero_grad()
+        finish_step(loss, optimizer, pruner)
     assert pruner.relevance
     return pruner.relevance.scores()
 
@@ -64,10 +68,7 @@ def test_a_network_gets_smaller_by_any_loss(estimator: Any) -> None:
         with pruner.observe(X):
             outputs = model(X)
             loss = F.cross_entropy(outputs, Y) + 0.1 * outputs.logsumexp(1).square().mean()  # of the batch as a whole
-        loss.backward()
-        optimizer.step()
-        pruner.step()
-        optimizer.zero_grad()
+        finish_step(loss, optimizer, pruner)
         assert nothing_left(model)
     assert shrunk(pruner)
 
@@ -119,10 +120,7 @@ def test_what_reaches_nothing_goes_first_in_a_detector(accumulated: int, passes:
         for _ in range(accumulated):
             with pruner.observe((images, scale)):
                 loss = sum(detection_loss(model(images, scale), wanted) for _ in range(passes)) / accumulated
-            loss.backward()
-        optimizer.step()
-        pruner.step()
-        optimizer.zero_grad()
+            finish_step(loss, optimizer, pruner)
     assert model.stem.out_channels < 16
     # Whatever went is of those that nothing reads: their filters never moved, and each that stays is none too many.
     left = {tuple(row.flatten().tolist()) for row in model.stem.weight.detach()}

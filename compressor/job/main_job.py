@@ -131,14 +131,14 @@ def _teacher(settings: Settings, data: Data) -> nn.Module | None:
         return None
     path = Path(settings.teacher)
     built_by = (describe(path).spec or {}).get("factory", "")
-    by_code = not built_by or models.ModelSpec(built_by, 1).names_code
-    if by_code and built_by not in ("", settings.model):
+    if models.names_code(built_by) and built_by != settings.model:
         raise InputError(
             f"the teacher {path} was built by {built_by}, and no code is imported but that of --model "
             f"{settings.model}: give a teacher of the same factory, or of torchvision"
         )
-    has_factory = by_code and models.ModelSpec(settings.model, 1).names_code
-    teacher, _ = saved.loaded(path, settings.model if has_factory else "")
+    # A file that names a model of torchvision or timm needs no factory, whatever --model is.
+    needs_factory = not built_by or models.names_code(built_by)
+    teacher, _ = saved.loaded(path, settings.model if needs_factory else "")
     teacher.requires_grad_(False).to(settings.device)
     require_scores(teacher, data, settings.device)
     return teacher

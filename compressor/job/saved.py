@@ -81,7 +81,7 @@ def loaded(path: Path, factory: str = "", image_size: int | None = None) -> tupl
     """
     description = describe(path)
     built_by = (description.spec or {}).get("factory", "")
-    if not factory and (not built_by or models.ModelSpec(built_by, 1).names_code):
+    if not factory and (not built_by or models.names_code(built_by)):
         named = f" (it names {built_by})" if built_by else ""
         raise InputError(
             f"{path} needs the factory of its model, and no file decides what is imported: "

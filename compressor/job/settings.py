@@ -68,7 +68,7 @@ class Settings:
     weights: str = option(
         "",
         "What",
-        "Begin with the weights in this .safetensors, .pt or .pth file; default: those published with it.",
+        "Begin with a file of weights (.safetensors, .pt, .pth), or with 'default', those published with the model.",
         "random",
     )
     data: str = option("digits", "What", "digits, cifar10, cifar100, or imagefolder:PATH.")
@@ -291,15 +291,13 @@ class Settings:
 
     def training(self, epochs: int | None = None) -> TrainingConfig:
         """Return how one stage trains, for so many epochs."""
-        typed_as = [item.name for item in dataclasses.fields(TrainingConfig) if hasattr(self, item.name)]
-        chosen = {name: getattr(self, name) for name in typed_as if name not in ("epochs", "warmup")}
-        if self.lr is None:
-            usual = USUAL_LR.get(self.optimizer, TrainingConfig.lr)
-            # A network that is trained already would lose what it knows to the steps of a new one.
-            chosen["lr"] = usual * TRAINED_LR if self.weights else usual
-        if self.temperature is None:
-            del chosen["temperature"]
-        return TrainingConfig(epochs=epochs or self.epochs or 1, **chosen)
+        # Options have the names of its fields, but for two: epochs are those of the stage, and --warmup is relevance's.
+        names = {item.name for item in dataclasses.fields(TrainingConfig)} - {"epochs", "warmup"}
+        typed = {name: getattr(self, name, None) for name in names}
+        given = {name: value for name, value in typed.items() if value is not None}
+        # A network that is trained already would lose what it knows to the steps of a new one.
+        usual_lr = USUAL_LR.get(self.optimizer, TrainingConfig.lr) * (TRAINED_LR if self.weights else 1)
+        return TrainingConfig(**{"epochs": epochs or self.epochs or 1, "lr": usual_lr, **given})
 
     def relevance(self) -> RelevanceConfig:
         """Return how relevance observes."""

@@ -14,17 +14,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from statistics import mean, stdev
 
-import msgspec
-from markupsafe import Markup
-
-from compressor._utils import atomic_write
 from compressor.report import tables
 from compressor.report.comparison_picture import draw_comparison
 from compressor.report.document import Report
+from compressor.report.files import as_json, filled_in, write_texts
 
 CONTROLS = ("random", "l1")  # what every criterion is held against
 FILES = ("compare.json", "compare.md", "compare.html")
@@ -247,14 +243,9 @@ def markdown(comparison: Comparison) -> str:
 
 def html(comparison: Comparison) -> str:
     """Return the comparison as one HTML page: no script, nothing loaded from elsewhere, light and dark."""
-    import jinja2
-
-    folder = resources.files(__package__)
-    template = folder.joinpath("compare.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(template).render(
+    return filled_in(
+        "compare.html.j2",
         comparison=comparison,
-        style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),
         progress=progress(comparison),
         protocol=_PROTOCOL,
         head=HEAD,
@@ -272,10 +263,8 @@ def write(comparison: Comparison, folder: Path) -> None:
     content = dataclasses.asdict(comparison)
     content["summaries"] = [dataclasses.asdict(each) for each in summaries(comparison.cells)]
     texts = (
-        msgspec.json.format(msgspec.json.encode(content), indent=1).decode() + "\n",
+        as_json(content),
         markdown(comparison),
         html(comparison),
     )
-    for name, text in zip(FILES, texts, strict=True):
-        with atomic_write(folder / name) as part:
-            part.write_text(text, encoding="utf-8")
+    write_texts({folder / name: text for name, text in zip(FILES, texts, strict=True)})

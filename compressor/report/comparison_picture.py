@@ -8,7 +8,7 @@ from statistics import mean
 from markupsafe import Markup
 
 from compressor.report.graph_style import colours
-from compressor.report.pictures import WIDTH, Scale, picture
+from compressor.report.pictures import WIDTH, Scale, legend, percent_levels, picture
 from compressor.report.svg import circle, group, hint, join, line, polyline, text
 
 _HEIGHT, _BOTTOM = 380, 340
@@ -36,11 +36,7 @@ def draw_comparison(points: Sequence[Point], dense: Sequence[float]) -> Markup:
     names = list(dict.fromkeys(point[0] for point in points))
     paint = dict(zip(names, colours(len(names)), strict=True))
     marks = [text(4, 12, "test accuracy, %", class_="axis")]
-    marks += [
-        line(56, up(tick), WIDTH - _LEGEND, up(tick), class_="grid")
-        + text(48, up(tick) + 4, f"{100 * tick:.4g}", "end", class_="axis")
-        for tick in up.ticks()
-    ]
+    marks.append(percent_levels(up, 56, WIDTH - _LEGEND))
     marks += [text(across(each), _BOTTOM + 18, f"{each:g}", "middle", class_="axis") for each in sparsities]
     marks.append(text((56 + WIDTH - _LEGEND) / 2, _BOTTOM + 36, "removed", "middle", class_="axis"))
     if dense:
@@ -51,7 +47,7 @@ def draw_comparison(points: Sequence[Point], dense: Sequence[float]) -> Markup:
         mine = sorted(point for point in points if point[0] == name)
         shift = 5 * (index - (len(names) - 1) / 2)
         marks.append(_series(mine, paint[name], across, up, shift))
-        marks.append(_key(name, paint[name], 44 + 20 * index))
+    marks.append(legend(paint, WIDTH - _LEGEND + 8, 44))
     return picture("accuracy over sparsity", _HEIGHT, [join(marks)])
 
 
@@ -68,8 +64,3 @@ def _series(mine: Sequence[Point], colour: str, across: Scale, up: Scale, shift:
             )
         )
     return join(drawn)
-
-
-def _key(name: str, colour: str, y: float) -> Markup:
-    x = WIDTH - _LEGEND + 8
-    return circle(x + 4, y - 4, 4, style=f"fill:{colour}") + text(x + 14, y, name, class_="label")

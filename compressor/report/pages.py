@@ -6,15 +6,12 @@ The JSON file is the source; the other two are rendered from it, now or years la
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
-from markupsafe import Markup
-
-from compressor._utils import atomic_write
 from compressor.errors import RunFolderError
 from compressor.report import pictures, tables
 from compressor.report.document import Report
+from compressor.report.files import filled_in, write_texts
 from compressor.report.model_card import NAME, is_users_own, model_card
 from compressor.report.serialization import from_json, to_json
 
@@ -22,7 +19,7 @@ from compressor.report.serialization import from_json, to_json
 def write(report: Report, folder: Path) -> None:
     """Write the pages, and then `report.json`: the presence of that file says that a run is finished."""
     render(report, folder)
-    _write(folder / "report.json", to_json(report))
+    write_texts({folder / "report.json": to_json(report)})
 
 
 def render(report: Report, folder: Path) -> list[Path]:
@@ -30,8 +27,7 @@ def render(report: Report, folder: Path) -> list[Path]:
     pages = {folder / "report.html": html(report), folder / "report.md": tables.markdown(report)}
     if not is_users_own(folder / NAME):
         pages[folder / NAME] = model_card(report)
-    for path, text in pages.items():
-        _write(path, text)
+    write_texts(pages)
     return list(pages)
 
 
@@ -52,15 +48,9 @@ def read(folder: Path) -> Report:
 
 def html(report: Report) -> str:
     """Return the report as one HTML page: no script, nothing loaded from elsewhere, light and dark."""
-    import jinja2  # only who renders pays for it
-
-    folder = resources.files(__package__)
-    template = folder.joinpath("page.html.j2").read_text(encoding="utf-8")
-    # Strict: a name that the template misspells is an error, and not an empty place in a page.
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(template).render(
+    return filled_in(
+        "page.html.j2",
         report=report,
-        style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),
         comparison=tables.comparison(report),
         fastest=_speed_tiles(report),
         has_shared=any(epoch.stage == "train" for epoch in report.epochs),
@@ -77,8 +67,3 @@ def _speed_tiles(report: Report) -> list[dict[str, object]]:
     """Return the gain at batch size 1, one tile for each backend."""
     timed = [each for each in tables.pairs(report.timings) if each.dense.batch_size == 1]
     return [{"place": each.place, "ratio": each.speedup.ratio} for each in timed]
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")

@@ -10,7 +10,7 @@ is marked at 56 + 692 * 1.5 / 3 = 402.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -184,15 +184,27 @@ def _bar(begin: float, end: float, top: float, height: float, kind: str) -> Mark
 
 def _grid(across: Scale, up: Scale) -> Markup:
     """Draw horizontal lines with percentages, and the epochs below."""
-    levels = [
-        line(across.start, up(tick), across.end, up(tick), class_="grid")
-        + text(across.start - 8, up(tick) + 4, f"{100 * tick:.4g}", "end", class_="axis")
-        for tick in up.ticks()
-    ]
     # A short training has ticks between two epochs, where nothing was measured.
     whole = [tick for tick in across.ticks(10) if tick == int(tick)]
     epochs = [text(across(tick), up.start + 14, f"{tick:g}", "middle", class_="axis") for tick in whole]
-    return join([*levels, *epochs])
+    return join([percent_levels(up, across.start, across.end), *epochs])
+
+
+def percent_levels(up: Scale, left: float, right: float) -> Markup:
+    """Draw a horizontal line at every round share, with its percentage on the left."""
+    return join(
+        line(left, up(tick), right, up(tick), class_="grid")
+        + text(left - 8, up(tick) + 4, f"{100 * tick:.4g}", "end", class_="axis")
+        for tick in up.ticks()
+    )
+
+
+def legend(paint: Mapping[str, str], x: float, y: float) -> Markup:
+    """Draw names below each other, each with a dot of its colour; `x` and `y` are where the first one begins."""
+    return join(
+        circle(x + 4, y - 4 + 20 * row, 4, style=f"fill:{colour}") + text(x + 14, y + 20 * row, name, class_="label")
+        for row, (name, colour) in enumerate(paint.items())
+    )
 
 
 def _floor(accuracies: Sequence[float]) -> float:

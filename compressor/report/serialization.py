@@ -16,6 +16,7 @@ import msgspec
 
 from compressor.errors import ArtifactError
 from compressor.report.document import Report
+from compressor.report.files import as_json
 
 FORMAT = "compressor-report"
 VERSION = 1
@@ -27,7 +28,7 @@ def to_json(report: Report) -> str:
     """Return the text of `report.json`: one object, `format` and `version` first; NaN and infinities become null."""
     # First in the file, so that a reader of any version finds them, whatever comes after.
     content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(report)}
-    return msgspec.json.format(msgspec.json.encode(content), indent=1).decode() + "\n"
+    return as_json(content)
 
 
 def from_json(text: str | bytes, source: str) -> Report:

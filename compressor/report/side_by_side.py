@@ -17,17 +17,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 
-import msgspec
 from markupsafe import Markup
 
-from compressor._utils import atomic_write
 from compressor.errors import InputError
 from compressor.report import tables
 from compressor.report.document import Figures, Report
-from compressor.report.side_by_side_picture import Point, draw_trade_off
+from compressor.report.files import as_json, filled_in, write_texts
+from compressor.report.side_by_side_picture import COUNTS, Point, draw_trade_off
 
 FILES = ("runs.json", "runs.md", "runs.html")
 _FORMAT = {"format": "compressor-runs", "version": 1}
@@ -89,19 +87,22 @@ def models(reports: Sequence[Report]) -> list[Model]:
 
 
 def _model(report: Report, name: str, criterion: str, figures: Figures, which: str) -> Model:
-    latency_ms = {
+    return Model(name, criterion, figures.accuracy, figures.params, figures.macs, _latency_ms(report, which))
+
+
+def _latency_ms(report: Report, which: str) -> dict[str, float]:
+    return {
         f"{each.backend}, {each.device}, batch {each.batch_size}": each.p50_ms
         for each in report.timings
         if each.model == which
     }
-    return Model(name, criterion, figures.accuracy, figures.params, figures.macs, latency_ms)
 
 
 def measures(found: Iterable[Model]) -> list[str]:
     """Return what the models can be compared by: the places in which all were timed, MACs and params."""
     found = list(found)
     places = [place for place in found[0].latency_ms if all(place in each.latency_ms for each in found)]
-    return [*places, "MACs", "params"]
+    return [*places, *COUNTS]
 
 
 def front(found: Iterable[Model], measure: str) -> list[Model]:
@@ -128,7 +129,7 @@ def warnings(reports: Sequence[Report]) -> list[str]:
         said.append(f"the runs were timed on different processors: {', '.join(sorted(machines))}")
     times: dict[tuple[int, int, str], list[float]] = {}
     for report in reports:
-        for place, value in _model(report, "", "", report.dense, "dense").latency_ms.items():
+        for place, value in _latency_ms(report, "dense").items():
             times.setdefault((report.dense.params, report.dense.macs, place), []).append(value)
     for (*_, place), values in times.items():
         if max(values) > (1 + _DRIFT) * min(values):
@@ -145,14 +146,14 @@ def warnings(reports: Sequence[Report]) -> list[str]:
 
 def head(chosen: Sequence[str]) -> tuple[str, ...]:
     """Return the first line of the table."""
-    times = [f"{measure}: ms" for measure in chosen if measure not in ("MACs", "params")]
+    times = [f"{measure}: ms" for measure in chosen if measure not in COUNTS]
     return ("run", "criterion", "accuracy %", "params", "MACs", *times, "on the front of")
 
 
 def rows(found: Sequence[Model], chosen: Sequence[str]) -> list[tuple[str, ...]]:
     """Return the table under `head`."""
     fronts = {measure: {each.name for each in front(found, measure)} for measure in chosen}
-    times = [measure for measure in chosen if measure not in ("MACs", "params")]
+    times = [measure for measure in chosen if measure not in COUNTS]
     return [
         (
             each.name,
@@ -191,17 +192,12 @@ def markdown(reports: Sequence[Report]) -> str:
 
 def html(reports: Sequence[Report]) -> str:
     """Return the runs side by side as one HTML page: no script, nothing loaded from elsewhere, light and dark."""
-    import jinja2
-
     found = models(reports)
     chosen = measures(found)
-    folder = resources.files(__package__)
-    template = folder.joinpath("side_by_side.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string(template).render(
+    return filled_in(
+        "side_by_side.html.j2",
         reports=reports,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        style=Markup(folder.joinpath("page.css").read_text(encoding="utf-8")),
         head=head(chosen),
         rows=rows(found, chosen),
         protocol=_PROTOCOL,
@@ -221,12 +217,10 @@ def write(reports: Sequence[Report], folder: Path) -> list[Path]:
     fronts = {measure: [each.name for each in front(found, measure)] for measure in measures(found)}
     content = {**_FORMAT, "models": [dataclasses.asdict(each) for each in found], "fronts": fronts}
     texts = (
-        msgspec.json.format(msgspec.json.encode(content), indent=1).decode() + "\n",
+        as_json(content),
         markdown(reports),
         html(reports),
     )
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in zip(FILES, texts, strict=True):
-        with atomic_write(folder / name) as part:
-            part.write_text(text, encoding="utf-8")
+    write_texts({folder / name: text for name, text in zip(FILES, texts, strict=True)})
     return [folder / name for name in FILES]

@@ -8,12 +8,13 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from compressor.report.graph_style import colours
-from compressor.report.pictures import WIDTH, Scale, picture
-from compressor.report.svg import circle, group, hint, join, line, polyline, text
+from compressor.report.pictures import WIDTH, Scale, legend, percent_levels, picture
+from compressor.report.svg import circle, group, hint, join, polyline, text
 from compressor.report.tables import count, milliseconds
 
 _HEIGHT, _BOTTOM, _LEFT = 330, 290, 56
 _LEGEND = 170  # pixels on the right
+COUNTS = ("MACs", "params")  # costs that are counts; every other one is milliseconds in a place
 
 
 class Point(NamedTuple):
@@ -33,7 +34,7 @@ def draw_trade_off(points: Sequence[Point], front: Sequence[Point], measure: str
         front: those of them that a line joins, the cheapest first.
         measure: "MACs", "params" or a place, whose milliseconds are the cost.
     """
-    is_count = measure in ("MACs", "params")
+    is_count = measure in COUNTS
     costs = [each.cost for each in points]
     accuracies = [each.accuracy for each in points]
     margin = 0.08 * (max(accuracies) - min(accuracies)) or 0.01
@@ -44,19 +45,12 @@ def draw_trade_off(points: Sequence[Point], front: Sequence[Point], measure: str
     names = list(dict.fromkeys(each.criterion for each in points))
     paint = dict(zip(names, colours(len(names)), strict=True))
     marks = [text(4, 12, "test accuracy, %", class_="axis")]
-    marks += [
-        line(_LEFT, up(tick), across.end, up(tick), class_="grid")
-        + text(_LEFT - 8, up(tick) + 4, f"{100 * tick:.4g}", "end", class_="axis")
-        for tick in up.ticks()
-    ]
+    marks.append(percent_levels(up, _LEFT, across.end))
     marks += [text(across(tick), _BOTTOM + 18, show(tick), "middle", class_="axis") for tick in across.ticks()]
     marks.append(text((_LEFT + across.end) / 2, _BOTTOM + 36, unit, "middle", class_="axis"))
     marks.append(polyline(_stairs(front, across, up), class_="train"))
-    # The legend numbers criteria only: names of runs are in the table, and on every dot.
-    for index, name in enumerate(names):
-        y = 40 + 20 * index
-        marks.append(circle(across.end + 12, y - 4, 4, style=f"fill:{paint[name]}"))
-        marks.append(text(across.end + 22, y, name, class_="label"))
+    # Criteria alone: names of runs are in the table, and on every dot.
+    marks.append(legend(paint, across.end + 8, 40))
     for each in points:
         says = f"{each.name}: {each.accuracy:.2%}, {show(each.cost)} {unit}"
         dot = circle(across(each.cost), up(each.accuracy), 4.5, style=f"fill:{paint[each.criterion]}")

@@ -69,7 +69,7 @@ class ModelSpec:
     @property
     def names_code(self) -> bool:
         """Whether building imports a module of the user's: never do that for a spec that was read from a file."""
-        return ":" in self.factory and not self.factory.startswith(TIMM)
+        return names_code(self.factory)
 
     def build(self, *, seed: int | None = None) -> nn.Module:
         """Build the dense model with fresh weights; see `build`."""
@@ -80,6 +80,11 @@ class ModelSpec:
             model = make(self)
         vars(model)["compressor_spec"] = self  # beside the modules: it must not appear in the state_dict
         return model
+
+
+def names_code(factory: str) -> bool:
+    """Return whether a factory is a module of the user's, not a model of torchvision or timm."""
+    return ":" in factory and not factory.startswith(TIMM)
 
 
 def build(

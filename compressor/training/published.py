@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.training.models import TIMM, first_line
+from compressor.training.models import TIMM, first_line, names_code
 
 _OF_A_BYTE = 255  # ours is of pixels in 0 to 255, theirs of pixels in 0 to 1
 
@@ -34,7 +34,7 @@ def published_weights(name: str) -> Published:
     Raises:
         InputError: nobody has published any, or they cannot be downloaded.
     """
-    if ":" in name and not name.startswith(TIMM):
+    if names_code(name):
         raise InputError(
             f"--weights default: weights are published for models of torchvision and timm, and {name} is neither; let "
             "the factory load its own, or give a file"

@@ -1,5 +1,7 @@
-"""Images mixed with their neighbours in the batch, and their classes with them: Mixup and CutMix, as torchvision has
-them.
+"""Mixup and CutMix, as torchvision has them: images mixed with others of their batch, and their classes with them.
+
+A worked example: a share of 0.7 is drawn. Mixup makes 0.7 of one image and 0.3 of the one before it, pixel by pixel;
+CutMix puts a box of 0.3 of the area of that one into it. Either counts 0.7 of the one class and 0.3 of the other.
 
 Source: Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899.
 """
@@ -19,8 +21,8 @@ def mix(
         images: `(B, C, H, W)` float.
         targets: `(B,)` class indices.
         classes: how many there are.
-        mixup, cutmix: alpha of the Beta distribution that shares are drawn from; 0 leaves a way out, and of two ways
-            one is drawn for each batch.
+        mixup, cutmix: alpha of the Beta distribution that each draws its shares from, not both 0. One with 0 is not
+            used; of two, one is drawn for each batch.
         generator: what is drawn depends on it alone, and it moves on by one number.
 
     Returns:
