@@ -206,14 +206,18 @@ def _written(difference: Difference | None) -> str:
     return f"{100 * difference.mean:+.2f}{half}"
 
 
+def _dense_accuracies(comparison: Comparison) -> list[float]:
+    """Return one accuracy a seed: all criteria of a seed share their dense model."""
+    return list({cell.seed: cell.dense_accuracy for cell in comparison.cells}.values())
+
+
 def progress(comparison: Comparison) -> str:
     """Return in one sentence how far the grid is, and what the dense model reaches."""
     total = len(comparison.cells) + len(comparison.failed) + len(comparison.missing)
     failed = f", {len(comparison.failed)} failed" if comparison.failed else ""
     dense = ""
     if comparison.cells:
-        by_seed = {cell.seed: cell.dense_accuracy for cell in comparison.cells}
-        dense = f"; dense: {100 * mean(by_seed.values()):.2f} %"
+        dense = f"; dense: {100 * mean(_dense_accuracies(comparison)):.2f} %"
     return f"{len(comparison.cells)} of {total} runs finished{failed}{dense}"
 
 
@@ -253,7 +257,7 @@ def html(comparison: Comparison) -> str:
         picture=draw_comparison(
             [(each.criterion, each.sparsity, each.accuracy, each.lowest, each.highest, each.n)
              for each in summaries(comparison.cells)],
-            [cell.dense_accuracy for cell in comparison.cells],
+            _dense_accuracies(comparison),
         ),
     )  # fmt: skip
 

@@ -42,7 +42,10 @@ def draw_comparison(points: Sequence[Point], dense: Sequence[float]) -> Markup:
     if dense:
         level = up(mean(dense))
         marks.append(line(56, level, WIDTH - _LEGEND, level, hint("dense"), class_="cut"))
-        marks.append(text(WIDTH - _LEGEND + 8, level + 4, f"dense {100 * mean(dense):.2f}", class_="label"))
+        # Below the names, not beside its line: where that is depends on the accuracies, and names stand there.
+        x, y = WIDTH - _LEGEND + 8, 44 + 20 * len(names)
+        marks.append(line(x, y - 4, x + 10, y - 4, class_="cut"))
+        marks.append(text(x + 14, y, f"dense {100 * mean(dense):.2f}", class_="label"))
     for index, name in enumerate(names):
         mine = sorted(point for point in points if point[0] == name)
         shift = 5 * (index - (len(names) - 1) / 2)
