@@ -34,7 +34,9 @@ TIMED = ("cost", "cut")
 
 def main(
     part: Annotated[str, typer.Option(help="One of: " + ", ".join(PARTS))],
-    only: Annotated[str, typer.Option(help="Only cells whose name has this in it.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Only cells whose name has this in it, or one of several with | between them.")
+    ] = "",
     again: Annotated[bool, typer.Option(help="Measure cells anew that are there.")] = False,
     minutes: Annotated[float, typer.Option(help="Begin no new cell after so long.")] = 60.0,
     processes: Annotated[int, typer.Option(help="Measure so many cells at once; not for times.")] = 1,
@@ -45,7 +47,7 @@ def main(
     if part in TIMED and processes > 1:
         raise InputError(f"--part {part} measures times, which other processes would disturb: leave out --processes")
     what, name, end = importlib.import_module(f"intraining.{part}"), f"intraining-{part}", time.time() + 60 * minutes
-    cells = {key: cell for key, cell in what.cells().items() if only in key}
+    cells = {key: cell for key, cell in what.cells().items() if any(part in key for part in only.split("|"))}
     if not cells:
         raise InputError(f"no cell of {part} has {only!r} in its name: there are {', '.join(what.cells())}")
     rows = [row for row in earlier(name) if not (again and row["cell"] in cells)]
