@@ -66,7 +66,7 @@ def test_every_criterion_prunes_in_training(criterion: str, amp: bool, digits: D
     assert history.epochs[-1]["validation_accuracy"] > 0.15
 
 
-def test_statistics_are_those_of_a_cpu() -> None:
+def test_a_compensated_cut_is_that_of_a_cpu() -> None:
     torch.manual_seed(0)
     here = tiny(10).double()
     there = copy.deepcopy(here).cuda()
@@ -74,7 +74,8 @@ def test_statistics_are_those_of_a_cpu() -> None:
     for model, device in ((here, "cpu"), (there, "cuda")):
         pairs = [(x.to(device), y.to(device))]
         compressor.prune(
-            model, x[:1].to(device), "relevance", compressor.Budget(0.5, "macs"), calibration=pairs,
+            # By relevance other channels may go: a GPU draws the subsets with a generator of its own.
+            model, x[:1].to(device), "taylor", compressor.Budget(0.5, "macs"), calibration=pairs,
             loss_fn=F.cross_entropy, compensate="linear", rounds=2, round_to=1,
         )  # fmt: skip
     assert widths(here) == widths(there)

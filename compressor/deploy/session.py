@@ -63,8 +63,9 @@ def _provider(device: torch.device, tf32: bool) -> tuple[str, dict[str, str]]:
 
     if device.type == "cpu":
         return "CPUExecutionProvider", {}
-    # Asked for a GPU that is not there, onnxruntime offers the provider all the same, and writes to stderr.
-    if device.type != "cuda" or not torch.cuda.is_available():
+    offered = onnxruntime.get_available_providers()
+    # Without a GPU, onnxruntime offers the provider all the same, and writes to stderr; built for CPUs alone it warns.
+    if device.type != "cuda" or not torch.cuda.is_available() or "CUDAExecutionProvider" not in offered:
         raise InputError(_no_device(str(device), ["CPUExecutionProvider"]))
     onnxruntime.preload_dlls()  # the CUDA libraries that came with PyTorch
     return "CUDAExecutionProvider", {"device_id": str(device.index or 0), "use_tf32": str(int(tf32))}
