@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Annotated, Any
 
+import torch
 import typer
 from results_file import earlier, write
 from rich.progress import track
@@ -46,7 +47,8 @@ def main(
         raise UnknownNameError("part", part, PARTS)
     if part in TIMED and processes > 1:
         raise InputError(f"--part {part} measures times, which other processes would disturb: leave out --processes")
-    what, name, end = importlib.import_module(f"intraining.{part}"), f"intraining-{part}", time.time() + 60 * minutes
+    what, end = importlib.import_module(f"intraining.{part}"), time.time() + 60 * minutes
+    name = f"intraining-{part}" + ("-gpu" if torch.cuda.is_available() else "")  # other networks and sizes there
     cells = {key: cell for key, cell in what.cells().items() if any(part in key for part in only.split("|"))}
     if not cells:
         raise InputError(f"no cell of {part} has {only!r} in its name: there are {', '.join(what.cells())}")

@@ -246,6 +246,16 @@ def test_a_file_that_onnxruntime_refuses_fails(tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "m.failed.onnx").read_bytes() == b"no ONNX"
 
 
+def test_an_onnxruntime_for_cpus_alone_is_not_asked_for_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(InputError, match="onnxruntime cannot run on 'cuda' here"):
+        open_session(Path("m.onnx"), "cuda")
+    assert not recwarn.list
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_where_no_gpu_was_compared_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "compressor")
