@@ -1,4 +1,4 @@
-"""docs/accuracy.md and its pictures, from the newest rows of `intraining.py --part accuracy`.
+"""The last part of docs/accuracy.md and its pictures, from the newest rows of `intraining.py --part accuracy`.
 
 python benchmarks/accuracy_page.py
 """
@@ -22,6 +22,7 @@ LEFT, ROW, WIDTH, GAP, TOP = 190, 22, 230, 34, 52
 Cell = dict[int, float]  # by seed, in percent
 Cells = dict[str, dict[float, Cell]]  # by criterion and share removed in percent
 
+HEADING = "# Trained from nothing, ten epochs on a tenth of CIFAR-10"
 NOTES = (
     "In the picture a dot is one seed, the red bar the mean, and the grey line the mean of the dense network. In the "
     "table: the mean over the seeds, the smallest and largest in brackets, and the difference to `random` with its "
@@ -116,7 +117,9 @@ def main() -> None:
     newest = max(RESULTS.glob("*-intraining-accuracy.json"))
     document = json.loads(newest.read_text())
     rows = document["rows"]
-    page = ["# Accuracy over sparsity, for every criterion under the same schedule", "", document["notes"], "", NOTES]
+    path = DOCS / "accuracy.md"
+    # What stands above is written by hand.
+    page = [path.read_text().partition(HEADING)[0] + HEADING, "", document["notes"], "", NOTES]
     for data in dict.fromkeys(row["data"] for row in rows):
         every = [row for row in rows if row["data"] == data]
         mine = [row for row in every if row.get("budget", "params") == "params"]
@@ -138,8 +141,8 @@ def main() -> None:
     machine = ", ".join(f"{key} {value}" for key, value in document["machine"].items())
     command = "python benchmarks/intraining.py --part accuracy"
     page += ["", f"Rows: `benchmarks/results/{newest.name}`, made by `{command}`. Machine: {machine}.", ""]
-    (DOCS / "accuracy.md").write_text("\n".join(page))
-    print(DOCS / "accuracy.md")
+    path.write_text("\n".join(page))
+    print(path)
 
 
 if __name__ == "__main__":

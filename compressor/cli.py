@@ -131,7 +131,7 @@ def _parameter(item: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     help_ = item.metadata
     shown = help_["shown"] or ("" if kind is bool else item.default)
     usual = "" if shown == "" else f" Default: {shown}."
-    name += f"/--no-{item.name}" if kind is bool and item.default is not False else ""
+    name += f"/--no-{name[2:]}" if kind is bool and item.default is not False else ""
     kind = list[str] if item.name == "sparsity" else kind  # one number, and PATTERN=NUMBER as often as one likes
     typed = typer.Option(name, help=help_["help"] + usual, rich_help_panel=help_["panel"])
     return inspect.Parameter(

@@ -121,6 +121,7 @@ def test_options_become_settings(monkeypatch) -> None:
         {"data": "cifar10", "download": True, "lr": 1e-5, "finetune_epochs": 0},
         {"keep": ("conv1", "layer[12].*"), "only": ("*",), "sparsity_by_pattern": ("layer4.*=0.3", "fc=0")},
         {"verify": False, "compensate": "none", "recalibrate": 500},
+        {"decay_norms": False, "checkpoint_every": 7, "clip_norm": 1.0},
     ],
 )
 def test_the_command_in_the_report_is_understood(monkeypatch, more: dict) -> None:
