@@ -571,3 +571,16 @@ def test_a_run_that_gets_a_signal_ends_with_a_checkpoint_and_goes_on_as_if_it_ha
     again = job.run(folders.resumed({"out": str(tmp_path / "run")}), resume=True)
     assert [replace(each, seconds=0) for each in again.epochs] == [replace(each, seconds=0) for each in whole.epochs]
     assert again.pruned.accuracy == whole.pruned.accuracy
+
+
+@pytest.mark.parametrize("options", [DURING, BY_RELEVANCE], ids=["during", "rounds"])
+def test_a_run_in_bfloat16_is_exported_and_measured_in_float32(options: dict, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    settings = Settings.from_options(
+        {**options, "amp": True, "channels-last": True, "device": "cpu", "out": str(tmp_path / "run")}
+    )
+    made = job.run(settings)
+    assert made.pruned.params < made.dense.params
+    assert made.pruned.accuracy > 0.3
+    saved = load(tmp_path / "run" / "model.safetensors", factory=lambda: tiny(10))
+    assert {parameter.dtype for parameter in saved.parameters()} == {torch.float32}

@@ -274,3 +274,12 @@ def test_a_latency_is_asked_for_with_its_place() -> None:
 def test_odd_places_and_precisions_are_refused(given: dict, message: str) -> None:
     with pytest.raises(CompressorError, match=message):
         Settings(**given)
+
+
+def test_bfloat16_is_refused_where_nothing_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"criterion": "l1", "device": "cpu", "amp": True}
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"bf16": True}, raising=False)
+    assert Settings.from_options(asked).training().amp
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": False, "avx2": True}, raising=False)
+    with pytest.raises(InputError, match=r"--amp: cpu has no bfloat16 instructions .*; leave --amp out"):
+        Settings.from_options(asked)

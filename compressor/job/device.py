@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from compressor.errors import InputError, UnknownNameError
 
+# As `torch.cpu.get_capabilities` names them: AVX-512 and AMX of x86, NEON and SVE of Arm.
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
 
 def usable_device(name: str) -> str:
     """Return the device to compute on; `auto` becomes a GPU where there is one.
@@ -21,3 +24,23 @@ def usable_device(name: str) -> str:
     if name != "cpu" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: this machine has no usable GPU; give --device cpu")
     return name
+
+
+def require_bfloat16(device: str) -> None:
+    """Refuse a device that computes in bfloat16 only by converting from and to it, which is slower than float32.
+
+    Raises:
+        InputError: this one does.
+    """
+    import torch
+
+    if device == "cpu":
+        known: dict[str, bool] = getattr(
+            torch.cpu, "get_capabilities", dict
+        )()  # not every PyTorch that we work with has it
+        fits = any(known.get(name) for name in _BFLOAT16)
+        lacks = "no bfloat16 instructions that PyTorch sees (AVX-512 BF16, AMX, Arm BF16)"
+    else:
+        fits, lacks = torch.cuda.is_bf16_supported(including_emulation=False), "no bfloat16 units"
+    if not fits:
+        raise InputError(f"--amp: {device} has {lacks}, float32 is faster there; leave --amp out")

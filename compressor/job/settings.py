@@ -28,7 +28,7 @@ from compressor.budget import (
 from compressor.deploy import TOLERANCE, Engine, Place, Precision
 from compressor.errors import InputError, RangeError, UnknownNameError
 from compressor.job.checks import OBSERVING, is_during, is_sparse, observes, require_effects, require_names
-from compressor.job.device import usable_device
+from compressor.job.device import require_bfloat16, usable_device
 from compressor.job.options import (
     Origin,
     as_typed,
@@ -163,6 +163,12 @@ class Settings:
         "Training",
         "Share of the pruned model's loss that is a teacher's soft targets, in [0, 1].",
     )
+    amp: bool = from_config(
+        TrainingConfig, "amp", "Training", "Train in bfloat16, where the GPU or the processor multiplies in it."
+    )
+    channels_last: bool = from_config(
+        TrainingConfig, "channels_last", "Training", "Keep images in channels-last order, which GPUs prefer."
+    )
     temperature: float | None = left_open(TrainingConfig, "temperature", "Training", "Of the soft targets.")
     teacher: str = option("", "Training", "A .safetensors file of compress with the teacher.", "the dense model")
     checkpoint_every: int | None = option(
@@ -246,6 +252,8 @@ class Settings:
         require_effects(vars(self), {item.name: item.default for item in dataclasses.fields(self)})
         for name, value in self._worked_out().items():
             object.__setattr__(self, name, value)
+        if self.amp:
+            require_bfloat16(self.device)
 
     def _require_ranges(self) -> None:
         """Refuse numbers that belong to the run itself."""
