@@ -78,7 +78,7 @@ def main(
     said = f"{NOTE} Batches of {batch}. Peak memory of the process: {most:.0f} MiB"
     if device != "cpu":
         said += f"; of the GPU: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
-    print(write(f"training-speed-{network}-{device}{'-amp' if amp else ''}", rows, f"{said}."))
+    print(write(f"training-speed-{network}-{device}-{batch}{'-amp' if amp else ''}", rows, f"{said}."))
 
 
 def images(count: int) -> Data:
