@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor._utils import count_samples, run_model
+from compressor._utils import Ranks, count_samples, run_model
 from compressor.budget import (
     USUAL_SCHEDULE,
     Allocation,
@@ -35,6 +35,9 @@ from compressor.pruning.relevance_scores import relevance_scores
 from compressor.pruning.to_budget import CutOptions, prune_to_budget, require_reachable, traced
 from compressor.relevance import Relevance, RelevanceConfig, per_sample
 from compressor.surgery import Compensation, Moments, all_optimizers, require_followed, require_held
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +84,9 @@ class Pruner:
         seed: for whatever draws.
         relevance: how relevance observes. Left open there: `observe_every` (at least as often as `prune_every` asks
             for), `half_life` (`prune_every`), `warmup` (a twentieth of the training, none for the published method).
+        process_group: of the ranks that train the model with DistributedDataParallel, `torch.distributed.group.WORLD`
+            for all. Each makes a Pruner of the bare model with the same arguments, has as many samples in a step as the
+            others, and wraps the model anew after a cut; what they observed counts together, and rank 0 decides.
 
     Attributes:
         graph: the channel graph, as it is now.
@@ -115,8 +121,10 @@ class Pruner:
         outputs: Callable[[Any], Any] | None = None,
         seed: int = 0,
         relevance: RelevanceConfig | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.model = model
+        self._ranks = Ranks(process_group)
         threshold = budget if isinstance(budget, Threshold) else None
         self.budget = Budget(0.0) if isinstance(budget, Threshold) else Budget.from_share(budget)
         self.steps = 0
@@ -153,7 +161,9 @@ class Pruner:
         self._progress = PruningProgress(self.graph, self.budget, threshold)
         self._blocked: tuple[str, ...] = ()
         self._generator = torch.Generator().manual_seed(seed)
-        self.relevance = Relevance(self.graph, self._config, seed=seed) if criterion == "relevance" else None
+        self.relevance = None
+        if criterion == "relevance":
+            self.relevance = Relevance(self.graph, self._config, seed=seed, ranks=self._ranks)
         self._criterion = None if criterion == "relevance" else lookup(criterion)
 
     def _filled_in(self, config: RelevanceConfig) -> RelevanceConfig:
@@ -176,7 +186,13 @@ class Pruner:
 
         Raises:
             BudgetError: at the first step, if the budget cannot be reached whatever the scores are.
+            InputError: there are several ranks: only DistributedDataParallel may run the model then.
         """
+        if self._ranks.size > 1:
+            raise InputError(
+                "with several ranks your DistributedDataParallel runs the model: say `with pruner.observe(x) as mean: "
+                "loss = mean(F.cross_entropy(ddp(x), y, reduction='none'))`"
+            )
         self._begin(inputs)
         if self.relevance and self._observes():
             # NOTE: A compiled model would not see the gates, which come and go with every batch.
@@ -229,9 +245,10 @@ class Pruner:
 
         Raises:
             PeriodError: at the first step, as `require_time`.
+            InputError: the ranks came to different cuts.
         """
         if self.steps == 0:
-            self.require_time(count_samples(self._inputs))
+            self.require_time(self._ranks.size * count_samples(self._inputs))
         if self.relevance and self._is_unfinished():
             self.relevance.step()
         before = self._due(self.steps)
@@ -280,6 +297,7 @@ class Pruner:
             normalise=self.relevance is None,
             real_inputs=self._inputs,
         )
+        self._ranks.require_alike("channels that stay", selection.keep if selection else {})
         if selection is None:
             return None
         if self.relevance:
@@ -292,9 +310,13 @@ class Pruner:
         """Return what is known of the consumers' inputs, as far as compensation asks for it."""
         if self.relevance and self._compensation == "mean":
             return self.relevance.means()
-        return KNOWN[self._compensation](self.graph, self._calibration or [self._inputs])
+        return KNOWN[self._compensation](self.graph, self._calibration or [self._ranks.gathered(self._inputs)])
 
     def _scores(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        # Rank 0 decides: elsewhere a last bit may differ, and with it who is last.
+        return self._ranks.of_the_first(self._own_scores(groups))
+
+    def _own_scores(self, groups: Sequence[Group]) -> dict[str, Tensor]:
         if self.relevance and self._options.threshold:
             return self.relevance.confidence()
         if self.relevance:

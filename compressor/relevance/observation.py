@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from compressor._utils import Ranks
 from compressor.errors import InputError
 
 
@@ -100,6 +101,19 @@ class Observation:
 
     def _add_share(self, gradient: Tensor) -> None:
         self.share = gradient if self.share is None else self.share + gradient
+
+    def gathered(self, ranks: Ranks) -> Observation:
+        """Return the same of the batch of all ranks, `(size * B, ...)`, after their backward passes."""
+        if ranks.size == 1:
+            return self
+        everyone = Observation(
+            ranks.gathered(self.gates).requires_grad_(self.gates.requires_grad), ranks.gathered(self.draw)
+        )
+        everyone.losses, everyone.ungated, everyone.share, everyone.gates.grad = ranks.gathered(
+            (self.losses, self.ungated, self.share, self.gates.grad)
+        )
+        everyone._has_gradients = self._has_gradients
+        return everyone
 
     def gradients(self) -> Tensor:
         """Return the gradient of every sample's loss by its gates, `(B, N)`; up to a factor without losses.

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor._utils import count_samples, run_model
+from compressor._utils import Ranks, count_samples, run_model
 from compressor.errors import InputError
 from compressor.graph import ChannelGraph
 from compressor.relevance.config import RelevanceConfig
@@ -52,6 +52,7 @@ class Relevance:
             be watched and are frozen.
         config: what is observed and concluded. A half-life that is left open is 100 steps here, a warm-up 0.
         seed: of the draws.
+        ranks: the processes that train the model together; each shows its part of every batch.
 
     Attributes:
         graph, config: as given; the graph of the last cut.
@@ -61,10 +62,13 @@ class Relevance:
         InputError: a graph in which no group can be watched.
     """
 
-    def __init__(self, graph: ChannelGraph, config: RelevanceConfig | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self, graph: ChannelGraph, config: RelevanceConfig | None = None, *, seed: int = 0, ranks: Ranks | None = None
+    ) -> None:
         self.graph = graph
         self.config = config or RelevanceConfig()
         self.steps = 0
+        self._ranks = ranks or Ranks()
         self._estimator = ESTIMATORS[self.config.estimator]
         self._schedule = ObservationSchedule.from_config(self.config)
         self._gates = self._watch_groups()
@@ -141,7 +145,7 @@ class Relevance:
                 "the model runs under torch.utils.checkpoint, and the batch before this one has not had its backward "
                 "pass: call backward() after every batch, also where gradients are accumulated"
             )
-        observation = self._sampler.sample(batch_size, self._schedule.share(self.steps))
+        observation = self._sampler.sample(batch_size, self._schedule.share(self.steps), self._ranks)
         gating = self._gates.applied(observation.gates)
         with gating as observation.gated_modules:
             yield observation
@@ -189,6 +193,7 @@ class Relevance:
 
     def _add(self, observation: Observation) -> None:
         decay = self._schedule.decay
+        observation = observation.gathered(self._ranks)
         factor = self._evidence.factor(observation.ungated is not None)
         batch = self._scale.normalised(observation, self._batches, decay, factor)
         self._evidence.add(self._batches, batch, decay, self._sampler.generator)
@@ -231,7 +236,7 @@ class Relevance:
 
     def means(self) -> dict[str, Tensor]:
         """Return the running mean of every consumer's input, `(D,)` by weight name: what a cut folds."""
-        return self._gates.means()
+        return self._ranks.mean(self._gates.means())
 
     def record(self) -> dict[str, Any]:
         """Return a JSON-able summary by group name.

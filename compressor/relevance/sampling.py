@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor._utils import Ranks
 from compressor.errors import InputError
 from compressor.relevance.config import RelevanceConfig
 from compressor.relevance.draws import subsample_blocks
@@ -55,13 +56,15 @@ class ChannelSampler:
         # drawn at the same rate and beside the same partners. Only then do they show what chance does to a channel.
         self._order = torch.cat([self.group_of, groups.repeat(self._dummies)])
 
-    def sample(self, batch: int, share: float) -> Observation:
+    def sample(self, batch: int, share: float, ranks: Ranks) -> Observation:
         """Draw for one batch.
 
         Args:
-            batch: `B`.
+            batch: `B`, on every rank.
             share: the part of its draws that a channel takes up now, in [0, 1].
+            ranks: all draw the same for the batch of all, and each takes what is its own.
         """
+        batch *= ranks.size
         samples = batch if self._estimator.per_sample else 1
         draw = self._estimator.draw(self._order, self._count, samples, self.generator)
         draw = subsample_blocks(draw, self._count, self._rate(share), self.generator).expand(batch, -1)
@@ -69,7 +72,8 @@ class ChannelSampler:
         gates = torch.zeros(out.shape, dtype=self._dtype, device=out.device)
         if self._estimator.soft:
             gates.uniform_(generator=self.generator)
-        return Observation(gates.masked_fill_(~out, 1.0).requires_grad_(self._estimator.soft), draw)
+        gates = ranks.own_rows(gates.masked_fill_(~out, 1.0))
+        return Observation(gates.requires_grad_(self._estimator.soft), ranks.own_rows(draw))
 
     def _rate(self, share: float) -> Tensor:
         """Return the share of its draws that every column takes up now: less in the warm-up, half if it is decided."""

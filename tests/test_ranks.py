@@ -1,0 +1,167 @@
+"""Several processes train and prune one model: what they come to is what one process comes to on the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed import destroy_process_group, group, init_process_group
+from torch.multiprocessing import spawn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from user_models import tiny
+
+import compressor
+from compressor._utils import Ranks
+from compressor.errors import InputError
+from compressor.relevance import RelevanceConfig
+
+RANKS, BATCH, STEPS = 2, 32, 50
+CASES: dict[str, dict[str, Any]] = {
+    **{
+        # Excluded channels become zero, not their mean: in its forward pass a rank knows only its own.
+        f"relevance, {name}": {"criterion": "relevance", "relevance": RelevanceConfig(name, exclude="zero")}
+        for name in ("gate", "soft", "mixed", "loss")
+    },
+    "relevance, globally": {"criterion": "relevance", "allocate": "global"},
+    "relevance, of no losses": {"criterion": "relevance"},
+    "taylor": {"criterion": "taylor"},
+    "random": {"criterion": "random"},
+    "l1, what is left predicts": {"criterion": "l1", "compensate": "linear"},
+}
+
+
+def batches() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(BATCH, 3, 8, 8, dtype=torch.float64, generator=generator),
+            torch.randint(0, 10, (BATCH,), generator=generator),
+        )
+        for _ in range(STEPS)
+    ]
+
+
+def pruned(case: str, rank: int, ranks: int, **more: Any) -> dict[str, Any]:
+    """Return the losses of every step, and the weights at the end, of a training as one of so many ranks."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = tiny(10).double()
+    if ranks > 1:
+        more["process_group"] = group.WORLD
+    how = CASES[case]
+    if how.get("compensate") == "linear":
+        how = {**how, "calibration": [x for x, _ in batches()[:4]]}
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    pruner = compressor.Pruner(
+        model, torch.zeros(1, 3, 8, 8, dtype=torch.float64), budget=0.5, optimizer=optimizer, total_steps=STEPS,
+        prune_every=10, **{"round_to": 1, **how, **more},
+    )  # fmt: skip
+    run: nn.Module = DistributedDataParallel(model) if ranks > 1 else model
+    losses = []
+    for x, y in batches():
+        model.train()
+        for module in model.modules():  # BatchNorm's own statistics are of a rank's samples, not of all
+            module.train(not isinstance(module, nn.BatchNorm2d))
+        x, y = x.chunk(ranks)[rank], y.chunk(ranks)[rank]
+        with pruner.observe(x) as mean:
+            each = F.cross_entropy(run(x), y, reduction="none")
+            loss = each.mean() if case.endswith("no losses") else mean(each)
+        loss.backward()
+        optimizer.step()
+        if pruner.step() and ranks > 1:
+            run = DistributedDataParallel(model)
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return {"losses": losses, "weights": {name: each.detach() for name, each in model.named_parameters()}}
+
+
+def as_rank(rank: int, work: Callable[[int], Any], folder: Path) -> None:
+    init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS)
+    torch.save(work(rank), folder / f"{rank}.pt")
+    destroy_process_group()
+
+
+def on_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
+    spawn(as_rank, (work, folder), RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def every_case(rank: int) -> dict[str, Any]:
+    return {case: pruned(case, rank, RANKS) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(every_case, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_come_to_what_one_process_comes_to(case: str, together: list[dict[str, Any]]) -> None:
+    alone = pruned(case, 0, 1)
+    first, second = (each[case] for each in together)
+    dense = sum(parameter.numel() for parameter in tiny(10).parameters())
+    assert sum(each.numel() for each in alone["weights"].values()) < 0.55 * dense
+    losses = [sum(each) / RANKS for each in zip(first["losses"], second["losses"], strict=True)]
+    assert losses == pytest.approx(alone["losses"], rel=1e-5)
+    assert first["losses"] != second["losses"]  # they did see different images
+    for name, weight in alone["weights"].items():
+        torch.testing.assert_close(first["weights"][name], weight, rtol=1e-5, atol=1e-7)
+        assert torch.equal(first["weights"][name], second["weights"][name])
+
+
+def different_widths(rank: int) -> str:
+    try:
+        pruned("random", rank, RANKS, round_to=1 + 3 * rank)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_decide_differently_all_stop(tmp_path: Path) -> None:
+    said = on_ranks(different_widths, tmp_path)
+    assert len(set(said)) == 1
+    assert "the 2 ranks have different channels that stay: begin on all of them with the same model" in said[0]
+
+
+def loss_of_the_bare_model(rank: int) -> str:
+    model = tiny(10)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05)
+    x, y = torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,))
+    pruner = compressor.Pruner(model, x, "l1", optimizer=optimizer, total_steps=9, process_group=group.WORLD)
+    try:
+        pruner.loss(x, y, F.cross_entropy)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def test_a_loss_without_the_wrapper_is_refused(tmp_path: Path) -> None:
+    assert all("with pruner.observe(x) as mean" in said for said in on_ranks(loss_of_the_bare_model, tmp_path))
+
+
+def one_of_each(rank: int) -> dict[str, Any]:
+    ranks = Ranks(group.WORLD)
+    own = torch.tensor([[rank, 1.0], [rank, 2.0]])
+    gathered = ranks.gathered({"x": (own, own[:, 0] > 0), "none": None})
+    first = ranks.of_the_first({"a": own})
+    return {
+        "gathered": gathered,
+        "mean": ranks.mean({"a": own}),
+        "first": first,
+        "own": ranks.own_rows(gathered["x"][0]),
+    }
+
+
+def test_what_one_rank_has_all_get(tmp_path: Path) -> None:
+    for rank, got in enumerate(on_ranks(one_of_each, tmp_path)):
+        assert got["gathered"]["x"][0].tolist() == [[0, 1], [0, 2], [1, 1], [1, 2]]
+        assert got["gathered"]["x"][1].tolist() == [False, False, True, True]
+        assert got["gathered"]["none"] is None
+        assert got["mean"]["a"].tolist() == [[0.5, 1], [0.5, 2]]
+        assert got["first"]["a"].tolist() == [[0, 1], [0, 2]]
+        assert got["own"].tolist() == [[rank, 1], [rank, 2]]
