@@ -27,7 +27,8 @@ CRITERIA = ("relevance", "l1", "random")
 NOTE = (
     "CIFAR stem, random images, SGD, half of the parameters gone in cuts every tenth step, BatchNorm in evaluation "
     f"mode (else its statistics are of a rank's samples). {RANKS} ranks over gloo, one thread each, against one "
-    "process with one thread on the same whole batches, float32 and float64. `loss apart`: the largest relative difference over all "
+    "process with one thread on the same whole batches, float32 and float64. `loss apart`: the largest relative difference "
+    "over all "
     "steps between the ranks' mean loss and the one process's."
 )
 
