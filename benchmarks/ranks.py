@@ -25,11 +25,11 @@ from compressor.training import models
 RANKS = 2
 CRITERIA = ("relevance", "l1", "random")
 NOTE = (
-    "CIFAR stem, random images, SGD, half of the parameters gone in cuts every tenth step, BatchNorm in evaluation "
-    f"mode (else its statistics are of a rank's samples). {RANKS} ranks over gloo, one thread each, against one "
-    "process with one thread on the same whole batches. `loss apart`: the largest relative difference over all steps between "
-    "the ranks' mean loss and the one process's. Of float32 sums in another order the last bits differ, and near ties with "
-    "them."
+    "CIFAR stem, random images, SGD, half of the parameters gone in cuts every tenth step, BatchNorm in "
+    f"evaluation mode (else its statistics are of a rank's samples). {RANKS} ranks over gloo, one thread each, "
+    "against one process with one thread on the same whole batches. `loss apart`: the largest relative difference "
+    "over all steps between the ranks' mean loss and the one process's. Of float32 sums in another order the last "
+    "bits differ, and near ties with them."
 )
 
 
