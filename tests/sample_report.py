@@ -2,7 +2,18 @@
 
 import dataclasses
 
-from compressor.report.document import Cut, Epoch, Figures, FrozenLayer, Goal, Layer, Parity, Report, Timing
+from compressor.report.document import (
+    ClassAccuracy,
+    Cut,
+    Epoch,
+    Figures,
+    FrozenLayer,
+    Goal,
+    Layer,
+    Parity,
+    Report,
+    Timing,
+)
 
 
 def figures(**changes: object) -> Figures:
@@ -49,4 +60,5 @@ def sample() -> Report:
         parity=(Parity("model.onnx", 1e-6, 1e-7, 15, 1.0, ("CPUExecutionProvider",)),),
         files={"model.safetensors": 42_000},
         notes=("ran on one core",),
+        classes=(ClassAccuracy("cat", 200, 0.97, 0.98), ClassAccuracy("dog", 249, 0.99, 0.96)),
     )

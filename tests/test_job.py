@@ -584,3 +584,11 @@ def test_a_run_in_bfloat16_is_exported_and_measured_in_float32(options: dict, tm
     assert made.pruned.accuracy > 0.3
     saved = load(tmp_path / "run" / "model.safetensors", factory=lambda: tiny(10))
     assert {parameter.dtype for parameter in saved.parameters()} == {torch.float32}
+
+
+def test_the_report_tells_the_accuracy_of_every_class(finished) -> None:
+    _, made, _ = finished
+    assert [each.name for each in made.classes] == [str(digit) for digit in range(10)]
+    assert sum(each.images for each in made.classes) == made.dense.images
+    right = sum(each.images * each.pruned for each in made.classes)
+    assert right / made.pruned.images == pytest.approx(made.pruned.accuracy)

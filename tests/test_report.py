@@ -17,7 +17,7 @@ from sample_report import epoch, sample, timing
 from compressor import report as reports
 from compressor.errors import ArtifactError, RunFolderError
 from compressor.report import tables
-from compressor.report.document import Cut, FrozenLayer, Goal, Layer, Report
+from compressor.report.document import ClassAccuracy, Cut, FrozenLayer, Goal, Layer, Report
 
 
 @pytest.fixture
@@ -312,3 +312,15 @@ def test_sizes_have_three_digits(size_bytes: int, shown: str) -> None:
 @given(st.floats(min_value=1e-2, max_value=1e5))
 def test_milliseconds_stay_within_half_a_percent(value_ms: float) -> None:
     assert abs(float(tables.milliseconds(value_ms)) / value_ms - 1) <= 0.0051
+
+
+def test_classes_that_lost_most_come_first_and_a_thousand_do_not_fill_the_page(report: Report) -> None:
+    assert tables.classes(report) == [
+        ("dog", "249", "99.0%", "96.0%", "-3.0 points"),
+        ("cat", "200", "97.0%", "98.0%", "+1.0 points"),
+    ]
+    many = tuple(ClassAccuracy(f"class {n}", 50, 0.9, 0.9 - n / 10_000) for n in range(1000))
+    rows = tables.classes(dataclasses.replace(report, classes=many))
+    assert [row[0] for row in rows[:2]] == ["class 999", "class 998"]
+    assert rows[-1][0] == "970 more in report.json"
+    assert len(rows) == tables.MOST_CLASSES + 1

@@ -619,6 +619,9 @@ def test_evaluate_against_one_big_batch(data: Data) -> None:
     assert seen.accuracy == float((scores.argmax(1) == targets).float().mean())
     assert seen.loss == pytest.approx(float(nn.functional.cross_entropy(scores, targets)))
     assert seen.n == 10
+    for index, (right, images) in enumerate(zip(seen.right_of, seen.images_of, strict=True)):
+        assert images == int((targets == index).sum())
+        assert right == int(((targets == index) & (scores.argmax(1) == index)).sum())
 
 
 @pytest.mark.parametrize("look", [evaluate, recalibrate])

@@ -83,6 +83,7 @@ def finish(
         files={name: (folder / name).stat().st_size for name in (*MODELS, *RECORDS) if (folder / name).exists()},
         notes=(*graph.notes, *trained.result.notes, *notes, *(each.missed for each in lowered if each.missed)),
         lowered=tuple(lowered),
+        classes=_classes(data, seen),
         **figures,
     )
     report.write(made, folder)
@@ -160,6 +161,17 @@ def _lowered(settings: Settings, whole: Path, data: Data, says: ImageModel) -> r
 def _images(part: Split) -> Tensor:
     """Return the first images of a part, normalised, `(B, C, H, W)`."""
     return next(iter(part.batches(CHECK_IMAGES)))[0]
+
+
+def _classes(data: Data, seen: Mapping[str, Evaluation]) -> tuple[report.ClassAccuracy, ...]:
+    """Return the accuracy of every class that has test images."""
+    dense, pruned = seen["dense"], seen["pruned"]
+    columns = zip(data.classes, dense.images_of, dense.right_of, pruned.right_of, strict=True)
+    return tuple(
+        report.ClassAccuracy(name, images, of_dense / images, of_pruned / images)
+        for name, images, of_dense, of_pruned in columns
+        if images
+    )
 
 
 def _figures(

@@ -1,6 +1,7 @@
 from . import comparison as comparison
 from . import side_by_side as side_by_side
 from . import tables as tables
+from .document import ClassAccuracy as ClassAccuracy
 from .document import Cut as Cut
 from .document import Epoch as Epoch
 from .document import Figures as Figures

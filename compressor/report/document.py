@@ -38,6 +38,21 @@ class Figures:
 
 
 @dataclass(frozen=True)
+class ClassAccuracy:
+    """How well both models know one class: shares of its test images answered rightly, in [0, 1]."""
+
+    name: str
+    images: int
+    dense: float
+    pruned: float
+
+    @property
+    def points(self) -> float:
+        """What the pruning changed, in percentage points."""
+        return 100 * (self.pruned - self.dense)
+
+
+@dataclass(frozen=True)
 class Goal:
     """What was asked of the pruning and what came of it; fractions of the measure that were removed.
 
@@ -217,6 +232,7 @@ class Report:
         files: size in bytes of each file of the run folder, by name.
         notes: what the reader should know besides.
         lowered: both models in a lower precision, where that was asked for.
+        classes: the accuracy of each, of those that have test images.
     """
 
     name: str
@@ -236,3 +252,4 @@ class Report:
     files: dict[str, int]
     notes: tuple[str, ...] = ()
     lowered: tuple[Lowered, ...] = ()
+    classes: tuple[ClassAccuracy, ...] = ()

@@ -52,6 +52,8 @@ def html(report: Report) -> str:
         "page.html.j2",
         report=report,
         comparison=tables.comparison(report),
+        class_head=tables.CLASS_HEAD,
+        classes=tables.classes(report),
         fastest=_speed_tiles(report),
         has_shared=any(epoch.stage == "train" for epoch in report.epochs),
         files=[(name, tables.size(size_bytes)) for name, size_bytes in report.files.items()],

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from compressor._utils import Speedup, noise, speedup
 from compressor.report.document import Layer, Report, Timing
 
+MOST_CLASSES = 30  # in a table; a thousand would hide the rest of a page
+CLASS_HEAD = ("class", "test images", "dense", "pruned", "change")
+
 
 @dataclass(frozen=True)
 class Row:
@@ -46,6 +49,18 @@ def comparison(report: Report) -> list[Row]:
         *_row_if_known("model.onnx", dense.onnx_size_bytes, pruned.onnx_size_bytes, size),
     ]
     return [*rows, *_lowered_rows(report), *(_latency_row(each) for each in pairs(report.timings))]
+
+
+def classes(report: Report) -> list[tuple[str, str, str, str, str]]:
+    """Return class, test images, accuracy dense and pruned, and the change, the classes that lost most first."""
+    worst_first = sorted(report.classes, key=lambda each: each.points)
+    rows = [
+        (each.name, f"{each.images:,}", f"{each.dense:.1%}", f"{each.pruned:.1%}", f"{each.points:+.1f} points")
+        for each in worst_first[:MOST_CLASSES]
+    ]
+    if left_out := len(worst_first) - len(rows):
+        rows.append((f"{left_out:,} more in report.json", "", "", "", ""))
+    return rows
 
 
 def _lowered_rows(report: Report) -> list[Row]:
@@ -147,6 +162,7 @@ def markdown(report: Report) -> str:
         grid(("", "dense", "pruned", "change"), [(r.label, r.dense, r.pruned, r.change) for r in comparison(report)]),
         "## Channels",
         grid(("group", "before", "after", "kept"), channels),
+        *(["## Classes", grid(CLASS_HEAD, classes(report))] if report.classes else []),
         *(["## Notes", "\n".join(f"- {note}" for note in report.notes)] if report.notes else []),
         "## Files",
         grid(("file", "size"), files),

@@ -27,11 +27,14 @@ class Evaluation:
         accuracy: share of images whose highest score is that of their class, in `[0, 1]`.
         loss: mean cross-entropy in nats, without label smoothing.
         n: number of images.
+        right_of, images_of: of every class, how many images were answered rightly, and how many there were.
     """
 
     accuracy: float
     loss: float
     n: int
+    right_of: tuple[int, ...] = ()
+    images_of: tuple[int, ...] = ()
 
 
 def evaluate(model: nn.Module, split: Split, batch_size: int = 256, device: str | torch.device = "cpu") -> Evaluation:
@@ -44,14 +47,18 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 256, device: str 
         device: where the batches are made.
     """
     # Counted on the device: one wait at the end instead of one for every batch.
-    correct = torch.zeros((), dtype=torch.int64, device=device)
+    right, images = torch.zeros(2, 0, dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     with in_mode(model, training=False), torch.no_grad():
         for inputs, targets in split.batches(batch_size, device=device):
             outputs = model(inputs).float()  # a model in bfloat16 would round its own loss
-            correct += (outputs.argmax(1) == targets).sum()
+            if not len(images):
+                right, images = torch.zeros(2, outputs.size(1), dtype=torch.int64, device=device)
+            images += torch.bincount(targets, minlength=len(images))
+            right += torch.bincount(targets[outputs.argmax(1) == targets], minlength=len(images))
             loss += F.cross_entropy(outputs, targets, reduction="none").double().sum()
-    return Evaluation(int(correct) / len(split), float(loss) / len(split), len(split))
+    of_class = tuple(right.tolist()), tuple(images.tolist())
+    return Evaluation(sum(of_class[0]) / len(split), float(loss) / len(split), len(split), *of_class)
 
 
 def recalibrate(
