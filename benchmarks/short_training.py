@@ -94,10 +94,13 @@ def cut(model: nn.Module, found: Data, share: float, only: str, seed: int, how: 
     """Return the model less a share of its MACs."""
     pairs = first_batches(found, CALIBRATION)
     losses = "relevance" in (how["criterion"], how["allocate"])
+    images: dict[str, Any] = {"calibration": pairs, "loss_fn": F.cross_entropy} if losses else {}
+    if not losses and how["compensate"] != "none":
+        images = {"calibration": [x for x, _ in pairs]}
     compressor.prune(
         model, pairs[0][0][:1], budget=compressor.Budget(share, "macs"), round_to=1, seed=seed,
         limits=compressor.Limits(only=("layer*.conv1",) if only == "inner" else ()),
-        calibration=pairs if losses else [x for x, _ in pairs], loss_fn=F.cross_entropy if losses else None, **how,
+        **images, **how,
     )  # fmt: skip
     return model
 
