@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -487,3 +488,38 @@ def test_other_endings_of_pictures_are_read(tmp_path: Path) -> None:
         )
     found = load_data(f"imagefolder:{root}", validation=0.2)
     assert len(found.train) + len(found.validation) == 11
+
+
+def lopsided(counts: list[int]) -> Split:
+    """Return a split with so many images of every class; every pixel of an image is its index."""
+    targets = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    pixels = torch.arange(len(targets), dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 2, 2)
+    return replace(Split.from_arrays(Resident(pixels.clone()), targets), mean=(0.0,), std=(1.0,))
+
+
+def test_balanced_classes_come_equally_often_and_images_of_a_class_too() -> None:
+    split, generator = lopsided([90, 9, 1]), torch.Generator().manual_seed(0)
+    seen = torch.zeros(3)
+    images = torch.zeros(100)
+    for _ in range(60):
+        for x, y in split.batches(25, shuffle=generator, balanced=True):
+            assert len(y) == 25
+            seen += torch.bincount(y, minlength=3)
+            images += torch.bincount(x[:, 0, 0, 0].long(), minlength=100)
+            assert torch.equal(split.targets[x[:, 0, 0, 0].long()], y)
+    # 6,000 draws: a third is 2,000 with a deviation of 37.
+    assert (seen - 2000).abs().max() < 150
+    assert images[:90].min() > 0
+    assert (images[90:99] - 222).abs().max() < 70
+
+
+def test_the_images_of_a_balanced_batch_can_be_named_afterwards() -> None:
+    split, generator = lopsided([30, 3]), torch.Generator().manual_seed(5)
+    state = generator.get_state()
+    for number, (x, _) in enumerate(split.batches(8, shuffle=generator, balanced=True)):
+        assert split.chosen(number, 8, state, balanced=True).tolist() == x[:, 0, 0, 0].tolist()
+
+
+def test_balance_needs_a_generator() -> None:
+    with pytest.raises(InputError, match="balanced=True draws at random: pass shuffle="):
+        next(lopsided([2, 2]).batches(2, balanced=True))

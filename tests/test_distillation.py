@@ -164,6 +164,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mixing": {"mixup": 0.4, "cutmix": 1.0},
     "two groups": {"optimizer": "adamw", "lr": 1e-3, "decay_norms": False},
     "clipped": {"clip_norm": 0.5},
+    "balanced": {"balanced": True},
     "distilled": {"distill": 0.5},
 }
 

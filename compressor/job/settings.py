@@ -163,6 +163,9 @@ class Settings:
         "Training",
         "Share of the pruned model's loss that is a teacher's soft targets, in [0, 1].",
     )
+    balanced: bool = from_config(
+        TrainingConfig, "balanced", "Training", "Draw training images so that every class comes equally often."
+    )
     amp: bool = from_config(
         TrainingConfig, "amp", "Training", "Train in bfloat16, where the GPU or the processor multiplies in it."
     )

@@ -38,6 +38,7 @@ class TrainingConfig:
         distill: a teacher's share of the loss, in [0, 1]; see `distilled`.
         temperature: of the teacher's soft targets.
         augment: move and mirror training images at random.
+        balanced: draw training images so that every class comes equally often, rare ones again and again.
         amp: compute in bfloat16 where torch.autocast allows.
         channels_last: keep images and weights in channels-last memory order, which GPUs prefer.
         seed: of the order of the images, the augmentation, and torch's global generator (dropout).
@@ -62,6 +63,7 @@ class TrainingConfig:
     distill: float = 0.0
     temperature: float = 4.0
     augment: bool = True
+    balanced: bool = False
     amp: bool = False
     channels_last: bool = False
     seed: int = 0

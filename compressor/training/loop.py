@@ -183,8 +183,9 @@ class _Run:
             loss = self._take_step(inputs, targets)
             # On a CPU the number is there. A GPU would have to be waited for in every step: it is asked once an epoch.
             if self._device.type == "cpu" and not math.isfinite(loss):
-                images = self._data.train.chosen(self._done, self._config.batch_size, self._order).tolist()
-                raise TrainingError(float(loss), self.epoch + 1, self._config.lr, self.step, images)
+                config = self._config
+                images = self._data.train.chosen(self._done, config.batch_size, self._order, balanced=config.balanced)
+                raise TrainingError(float(loss), self.epoch + 1, config.lr, self.step, images.tolist())
             self._loss += loss.double() * len(targets)
             self._images += len(targets)
             self._done += 1
@@ -212,6 +213,7 @@ class _Run:
             self._config.batch_size,
             shuffle=self._generator,
             augment=self._config.augment,
+            balanced=self._config.balanced,
             device=self._device,
             # A batch of one image at the end would give BatchNorm nothing to take a variance of.
             drop_last=len(self._data.train) >= self._config.batch_size,

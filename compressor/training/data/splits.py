@@ -55,6 +55,7 @@ class Split:
         *,
         shuffle: torch.Generator | None = None,
         augment: bool = False,
+        balanced: bool = False,
         device: str | torch.device = "cpu",
         drop_last: bool = False,
         done: int = 0,
@@ -67,6 +68,8 @@ class Split:
             shuffle: CPU generator of the order and of the augmentation; None keeps the order. Its state is all the
                 randomness there is: the same state yields the same batches on every device.
             augment: move (and mirror) images at random; needs `shuffle`.
+            balanced: draw with replacement, every class equally often on average, as many images as the split has;
+                needs `shuffle`.
             device: where the batches are made.
             drop_last: leave an incomplete last batch out.
             done: go on behind so many batches; `draws` is the state that `shuffle` had then.
@@ -75,12 +78,13 @@ class Split:
             Normalised images `(B, C, H, W)` float32, and class indices `(B,)` int64.
 
         Raises:
-            InputError: augmentation without a generator.
+            InputError: augmentation or balance without a generator.
             DataError: an image on disk that became unreadable.
         """
-        if augment and shuffle is None:
-            raise InputError("augment=True draws at random: pass shuffle=torch.Generator() as well")
-        order = self._order(shuffle)
+        for name, draws_at_random in (("augment", augment), ("balanced", balanced)):
+            if draws_at_random and shuffle is None:
+                raise InputError(f"{name}=True draws at random: pass shuffle=torch.Generator() as well")
+        order = self._order(shuffle, balanced)
         if drop_last:
             order = order[: len(self) - len(self) % batch_size]
         if shuffle is not None and draws is not None:
@@ -91,20 +95,26 @@ class Split:
                 pixels = _augmented(pixels, self.shift, self.mirror, shuffle)
             yield self._normalised(pixels), self.targets[chosen].to(device)
 
-    def chosen(self, number: int, batch_size: int, state: Tensor) -> Tensor:
+    def chosen(self, number: int, batch_size: int, state: Tensor, *, balanced: bool = False) -> Tensor:
         """Return which images batch `number` of an epoch holds, by their index in the data set.
 
         Args:
             number: from 0.
-            batch_size: as in `batches`.
+            batch_size, balanced: as in `batches`.
             state: of the generator that shuffled, as it was before the epoch.
         """
         generator = torch.Generator()
         generator.set_state(state)
-        return self.indices[torch.split(self._order(generator), batch_size)[number]]
+        return self.indices[torch.split(self._order(generator, balanced), batch_size)[number]]
 
-    def _order(self, shuffle: torch.Generator | None) -> Tensor:
-        return torch.arange(len(self)) if shuffle is None else torch.randperm(len(self), generator=shuffle)
+    def _order(self, shuffle: torch.Generator | None, balanced: bool) -> Tensor:
+        if shuffle is None:
+            return torch.arange(len(self))
+        if not balanced:
+            return torch.randperm(len(self), generator=shuffle)
+        # 90 cats and 10 dogs: each dog is drawn nine times as often as each cat, so that 50 of 100 images show dogs.
+        rarity = 1 / torch.bincount(self.targets).double()
+        return torch.multinomial(rarity[self.targets], len(self), replacement=True, generator=shuffle)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         # Bytes travel to the device and are kept there; only the batch at hand is float, four times as large.
