@@ -22,7 +22,7 @@ YOLO = pytest.importorskip("ultralytics").YOLO
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load  # noqa: E402
 
 from compressor.errors import InputError, TrainingError  # noqa: E402
-from compressor.integrations.ultralytics import prune_while_training, train_pruned  # noqa: E402
+from compressor.integrations.ultralytics import export_onnx, prune_while_training, train_pruned  # noqa: E402
 
 # Ultralytics' own warnings are not ours.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -84,6 +84,17 @@ def test_the_trainer_writes_the_small_network(
     assert len(events) == len({event["step"] for event in events}) > 0
     assert all(("observed" in event) is (criterion == "relevance") for event in events)
     network.val(data=str(data), imgsz=64, device="cpu", plots=False, verbose=False)
+    images = torch.rand(3, 3, 64, 64)
+    expected = network.predict(images, imgsz=64, device="cpu", verbose=False, conf=0.0)
+    head = dict(vars(network.model.model[-1]))
+    report = export_onnx(network, tmp_path / "small.onnx", check_inputs=images)
+    assert report.images >= 7 + 3
+    assert vars(network.model.model[-1]).keys() == head.keys()
+    again = network.predict(images, imgsz=64, device="cpu", verbose=False, conf=0.0)
+    assert all(torch.equal(one.boxes.data, other.boxes.data) for one, other in zip(expected, again, strict=True))
+    from_file = YOLO(str(tmp_path / "small.onnx"), task="detect")
+    found = from_file.predict(images[:1], imgsz=64, device="cpu", verbose=False, conf=0.0)
+    assert found[0].boxes.conf.max() == pytest.approx(expected[0].boxes.conf.max().item(), abs=1e-3)
 
 
 @pytest.fixture(scope="module")

@@ -135,9 +135,14 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
 def count_samples(inputs: Any) -> int:
     """Return the length of the first tensor that has dimensions: the samples of a batch, in whatever it is nested.
 
+    A list of images `(C, H, W)`, as torchvision's detectors take them, is a batch of its length.
+
     Raises:
         InputError: there is none.
     """
+    first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
+    if isinstance(first, list) and first and all(isinstance(image, Tensor) and image.dim() == 3 for image in first):
+        return len(first)
     for _, tensor in named_tensors(inputs):
         if tensor.dim():
             return len(tensor)

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,8 @@ from ultralytics.utils.torch_utils import parse_device
 
 from compressor.budget import Budget, PruneResult, Threshold
 from compressor.criteria import Criterion, needs_gradients
+from compressor.deploy import ExportReport
+from compressor.deploy import export_onnx as write_onnx
 from compressor.errors import InputError, TrainingError
 from compressor.integrations.observing import ForwardObserver
 from compressor.pruning import Pruner
@@ -43,7 +46,7 @@ def prune_while_training(
 
         yolo = YOLO("yolo11n.pt")
         result = prune_while_training(yolo, budget=Budget(0.5, "macs"), data="coco8.yaml", epochs=100)
-        yolo.export(format="onnx")
+        export_onnx(yolo, "small.onnx")
 
     `best.pt` and `last.pt` hold the small network; they load, validate, predict and export as any other. `best.pt` is
     the best since the last cut. Every cut is a line of JSON in `cuts.jsonl` beside `results.csv`. An interrupted
@@ -84,6 +87,35 @@ def train_pruned(yolo: Model, **train: Any) -> Any:
     _require_single_device(train)
     with _callbacks(yolo, {"on_pretrain_routine_start": _keep_architecture}):
         return yolo.train(**train)
+
+
+def export_onnx(yolo: Model, path: str | Path, *, imgsz: int | None = None, check_inputs: Any = None) -> ExportReport:
+    """Write the network as ONNX, with any batch size, and prove that the file gives what the network does.
+
+    `yolo.export(format="onnx")` writes the same graph and compares nothing.
+
+    Args:
+        yolo: an `ultralytics.YOLO`.
+        path: where the file goes.
+        imgsz: pixels of a side of the image; by default that of the training.
+        check_inputs: `(N, C, imgsz, imgsz)` real images in `[0, 1]` to compare on, besides random ones.
+
+    Raises:
+        ExportError, ParityError and others: as for `compressor.export_onnx`.
+    """
+    model = yolo.model.eval()
+    head = model.model[-1]
+    wanted = {"dynamic": True, "export": True, "format": "onnx"}  # else it returns what it tells the loss as well
+    before = {name: vars(head)[name] for name in wanted if name in vars(head)}
+    vars(head).update(wanted)
+    size = imgsz or model.args["imgsz"]
+    images = torch.zeros(1, model.yaml.get("channels", 3), size, size, device=next(model.parameters()).device)
+    try:
+        return write_onnx(model, path, images, check_inputs=check_inputs, input_names=["images"])
+    finally:
+        for name in wanted:
+            vars(head).pop(name)
+        vars(head).update(before)
 
 
 def _require_single_device(train: Mapping[str, Any]) -> None:

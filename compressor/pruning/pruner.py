@@ -340,7 +340,19 @@ class Pruner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`; the model must have been narrowed to its shapes before this pruner was made."""
+        """Go on from `state_dict()`; the model must have been narrowed to its shapes before this pruner was made.
+
+        Raises:
+            InputError: it was not.
+        """
+        widths = state["progress"]["sizes"]
+        differs = [name for name, size in self.graph.sizes().items() if name in widths and size != widths[name]]
+        if differs:
+            name = differs[0]
+            raise InputError(
+                f"group {name!r} has {self.graph.sizes()[name]} channels, {widths[name]} in the state to go on with: "
+                "load the pruned model of that moment first, then make the Pruner"
+            )
         self.steps = int(state["step"])
         self._prune_every = int(state["prune_every"])
         self._blocked = tuple(state["blocked"])

@@ -1,0 +1,193 @@
+"""Networks are pruned by Lightning's real Trainer: checkpoints, resume, several optimizers, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import compressor
+from compressor.errors import InputError
+
+pl = pytest.importorskip("lightning.pytorch")
+from compressor.integrations.lightning import PruningCallback  # noqa: E402
+
+# Lightning's own warnings are not ours.
+pytestmark = pytest.mark.filterwarnings("default")
+
+HALF = compressor.Budget(0.5, "macs")
+EXAMPLE = torch.zeros(1, 3, 16, 16)
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(24, 4),
+    )
+
+
+class Classifier(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network()
+        self.losses: list[float] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.net(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+        loss = F.cross_entropy(self(batch[0]), batch[1])
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        self.log("accuracy", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class Manual(Classifier):
+    """Two optimizers, stepped by hand, of which one has the last layer alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+        both = self.optimizers()
+        for optimizer in both:
+            optimizer.zero_grad()
+        self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+        for optimizer in both:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return (
+            torch.optim.SGD(self.net[:5].parameters(), lr=0.05, momentum=0.9),
+            torch.optim.AdamW(self.net[-1].parameters(), lr=0.01),
+        )
+
+
+def loader(count: int = 128) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 3, 16, 16, generator=generator)
+    labels = torch.arange(count) % 4
+    for image, label in zip(images, labels.tolist(), strict=True):
+        image[label % 3, 4 * label :] += 1
+    return DataLoader(TensorDataset(images, labels), batch_size=16)
+
+
+def trainer(folder: Path, callbacks: list[Any], **more: Any) -> Any:
+    usual = {"max_epochs": 8, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder}
+    return pl.Trainer(callbacks=callbacks, **(usual | quiet | more))
+
+
+def hooks(module: nn.Module) -> list[Any]:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_load_state_dict_pre_hooks")
+    return [hook for each in module.modules() for kind in kinds for hook in getattr(each, kind).values()]
+
+
+@pytest.mark.parametrize(
+    ("module", "criterion", "more"),
+    [
+        (Classifier, "relevance", {}),
+        (Classifier, "taylor", {"accumulate_grad_batches": 2}),
+        (Classifier, "relevance", {"precision": "bf16-mixed", "gradient_clip_val": 1.0}),
+        (Manual, "relevance", {"max_epochs": 4}),
+    ],
+)
+def test_the_trainer_prunes(module: Any, criterion: str, more: dict[str, Any], tmp_path: Path) -> None:
+    pl.seed_everything(0)
+    wrapped = module()
+    callback = PruningCallback(EXAMPLE, criterion, HALF, network=lambda module: module.net)
+    trainer(tmp_path, [callback], **more).fit(wrapped, loader())
+    result = callback.result()
+    assert result.reached
+    assert sum(tensor.numel() for tensor in wrapped.net.parameters()) == result.params[1] < result.params[0]
+    assert not hooks(wrapped)
+    compressor.save(wrapped.net, tmp_path / "small.safetensors")
+    small = compressor.load(tmp_path / "small.safetensors", factory=network)
+    assert torch.equal(small(EXAMPLE), wrapped.net.eval()(EXAMPLE))
+
+
+def test_the_module_itself_is_pruned_by_its_own_example(tmp_path: Path) -> None:
+    module = Classifier()
+    module.example_input_array = EXAMPLE
+    callback = PruningCallback(criterion="l1", budget=HALF)
+    trainer(tmp_path, [callback]).fit(module, loader())
+    assert callback.result().reached
+    assert module.net[0].out_channels < 16
+
+
+def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    def callback() -> PruningCallback:
+        return PruningCallback(EXAMPLE, "relevance", HALF, network=lambda module: module.net)
+
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            if trainer.current_epoch == 4:
+                trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    pl.seed_everything(0)
+    whole, pruning = Classifier(), callback()
+    trainer(tmp_path, [pruning, Stop()]).fit(whole, loader())
+    module, again = Classifier(), callback()
+    trainer(tmp_path, [again]).fit(module, loader(), ckpt_path=tmp_path / "last.ckpt")
+    assert again.result() == pruning.result()
+    assert again.result().reached
+    assert module.losses == whole.losses[-len(module.losses) :]
+    assert 0 < len(module.losses) < len(whole.losses)
+    assert not hooks(module)
+
+
+def test_the_best_checkpoint_is_the_best_since_the_last_cut(tmp_path: Path) -> None:
+    best = pl.callbacks.ModelCheckpoint(tmp_path / "kept", monitor="accuracy", mode="max")
+    stop = pl.callbacks.EarlyStopping("accuracy", mode="max", patience=2)
+    callback = PruningCallback(EXAMPLE, "l1", HALF, network=lambda module: module.net)
+    module = Classifier()
+    trainer(tmp_path, [callback, best, stop], enable_checkpointing=True).fit(module, loader(), loader(32))
+    assert callback.result().reached
+    assert [str(path) for path in (tmp_path / "kept").iterdir()] == [best.best_model_path]
+    stored = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    assert {name: tensor.shape for name, tensor in stored.items()} == {
+        name: tensor.shape for name, tensor in module.state_dict().items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "message"),
+    [
+        ({}, {}, "no example inputs: say PruningCallback"),
+        ({"example_inputs": EXAMPLE}, {"max_epochs": -1}, "the training has no end: say Trainer"),
+        ({"example_inputs": EXAMPLE, "rund_to": 4}, {}, "rund_to"),
+    ],
+)
+def test_what_would_not_prune_is_refused(
+    options: dict[str, Any], more: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    callback = PruningCallback(**options)
+    with pytest.raises(InputError, match="nothing was pruned yet"):
+        callback.result()
+    with pytest.raises((InputError, TypeError), match=message):
+        trainer(tmp_path, [callback], **more).fit(Classifier(), loader())
+
+
+def test_several_devices_are_refused() -> None:
+    class Two:
+        world_size = 2
+
+    with pytest.raises(InputError, match=r"2 devices train one model: say Trainer\(devices=1\)"):
+        PruningCallback(EXAMPLE).on_train_start(Two(), Classifier())

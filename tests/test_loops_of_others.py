@@ -1,0 +1,118 @@
+"""The `Pruner` in loops as others write them: accelerate, torchvision's references for detection and segmentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import compressor
+from compressor._utils import count_samples
+
+HALF = compressor.Budget(0.4, "macs")
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 4),
+    )
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate(precision: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
+    bare = small()
+    images, labels = torch.randn(64, 3, 8, 8), torch.arange(64) % 4
+    dataset = torch.utils.data.TensorDataset(images, labels)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=16)
+    optimizer = torch.optim.SGD(bare.parameters(), lr=0.05, momentum=0.9)
+    model, wrapped, loader = accelerator.prepare(bare, optimizer, loader)
+    epochs = 12
+    pruner = compressor.Pruner(
+        accelerator.unwrap_model(model), images[:1], budget=HALF, optimizer=optimizer, total_steps=2 * epochs
+    )
+    for _ in range(epochs):
+        for x, y in loader:
+            with accelerator.accumulate(model):
+                with pruner.observe(x):
+                    loss = F.cross_entropy(model(x), y)
+                accelerator.backward(loss)
+                wrapped.step()
+                if accelerator.sync_gradients:
+                    pruner.step()
+                wrapped.zero_grad()
+    result = pruner.result()
+    assert result.reached
+    assert sum(tensor.numel() for tensor in bare.parameters()) == result.params[1] < result.params[0]
+
+
+def boxes_of(batch: int, size: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Images and targets as torchvision's detection references give them."""
+    boxes = torch.tensor([[4.0, 4.0, 40.0, 40.0], [20.0, 10.0, 60.0, 50.0]])
+    return list(torch.rand(batch, 3, size, size)), [{"boxes": boxes, "labels": torch.tensor([1, 2])}] * batch
+
+
+def detector(name: str, **more: Any) -> nn.Module:
+    make = getattr(torchvision.models.detection, name)
+    return make(weights=None, weights_backbone=None, num_classes=3, **more)  # type: ignore[no-any-return]
+
+
+def test_a_list_of_images_is_a_batch_of_its_length() -> None:
+    images = [torch.zeros(3, 8, 8), torch.zeros(3, 8, 6)]
+    assert count_samples((images,)) == count_samples(images) == 2
+    assert count_samples((torch.zeros(5, 3, 8, 8), images)) == 5
+    assert count_samples([torch.zeros(4, 2, 8, 8), torch.zeros(4, 2, 4, 4)]) == 4  # maps of features
+
+
+@pytest.mark.parametrize(
+    ("name", "criterion", "size"),
+    [
+        ("ssdlite320_mobilenet_v3_large", "l1", 320),
+        pytest.param("fcos_resnet50_fpn", "relevance", 64, marks=pytest.mark.slow),
+        pytest.param("fasterrcnn_mobilenet_v3_large_320_fpn", "relevance", 64, marks=pytest.mark.slow),
+    ],
+)
+def test_the_detection_references(name: str, criterion: str, size: int) -> None:
+    """`loss_dict = model(images, targets)`: a list of images, nested targets, a dict of losses."""
+    model = detector(name, **({} if size == 320 else {"min_size": size, "max_size": size}))
+    images, targets = boxes_of(2 if criterion == "l1" else 16, size)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    steps = 16 if criterion == "relevance" else 4
+    pruner = compressor.Pruner(
+        model,
+        ([images[0]],),
+        criterion,
+        compressor.Budget(0.2, "params"),
+        optimizer=optimizer,
+        total_steps=steps,
+        prune_every=steps,
+        schedule=compressor.OneShot(0.9),
+    )
+    model.train()
+    for _ in range(steps):
+        with pruner.observe((images,)):
+            losses = model(images, targets)
+        sum(losses.values()).backward()
+        optimizer.step()
+        pruner.step()
+        optimizer.zero_grad()
+    result = pruner.result()
+    assert result.reached, result.blocked
+    if criterion == "relevance" and "rcnn" in name:
+        # Boxes of all images lie in one dimension there: nobody can say whose loss a gate would change.
+        assert "a batch of 16 samples first" in str(result.notes)
+    assert all(torch.isfinite(loss) for loss in model(images, targets).values())
