@@ -150,6 +150,28 @@ def test_a_training_that_pruned_nothing_is_not_gone_on_with(data: Path, tmp_path
         prune_while_training(network, "l1", HALF, **arguments(data, tmp_path, resume=True))
 
 
+def test_the_average_follows_the_network_after_a_cut(data: Path, tmp_path: Path) -> None:
+    network = yolo("yolov8n", tmp_path)
+    compared: list[int] = []
+
+    def without_memory(trainer: Any) -> None:
+        trainer.ema.decay = lambda updates: 0.0
+
+    def compare(trainer: Any) -> None:
+        average = trainer.ema.ema.state_dict()
+        for name, tensor in trainer.model.state_dict().items():
+            assert not tensor.is_floating_point() or torch.equal(average[name], tensor)
+        compared.append(sum(tensor.numel() for tensor in average.values()))
+
+    network.add_callback("on_train_start", without_memory)
+    network.add_callback("on_train_epoch_end", compare)
+    # A batch an optimizer step, and no cut in the last step of an epoch: compensation changes what the average has not.
+    few = arguments(data, tmp_path, epochs=4, nbs=8)
+    prune_while_training(network, "l1", HALF, pruner={"prune_every": 5}, **few)
+    assert compared == sorted(compared, reverse=True)
+    assert compared[0] > compared[-1]
+
+
 def test_a_pruned_network_is_trained_on(data: Path, tmp_path: Path) -> None:
     network = yolo("yolov8n", tmp_path)
     # The trainer gives a network the classes of its data; here before it is pruned.

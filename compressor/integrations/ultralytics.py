@@ -249,6 +249,7 @@ class _Pruning:
         if not event:
             return
         self._is_cut = True
+        trainer.ema._pairs = None  # the tensors that it holds are those from before the cut
         # The best so far was a larger network: what is kept as the best is to be of the last size.
         trainer.best_fitness = None
         trainer.stopper.best_fitness = 0.0
