@@ -9,8 +9,9 @@ from __future__ import annotations
 import gc
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -126,8 +127,38 @@ def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(example_inputs) if isinstance(example_inputs, tuple | list) else (example_inputs,)), {}
 
 
+@dataclass(frozen=True)
+class OwnForward:
+    """A batch of any kind, and how its owner runs a model on it. Stands where the inputs of a model do.
+
+    Attributes:
+        forward: takes the model and the batch.
+        batch: what only `forward` understands.
+    """
+
+    forward: Callable[[nn.Module, Any], Any]
+    batch: Any
+
+    def run(self, model: nn.Module) -> Any:
+        """Return what `forward` does; modes and buffers of the model are then as they were.
+
+        A detector tells its losses in training mode alone, in which BatchNorm would move.
+        """
+        training = [(module, module.training) for module in model.modules()]
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        try:
+            return self.forward(model, self.batch)
+        finally:
+            for module, flag in training:
+                vars(module)["training"] = flag
+            for buffer, before in buffers:
+                buffer.data.copy_(before)  # past autograd, which is yet to come
+
+
 def run_model(model: nn.Module, inputs: Any) -> Any:
     """Return what a model makes of its inputs: a tensor, a tuple of positional or a dict of keyword arguments."""
+    if isinstance(inputs, OwnForward):
+        return inputs.run(model)
     arguments, named = as_arguments(inputs)
     return model(*arguments, **named)
 
@@ -140,6 +171,8 @@ def count_samples(inputs: Any) -> int:
     Raises:
         InputError: there is none.
     """
+    if isinstance(inputs, OwnForward):
+        return count_samples(inputs.batch)
     first = inputs[0] if isinstance(inputs, tuple) and inputs else inputs
     if isinstance(first, list) and first and all(isinstance(image, Tensor) and image.dim() == 3 for image in first):
         return len(first)
@@ -173,6 +206,8 @@ def to_device(inputs: Any, device: torch.device) -> Any:
 
     A copy, because a model may write into its inputs (`x *= 255`), and they are the caller's.
     """
+    if isinstance(inputs, OwnForward):
+        return OwnForward(inputs.forward, to_device(inputs.batch, device))
     return tree_map(lambda value: value.to(device, copy=True) if isinstance(value, Tensor) else value, inputs)
 
 

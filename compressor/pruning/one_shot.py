@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor._utils import device_of, eval_mode, run_model, to_device
+from compressor._utils import OwnForward, count_samples, device_of, eval_mode, run_model, to_device
 from compressor.budget import (
     MOST_ROUNDS,
     Allocation,
@@ -46,6 +46,7 @@ def prune(
     copies: Iterable[nn.Module] = (),
     calibration: Iterable[Any] | None = None,
     loss_fn: Callable[..., Tensor] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
     compensate: Compensation | None = None,
     reconstruct: bool | None = None,
     verify: bool = False,
@@ -72,6 +73,9 @@ def prune(
         calibration: batches of real inputs, for `compensate` and `verify`; with `loss_fn` pairs of inputs and targets.
         loss_fn: like `torch.nn.functional.cross_entropy`: takes outputs, targets and `reduction=`. For "relevance", as
             criterion or allocation, and for criteria that read gradients, which are then gathered here.
+        forward: how to run the model on a batch of `calibration`, which may then be anything that has a tensor with the
+            batch first: `lambda model, batch: model(batch["image"])`. In place of `loss_fn` it returns the loss, of the
+            batch or `(B,)` of its samples: `lambda model, batch: sum(model.train()(*batch).values())`.
         compensate: "linear" moves what the channels that stay predict of a removed one, over `calibration`, into
             their weights, and the rest of its mean into the next bias or running mean; "mean" does so with its mean
             alone, and "none" with nothing. None: "linear" where there is `calibration`.
@@ -103,6 +107,8 @@ def prune(
     selection = SelectionOptions(allocation, round_to, aligned=budget.aligned)
     if not 1 <= rounds <= MOST_ROUNDS:
         raise RangeError("rounds", rounds, f"1 to {MOST_ROUNDS}")
+    if forward:
+        calibration, loss_fn = _run_by(forward, calibration, loss_fn, criterion, selection.allocate)
     pairs = _pairs(calibration, loss_fn, criterion, selection.allocate)
     batches = [inputs for inputs, _ in pairs] if loss_fn else list(calibration or ())
     judge = None if by_itself else lookup(criterion)
@@ -172,6 +178,38 @@ def _require_threshold(threshold: Threshold, criterion: object, rounds: int, all
     for name, is_given in (("rounds", rounds != 1), ("allocate", allocate is not None)):
         if is_given:
             raise IdleArgumentError(name, "a threshold")
+
+
+def _run_by(
+    forward: Callable[[nn.Module, Any], Any],
+    calibration: Iterable[Any] | None,
+    loss_fn: Callable[..., Tensor] | None,
+    criterion: str | Criterion,
+    allocate: str,
+) -> tuple[list[Any], Callable[..., Tensor] | None]:
+    """Return batches that `forward` runs, in pairs with nothing where it returns losses, and what makes losses of them.
+
+    Raises:
+        IdleArgumentError: a `loss_fn` too.
+        InputError: no batches.
+    """
+    if loss_fn:
+        raise IdleArgumentError("loss_fn", "forward, which returns the loss itself")
+    batches = [OwnForward(forward, batch) for batch in calibration or ()]
+    if not batches:
+        raise InputError("forward runs the batches of calibration: pass calibration=[batch, ...]")
+    if RELEVANCE not in (criterion, allocate) and not needs_gradients(criterion):
+        return batches, None
+    return [(batch, count_samples(batch)) for batch in batches], _summed
+
+
+def _summed(loss: Any, samples: int, *, reduction: str) -> Tensor:
+    """Return the sum over the samples, of which `loss` is a mean, or one by one."""
+    if not isinstance(loss, Tensor):
+        raise InputError(
+            f"forward returned a {type(loss).__name__}: give the loss, for a criterion or allocation that reads it"
+        )
+    return loss.sum() if loss.dim() else loss * samples
 
 
 def _pairs(
