@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 # Two OpenMP threads on a half-busy machine are slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint docs clean
 
 demo: $(INSTALLED)
 	$(BIN)/compress --criterion relevance --model resnet18 --data digits --sparsity 0.6 --out runs/demo --overwrite
@@ -25,8 +25,13 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Pages of docs/ and of the docstrings as a site, in site/index.html.
+docs: $(INSTALLED)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
