@@ -592,3 +592,52 @@ def test_the_report_tells_the_accuracy_of_every_class(finished) -> None:
     assert sum(each.images for each in made.classes) == made.dense.images
     right = sum(each.images * each.pruned for each in made.classes)
     assert right / made.pruned.images == pytest.approx(made.pruned.accuracy)
+
+
+METRIC = """
+import torch
+calls = []
+def size(model):
+    assert not model.training and not torch.is_grad_enabled()
+    calls.append(model)
+    return float(sum(parameter.numel() for parameter in model.parameters()))
+def missing(model):
+    return model.no_such_thing
+def endless(model):
+    return float("inf")
+def text(model):
+    return "much"
+"""
+
+
+def test_a_metric_of_the_users_own_stands_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "figures.py").write_text(METRIC)
+    options = {**AFTER, "epochs": 1, "finetune-epochs": 1}
+    made = job.run(Settings.from_options({**options, "metric": "figures.py:size:lower", "out": "run"}))
+    (metric,) = made.metrics
+    assert (metric.name, metric.higher_is_better) == ("size", False)
+    assert (metric.dense, metric.pruned) == (made.dense.params, made.pruned.params)
+    (row,) = (row for row in report.tables.comparison(report.read(tmp_path / "run")) if row.label == "size")
+    assert row.change.endswith("(better)")
+
+
+@pytest.mark.parametrize(
+    ("metric", "message"),
+    [
+        ("figures.py:missing", r"metric missing\(model\) failed: AttributeError: .*; let it return a number"),
+        ("figures.py:endless", r"metric endless\(model\) is inf: let it return a finite number"),
+        ("figures.py:text", r"metric text\(model\) failed: ValueError"),
+        ("figures.py:sise", r"'sise'.*size"),
+        ("figures", r"'figures' is no import path: give package.module:metric"),
+        ("nowhere.py:size", r"there is no file nowhere.py"),
+    ],
+)
+def test_a_metric_that_fails_is_refused_before_the_training(
+    metric: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "figures.py").write_text(METRIC)
+    with pytest.raises(InputError, match=message):
+        job.run(Settings.from_options({**AFTER, "metric": metric, "out": "run"}))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

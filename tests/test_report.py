@@ -17,7 +17,7 @@ from sample_report import epoch, sample, timing
 from compressor import report as reports
 from compressor.errors import ArtifactError, RunFolderError
 from compressor.report import tables
-from compressor.report.document import ClassAccuracy, Cut, FrozenLayer, Goal, Layer, Report
+from compressor.report.document import ClassAccuracy, Cut, FrozenLayer, Goal, Layer, OwnMetric, Report
 
 
 @pytest.fixture
@@ -324,3 +324,21 @@ def test_classes_that_lost_most_come_first_and_a_thousand_do_not_fill_the_page(r
     assert [row[0] for row in rows[:2]] == ["class 999", "class 998"]
     assert rows[-1][0] == "970 more in report.json"
     assert len(rows) == tables.MOST_CLASSES + 1
+
+
+@pytest.mark.parametrize(
+    ("dense", "pruned", "higher", "change"),
+    [
+        (0.5, 0.6, True, "+0.1 (better)"),
+        (0.5, 0.4, True, "-0.1 (worse)"),
+        (2.0, 3.0, False, "+1 (worse)"),
+        (1, 1, True, "+0"),
+    ],
+)
+def test_the_change_of_a_metric_says_whether_it_is_better(
+    report: Report, dense: float, pruned: float, higher: bool, change: str
+) -> None:
+    made = dataclasses.replace(report, metrics=(OwnMetric("iou", dense, pruned, higher),))
+    assert tables.comparison(made)[1] == tables.Row("iou", f"{dense:.4g}", f"{pruned:.4g}", change)
+    assert "| iou |" in tables.markdown(made)
+    assert "iou" in reports.html(made)

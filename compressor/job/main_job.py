@@ -9,6 +9,7 @@ just as long. Whatever can be refused is refused before anything slow begins and
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from compressor.job.settings import PUBLISHED, Settings
 from compressor.job.stages import DENSE_STAGES, Progress, Stages
 from compressor.training import (
     Data,
+    Metric,
     fit_weights,
     load_data,
     load_weights,
@@ -95,16 +97,19 @@ def _run_in(
     )
     model, data = _initial(settings, data)
     teacher = _teacher(settings, data)
+    metric = Metric.from_path(settings.metric) if settings.metric else None
     graph = trace(model, torch.zeros(1, *data.image_shape))
     takes_over = resume or dense_from is not None
     stages = Stages(settings, data, folder, takes_over, on_progress, stop, graph.recording.fingerprint(), teacher)
     if not resume:
         stages.preflight(model)
+        if metric:
+            metric.of(copy.deepcopy(model))  # fails now rather than after the training
         start(folder, settings)
         if dense_from:
             copy_checkpoints(dense_from, folder, DENSE_STAGES)
     trained = stages.during(model) if settings.when == "during" else stages.after(model)
-    return finish(settings, data, trained, graph, stages.metrics.records, on_progress, timings)
+    return finish(settings, data, trained, graph, stages.metrics.records, on_progress, timings, metric)
 
 
 def _initial(settings: Settings, data: Data) -> tuple[nn.Module, Data]:

@@ -29,7 +29,7 @@ from compressor.job.exporting import accuracy_of, lower_on
 from compressor.job.folder import MODELS, RECORDS
 from compressor.job.settings import Settings
 from compressor.job.stages import Progress, Trained
-from compressor.training import Data, Evaluation, Split, evaluate
+from compressor.training import Data, Evaluation, Metric, Split, evaluate
 
 CHECK_IMAGES = 128  # test images on which onnxruntime is held against PyTorch
 FILES = {"dense": "dense", "pruned": "model"}  # names of the files, without their endings
@@ -43,6 +43,7 @@ def finish(
     records: Sequence[Mapping[str, Any]],
     on_progress: Progress,
     with_timings: bool,
+    metric: Metric | None = None,
 ) -> report.Report:
     """Return the report of a run; writes both models, their ONNX files and the report into the run folder.
 
@@ -84,6 +85,7 @@ def finish(
         notes=(*graph.notes, *trained.result.notes, *notes, *(each.missed for each in lowered if each.missed)),
         lowered=tuple(lowered),
         classes=_classes(data, seen),
+        metrics=_metrics(metric, models),
         **figures,
     )
     report.write(made, folder)
@@ -163,6 +165,14 @@ def _images(part: Split) -> Tensor:
     return next(iter(part.batches(CHECK_IMAGES)))[0]
 
 
+def _metrics(metric: Metric | None, models: Mapping[str, nn.Module]) -> tuple[report.OwnMetric, ...]:
+    """Return what the user's own metric says of both models."""
+    if metric is None:
+        return ()
+    dense, pruned = (metric.of(models[name]) for name in ("dense", "pruned"))
+    return (report.OwnMetric(metric.name, dense, pruned, metric.higher_is_better),)
+
+
 def _classes(data: Data, seen: Mapping[str, Evaluation]) -> tuple[report.ClassAccuracy, ...]:
     """Return the accuracy of every class that has test images."""
     dense, pruned = seen["dense"], seen["pruned"]
@@ -199,7 +209,7 @@ def _second_opinion(model: nn.Module, example: Tensor, name: str, notes: list[st
     try:
         return fvcore_macs(model, example)
     except Exception as failure:  # torch's older tracer raises whatever it stumbles over
-        notes.append(f"fvcore cannot count the {name} model: {training.models.first_line(failure)}")
+        notes.append(f"fvcore cannot count the {name} model: {training.first_line(failure)}")
         return None
 
 

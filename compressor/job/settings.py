@@ -228,6 +228,9 @@ class Settings:
     precision: Precision = option("fp32", "Run", "Of ONNX files beside those in float32: fp16, int8.")
     tolerance: float | None = option(None, "Run", "Accuracy that int8 may lose, in [0, 1).", f"{TOLERANCE}")
 
+    metric: str = option(
+        "", "Run", "A figure of your own: package.module:function, called with a model; add :lower if less is better."
+    )
     seed: int = from_config(TrainingConfig, "seed", "Run", "Seed of everything that draws.")
     device: str = option("auto", "Run", "cpu, cuda, cuda:1, ..., or auto: a GPU if there is one.")
     out: str = option("", "Run", "The run folder.", "runs/MODEL-DATA-CRITERION-SPARSITY-SEED")

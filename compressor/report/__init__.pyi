@@ -9,6 +9,7 @@ from .document import FrozenLayer as FrozenLayer
 from .document import Goal as Goal
 from .document import Layer as Layer
 from .document import Lowered as Lowered
+from .document import OwnMetric as OwnMetric
 from .document import Parity as Parity
 from .document import Report as Report
 from .document import Timing as Timing

@@ -53,6 +53,16 @@ class ClassAccuracy:
 
 
 @dataclass(frozen=True)
+class OwnMetric:
+    """A figure of the user's own for both models."""
+
+    name: str
+    dense: float
+    pruned: float
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
 class Goal:
     """What was asked of the pruning and what came of it; fractions of the measure that were removed.
 
@@ -233,6 +243,7 @@ class Report:
         notes: what the reader should know besides.
         lowered: both models in a lower precision, where that was asked for.
         classes: the accuracy of each, of those that have test images.
+        metrics: the user's own figures.
     """
 
     name: str
@@ -253,3 +264,4 @@ class Report:
     notes: tuple[str, ...] = ()
     lowered: tuple[Lowered, ...] = ()
     classes: tuple[ClassAccuracy, ...] = ()
+    metrics: tuple[OwnMetric, ...] = ()

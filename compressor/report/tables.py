@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from compressor._utils import Speedup, noise, speedup
-from compressor.report.document import Layer, Report, Timing
+from compressor.report.document import Layer, OwnMetric, Report, Timing
 
 MOST_CLASSES = 30  # in a table; a thousand would hide the rest of a page
 CLASS_HEAD = ("class", "test images", "dense", "pruned", "change")
@@ -41,6 +41,7 @@ def comparison(report: Report) -> list[Row]:
             f"{pruned.accuracy:.2%}",
             f"{points:+.2f} points",
         ),
+        *(_metric_row(each) for each in report.metrics),
         _row("parameters", dense.params, pruned.params, count),
         _row("MACs", dense.macs, pruned.macs, count),
         *_row_if_known("MACs as fvcore counts", dense.fvcore_macs, pruned.fvcore_macs, count),
@@ -61,6 +62,13 @@ def classes(report: Report) -> list[tuple[str, str, str, str, str]]:
     if left_out := len(worst_first) - len(rows):
         rows.append((f"{left_out:,} more in report.json", "", "", "", ""))
     return rows
+
+
+def _metric_row(metric: OwnMetric) -> Row:
+    """Return a figure of the user's own, with what its change means where it is one."""
+    change = metric.pruned - metric.dense
+    verdict = "" if change == 0 else " (better)" if (change > 0) is metric.higher_is_better else " (worse)"
+    return Row(metric.name, f"{metric.dense:.4g}", f"{metric.pruned:.4g}", f"{change:+.4g}{verdict}")
 
 
 def _lowered_rows(report: Report) -> list[Row]:

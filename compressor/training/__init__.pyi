@@ -20,8 +20,10 @@ from .hooks import PlainStep as PlainStep
 from .hooks import StepHook as StepHook
 from .loop import require_scores as require_scores
 from .loop import train as train
+from .metrics import Metric as Metric
 from .models import ModelSpec as ModelSpec
 from .optimizers import learning_rate as learning_rate
 from .published import published_weights as published_weights
+from .user_code import first_line as first_line
 from .weights import fit_weights as fit_weights
 from .weights import load_weights as load_weights

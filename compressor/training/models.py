@@ -6,21 +6,17 @@ the user's own. What was built is written on the model as `model.compressor_spec
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
 
 from compressor.errors import InputError, RangeError, UnknownNameError
+from compressor.training.user_code import first_line, imported, present_folder_importable
 
 logger = logging.getLogger(__name__)
 
@@ -115,11 +111,6 @@ def names() -> list[str]:
     return list(torchvision.models.list_models(module=torchvision.models))
 
 
-def first_line(error: BaseException) -> str:
-    """Return the type and the first line of an error: a library's own may fill a page."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-
-
 @contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
     """Make torch's CPU generator draw from `seed`, and put it back afterwards."""
@@ -211,28 +202,12 @@ def _from_timm(spec: ModelSpec) -> nn.Module:
 def _from_import_path(spec: ModelSpec) -> nn.Module:
     if spec.stem != "imagenet" or spec.in_channels != 3:
         raise InputError(f"stem and in_channels have no effect on {spec.factory}: write them into the factory itself")
-    with _present_folder_importable():
+    with present_folder_importable():
         return _from_factory(spec)
 
 
-@contextmanager
-def _present_folder_importable() -> Iterator[None]:
-    """Let modules of the present folder be imported while a factory runs that the user named.
-
-    The folder comes last, so that a file in it never hides an installed package.
-    """
-    folder = str(Path.cwd())
-    sys.path.append(folder)
-    try:
-        yield
-    finally:
-        sys.path.reverse()  # the last one is ours; an equal one before it may be the user's
-        sys.path.remove(folder)
-        sys.path.reverse()
-
-
 def _from_factory(spec: ModelSpec) -> nn.Module:
-    factory = _imported(spec.factory)
+    factory = imported(spec.factory, "factory")
     arguments = {"num_classes": spec.classes} if _takes_classes(factory) else {}
     if not arguments:
         logger.info("%s takes no num_classes: called without arguments", spec.factory)
@@ -261,42 +236,6 @@ def _require_trainable(factory: str, model: nn.Module) -> None:
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise InputError(f"{factory} gave a model without data (on meta tensors): build it on the CPU")
-
-
-def _imported(path: str) -> Callable[..., object]:
-    module_name, _, attribute = path.rpartition(":")
-    if not module_name or not attribute:
-        raise InputError(f"{path!r} is no import path: give package.module:factory")
-    try:
-        module = _module(module_name)
-    except Exception as error:  # the module's own code runs here
-        advice = "is its folder on PYTHONPATH?" if isinstance(error, ModuleNotFoundError) else "it must import cleanly"
-        raise InputError(f"cannot import {module_name!r} for {path}: {first_line(error)}; {advice}") from error
-    factory: Callable[..., object] | None = getattr(module, attribute, None)
-    if not callable(factory):
-        public = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
-        raise UnknownNameError(f"factory in module {module_name}", attribute, public)
-    return factory
-
-
-def _module(name: str) -> ModuleType:
-    """Return a module by its dotted name or, `folder/file.py`, by its file; one in the present folder goes first.
-
-    A file of one's own may be called `test.py` or `code.py`, as modules of Python are.
-    """
-    file = Path(name) if name.endswith(".py") else Path(f"{name}.py")
-    if not file.is_file():
-        if name.endswith(".py"):
-            raise FileNotFoundError(f"there is no file {file}")
-        return importlib.import_module(name)
-    own = f"_factory_{file.stem}"  # not its plain name, which may be another module's
-    spec = importlib.util.spec_from_file_location(own, file.resolve())
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{file} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[own] = module  # dataclasses and pickles of its classes look for it there
-    spec.loader.exec_module(module)
-    return module
 
 
 def _takes_classes(factory: Callable[..., object]) -> bool:

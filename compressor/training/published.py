@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from compressor.errors import InputError
-from compressor.training.models import TIMM, first_line, names_code
+from compressor.training.models import TIMM, names_code
+from compressor.training.user_code import first_line
 
 _OF_A_BYTE = 255  # ours is of pixels in 0 to 255, theirs of pixels in 0 to 1
 

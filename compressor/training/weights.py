@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import ArtifactError, InputError
-from compressor.training.models import first_line
+from compressor.training.user_code import first_line
 
 logger = logging.getLogger(__name__)
 
