@@ -1,10 +1,11 @@
 """Detectors pruned by Ultralytics' own trainer, on drawn shapes: mAP, multiply-adds, latency in ONNX Runtime.
 
 python benchmarks/detectors.py --work runs/detectors [--networks yolov8n,yolo11n] [--methods dense,relevance] \
-    [--seeds 1] [--epochs 20] [--part train|latency]
+    [--seeds 1] [--epochs 20] [--trained] [--part train|latency]
 
-Training needs minutes a row on one core; a row whose network is in the work folder is not trained again. Latencies are
-measured of all networks in the folder in one run, in turns: let nothing else run then.
+With --trained, pruning begins with the dense network of the same work folder and takes half as many epochs; else it
+begins with random weights. Training needs minutes a row on one core; a row whose network is in the work folder is not
+trained again. Latencies are measured of all networks in the folder in one run, in turns: let nothing else run then.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ CPU = torch.device("cpu")
 SIZES = (96, 640)  # at which latency is measured
 NOTE = (
     f"{IMAGES['train']} training and {IMAGES['val']} validation images of squares, circles and triangles, {SIZE} "
-    f"pixels square, drawn by benchmarks/shapes.py; from random weights, batches of {BATCH}, Ultralytics' own defaults "
-    f"but for one epoch of warm-up. Pruned: {SHARE:.0%} of the multiply-adds go while training, by the usual schedule "
-    "and allocation; same epochs as dense. mAP is that of best.pt on the validation images."
+    f"pixels square, drawn by benchmarks/shapes.py; batches of {BATCH}, Ultralytics' own defaults but for one epoch of "
+    f"warm-up. Pruned: {SHARE:.0%} of the multiply-adds go while training, by the usual schedule and allocation, in as "
+    "many epochs as the dense network has, or half as many more from the trained one. mAP is that of best.pt on the "
+    "validation images."
 )
 
 
@@ -47,6 +49,7 @@ def main(
     methods: Annotated[str, typer.Option(help="Comma list.")] = ",".join(METHODS),
     seeds: Annotated[int, typer.Option(help="Trainings of each.")] = 1,
     epochs: Annotated[int, typer.Option(help="Of every training.")] = 20,
+    trained: Annotated[bool, typer.Option(help="Prune the trained dense network.")] = False,
     part: Annotated[str, typer.Option(help="train, latency, or both.")] = "both",
 ) -> None:
     """Train, measure, write, and print where the tables are."""
@@ -58,9 +61,10 @@ def main(
         for seed in range(seeds):
             for network in networks.split(","):
                 for method in methods.split(","):
-                    folder = work / f"{network}-{method}-{seed}"
+                    start = best_of(work / name_of(network, "dense", seed)) if trained and method != "dense" else None
+                    folder = work / name_of(network, f"{method}_trained" if start else method, seed)
                     if not (folder / "row.json").exists():
-                        row = train(network, method, seed, epochs, data, folder)
+                        row = train(network, method, seed, epochs // 2 if start else epochs, data, folder, start)
                         (folder / "row.json").write_text(json.dumps(row))
         rows = [json.loads(file.read_text()) for file in sorted(work.glob("*/row.json"))]
         print(write("detectors", rows, NOTE))
@@ -68,12 +72,22 @@ def main(
         print(write("detectors-latency", latencies(work), "ONNX Runtime, one thread, one image, one run in turns."))
 
 
-def train(network: str, method: str, seed: int, epochs: int, data: Path, folder: Path) -> dict[str, Any]:
+def name_of(network: str, method: str, seed: int) -> str:
+    return f"{network}-{method}-{seed}"
+
+
+def best_of(folder: Path) -> Path:
+    return folder / "weights" / "best.pt"
+
+
+def train(
+    network: str, method: str, seed: int, epochs: int, data: Path, folder: Path, start: Path | None
+) -> dict[str, Any]:
     """Train one network, pruned or not, and return its row; `folder` holds what the trainer writes."""
     arguments = {"data": str(data.resolve()), "epochs": epochs, "imgsz": SIZE, "batch": BATCH, "seed": seed}
     place = {"project": str(folder.parent.resolve()), "name": folder.name, "exist_ok": True, "device": "cpu"}
     quiet = {"plots": False, "verbose": False, "warmup_epochs": 1, "cache": True}
-    yolo = YOLO(f"{network}.yaml")
+    yolo = YOLO(start or f"{network}.yaml")
     began = time.perf_counter()
     if method == "dense":
         yolo.train(**arguments, **place, **quiet)
@@ -86,6 +100,7 @@ def train(network: str, method: str, seed: int, epochs: int, data: Path, folder:
     return {
         "network": network,
         "method": method,
+        "begins with": "the trained network" if start else "random weights",
         "seed": seed,
         "epochs": epochs,
         "mAP50": 100 * float(found.box.map50),
@@ -97,7 +112,7 @@ def train(network: str, method: str, seed: int, epochs: int, data: Path, folder:
 
 
 def best(folder: Path) -> nn.Module:
-    model: nn.Module = load_checkpoint(str(folder / "weights" / "best.pt"))[0]
+    model: nn.Module = load_checkpoint(str(best_of(folder)))[0]
     return model.eval()
 
 
@@ -111,7 +126,7 @@ def latencies(work: Path) -> list[dict[str, Any]]:
         for folder in folders:
             path = folder / f"best-{size}.onnx"
             if not path.exists():
-                export_onnx(YOLO(str(folder / "weights" / "best.pt")), path, imgsz=size)
+                export_onnx(YOLO(best_of(folder)), path, imgsz=size)
             runners[folder.name] = session_runner(open_session(path), images, CPU)
         # A/A: the first network a second time, what differs there is noise.
         first = folders[0]

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Where the state of the Pruner stands in a checkpoint: on the network itself, so that both are written at once.
 _STATE = "compressor_state"
+_CUTS = "cuts.jsonl"
 
 
 def prune_while_training(
@@ -203,7 +204,9 @@ class _Pruning:
                 "prune in a new one"
             )
         self._make_pruner(trainer)
-        if trainer.start_epoch:
+        if not trainer.start_epoch:
+            (trainer.save_dir / _CUTS).unlink(missing_ok=True)  # of another training in the same folder
+        else:
             self.pruner.load_state_dict(torch.load(io.BytesIO(states[0]), weights_only=True))
 
     def _make_pruner(self, trainer: BaseTrainer) -> None:
@@ -253,7 +256,7 @@ class _Pruning:
         # The best so far was a larger network: what is kept as the best is to be of the last size.
         trainer.best_fitness = None
         trainer.stopper.best_fitness = 0.0
-        with (trainer.save_dir / "cuts.jsonl").open("a", encoding="utf-8") as file:
+        with (trainer.save_dir / _CUTS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"epoch": trainer.epoch + 1, **event}) + "\n")
 
     def _put_state(self, trainer: BaseTrainer) -> None:
