@@ -147,3 +147,66 @@ def test_compensation_while_training_keeps_the_mean_output(criterion: str, compe
         pruner.step()
     assert model[0].out_features == 16
     assert torch.allclose(model(x).mean(0), before, atol=1e-6) == (compensate == "mean")
+
+
+class FromTheLeft(nn.Module):
+    """A dense layer as GPT-2 has it: its weight is `(in, out)`."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+POOLED = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+@pytest.mark.parametrize(
+    "consumer",
+    [
+        # As wide as before, narrower, wider: a weight that is read the wrong way round fails, or is silently wrong.
+        [nn.ConvTranspose2d(8, 8, 2, 2)],
+        [nn.ConvTranspose2d(8, 6, 2, 2)],
+        [nn.ConvTranspose2d(8, 12, 2, 2)],
+        [nn.ConvTranspose2d(8, 8, 1, dilation=2)],
+        [nn.ConvTranspose2d(8, 6, 4, 4, bias=False), nn.BatchNorm2d(6)],
+        [nn.ConvTranspose2d(8, 8, (2, 3), (2, 3), bias=False), nn.BatchNorm2d(8)],
+        [nn.Flatten(2), nn.ConvTranspose1d(8, 6, 2, 2)],
+        [*POOLED, FromTheLeft(8, 8)],
+        [*POOLED, FromTheLeft(8, 5)],
+        [*POOLED, FromTheLeft(8, 13)],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("compensate", ["mean", "linear"])
+def test_constants_are_folded_whichever_way_a_weight_lies(consumer: list[nn.Module], compensate: str) -> None:
+    """Where each place sees other taps of a transposed convolution, it is the mean over the places that stays."""
+    chosen = [1, 4, 6]
+    model = shake(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), *copy.deepcopy(consumer)))
+    with torch.no_grad():
+        model[0].weight[chosen] = 0
+        model[0].bias[chosen] = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    data, fresh = batches(40), torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    without = copy.deepcopy(model)
+
+    def smallest(group: compressor.Group, snapshot: compressor.Snapshot) -> Tensor:
+        return torch.tensor([float(channel not in chosen) for channel in range(group.size)])
+
+    def means(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            output = model(fresh)
+        return output.flatten(2).mean(2) if output.dim() > 2 else output
+
+    expected = means(model)
+    how = {"limits": compressor.Limits(only=["0"]), "verify": True}
+    budget = compressor.Budget(3 / 8 - 1e-9, "channels")
+    compressor.prune(without, data[0], smallest, budget, limits=how["limits"])
+    result = compressor.prune(
+        model, data[0], smallest, budget, calibration=data, compensate=compensate, reconstruct=False, **how
+    )
+    assert result.widths["0"] == (8, 5)
+    assert relative_error(means(without), expected) > 1e-2
+    assert relative_error(means(model), expected) < 1e-12

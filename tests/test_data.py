@@ -523,3 +523,23 @@ def test_the_images_of_a_balanced_batch_can_be_named_afterwards() -> None:
 def test_balance_needs_a_generator() -> None:
     with pytest.raises(InputError, match="balanced=True draws at random: pass shuffle="):
         next(lopsided([2, 2]).batches(2, balanced=True))
+
+
+def test_an_opener_that_others_put_in_place_of_pils_hides_no_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ultralytics looks for a plugin where PIL cannot identify a file, and that is not there."""
+    original = Image.open
+
+    def patched(*args: Any, **kwargs: Any) -> Image.Image:
+        try:
+            return original(*args, **kwargs)
+        except Image.UnidentifiedImageError:
+            raise ModuleNotFoundError("No module named 'pi_heif'")  # noqa: B904
+
+    monkeypatch.setattr(Image, "open", patched)
+    path = tmp_path / "0.png"
+    path.write_text("no image")
+    with pytest.raises(DataError, match=r"cannot read image .*0\.png: cannot identify image file .*; repair or remove"):
+        with pictures.opened(path):
+            pass

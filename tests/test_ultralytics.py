@@ -60,7 +60,11 @@ def cuts(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("name", "criterion", "optimizer"),
-    [("yolov8n", "relevance", "auto"), ("yolo11n", "l1", "SGD"), ("yolo26n", "taylor", "MuSGD")],
+    [
+        ("yolov8n", "relevance", "auto"),
+        ("yolo11n", "l1", "SGD"),
+        pytest.param("yolo26n", "taylor", "MuSGD", marks=pytest.mark.slow),
+    ],
 )
 def test_the_trainer_writes_the_small_network(
     name: str, criterion: str, optimizer: str, data: Path, tmp_path: Path
@@ -199,6 +203,7 @@ def test_a_pruned_network_keeps_its_classes(data: Path, tmp_path: Path) -> None:
         train_pruned(YOLO(str(tmp_path / "small.pt")), **arguments(data, tmp_path))
 
 
+@pytest.mark.slow
 def test_distillation_follows(data: Path, tmp_path: Path) -> None:
     teacher = yolo("yolo26n", tmp_path)
     teacher.train(**arguments(data, tmp_path, epochs=1, name="teacher"))
@@ -216,6 +221,7 @@ def test_distillation_follows(data: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_half_a_batch_after_running_out_of_memory(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = yolo("yolov8n", tmp_path)
     calls: list[int] = []

@@ -26,8 +26,10 @@ def opened(path: Path) -> Iterator[Any]:
         with Image.open(path) as image:
             yield image
     # SyntaxError is what PIL raises for a PNG whose blocks are broken.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read image {path}: {error}; repair or remove it") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, ImportError) as error:
+        # Ultralytics puts an opener of its own in PIL's place, which looks for a plugin where PIL gives up.
+        cause = error.__context__ if isinstance(error, ImportError) and error.__context__ else error
+        raise DataError(f"cannot read image {path}: {cause}; repair or remove it") from error
 
 
 def upright_size(image: Any) -> tuple[int, int]:

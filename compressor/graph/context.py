@@ -20,7 +20,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -94,6 +94,7 @@ class TraceContext:
         sites: where consumers see channels.
         costs: multiply-adds.
         offsets: by weight name, where a constant on its output can be put.
+        layouts: by weight name, `input_dim` and `share` of such an offset, where they are not the usual ones.
         kernel_dims: parameter dimensions that are no channels at all.
         batch_norm_inputs: by weight name, its result, where a BatchNorm reads it.
         indices: by name of a buffer of whole numbers, the axis whose positions they are.
@@ -111,6 +112,7 @@ class TraceContext:
     sites: list[ConsumerSite] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
     offsets: dict[str, Offset] = field(default_factory=dict)
+    layouts: dict[str, tuple[Literal[0, 1], float]] = field(default_factory=dict)
     kernel_dims: set[ParameterDim] = field(default_factory=set)
     batch_norm_inputs: dict[str, Tensor] = field(default_factory=dict)
     indices: dict[str, IntArray] = field(default_factory=dict)

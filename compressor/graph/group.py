@@ -165,7 +165,18 @@ class Term:
 
 @dataclass(frozen=True)
 class Offset:
-    """Where a constant on a weight's output can be put: `tensor += sign * constant` (a bias, or a running mean)."""
+    """Where a constant on a weight's output can be put: `tensor += sign * constant` (a bias, or a running mean).
+
+    Attributes:
+        tensor: name of the bias or running mean.
+        sign: how it is added.
+        input_dim: the weight's own, 1 as in `(O, D / blocks, ...)`; 0 in `(D, O / blocks, ...)`, where a convolution is
+            transposed, or a matrix is multiplied from the left.
+        share: of a kernel's taps, how many add up at one place of the output; of a transposed convolution, which
+            spreads them, 1 / the product of its strides on average.
+    """
 
     tensor: str
     sign: Literal[1, -1]
+    input_dim: Literal[0, 1] = 1
+    share: float = 1.0

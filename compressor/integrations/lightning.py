@@ -81,7 +81,7 @@ class PruningCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let the module become as narrow as a checkpoint that is loaded into it."""
-        hook = pl_module.register_load_state_dict_pre_hook(_narrow)  # type: ignore[no-untyped-call]
+        hook = pl_module.register_load_state_dict_pre_hook(_narrow)
         self._hooks.callback(hook.remove)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,7 +167,7 @@ def _narrow(module: nn.Module, state_dict: Mapping[str, Tensor], *_: Any) -> Non
 
 def _forget_best(trainer: Trainer) -> None:
     """Begin anew to look for the best model: the best so far was a larger one."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:
         if isinstance(callback, ModelCheckpoint):
             for path in callback.best_k_models:
                 trainer.strategy.remove_checkpoint(path)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from compressor._utils import device_of, eval_mode, run_model, to_device
 from compressor.errors import InputError
-from compressor.graph import ChannelGraph, owner
+from compressor.graph import ChannelGraph, Offset, owner
 
 
 def input_means(graph: ChannelGraph, batches: Iterable[Any]) -> dict[str, Tensor]:
@@ -117,12 +117,23 @@ def removed_means(graph: ChannelGraph, removed: Mapping[str, Tensor], means: Map
 
 
 @torch.no_grad()
-def constant_output(weight: Tensor, mean: Tensor) -> Tensor:
-    """Return the output `(O,)` of a weight `(O, D / blocks, ...)` for an input that is `mean` everywhere.
+def constant_output(weight: Tensor, mean: Tensor, offset: Offset, outputs: int) -> Tensor:
+    """Return the output `(O,)` of a weight for an input that is `mean` everywhere.
 
-    For a padded convolution that is the output away from the border, where every tap sees the mean and not a zero.
+    For a padded convolution that is the output away from the border, where every tap sees the mean and not a zero; for
+    a transposed one with strides, whose places see different taps, the mean over the places.
+
+    Args:
+        weight: `(O, D / blocks, ...)`, or `(D, O / blocks, ...)`.
+        mean: `(D,)`.
+        offset: says which of the two it is.
+        outputs: O.
     """
     kernel = weight.detach().flatten(2).sum(2) if weight.dim() > 2 else weight.detach()
+    if offset.input_dim == 0:
+        blocks = outputs // kernel.shape[1]
+        parts = zip(kernel.chunk(blocks), mean.to(kernel).chunk(blocks), strict=True)
+        return offset.share * torch.cat([constant @ part for part, constant in parts])
     # A grouped convolution's weight counts the channels of one block; its outputs lie block by block.
     blocks = len(mean) // kernel.shape[1]
     parts = zip(kernel.chunk(blocks), mean.to(kernel).chunk(blocks), strict=True)

@@ -279,7 +279,8 @@ def _fold(
     for weight, constant in found.constants.items():
         offset = graph.offsets[weight]
         for tensors in transaction.tensors:  # the model and its copies, each with weights of its own
-            transaction.add(tensors[offset.tensor], offset.sign * constant_output(tensors[weight], constant))
+            target = tensors[offset.tensor]
+            transaction.add(target, offset.sign * constant_output(tensors[weight], constant, offset, len(target)))
     for weight, merges in found.merges.items():
         for merge in merges:
             transaction.add_linear(weight, merge.change)

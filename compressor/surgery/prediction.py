@@ -106,7 +106,9 @@ def channel_blocks(graph: ChannelGraph, seen: ConsumerInput) -> list[Tensor] | N
     """Return the positions of a group's channels block by block, `(C, K)` each; None where they are not cut alike."""
     module = graph.model.get_submodule(seen.module)
     weight = _tensor(graph, seen.weight)
-    if isinstance(module, nn.modules.conv._ConvTransposeNd) or weight.dim() < 2:
+    offset = graph.offsets.get(seen.weight)
+    is_turned = isinstance(module, nn.modules.conv._ConvTransposeNd) or (offset and offset.input_dim == 0)
+    if is_turned or weight.dim() < 2:
         return None
     width = weight.shape[1]  # of one block
     block = seen.positions // width

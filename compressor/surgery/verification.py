@@ -125,7 +125,8 @@ def _masked(graph: ChannelGraph, gone: Mapping[str, Tensor], moments: Moments) -
     before = {name: tensors[name].data for name in read | known.merges.keys()}
     with ExitStack() as hooks:
         for weight, left in known.constants.items():
-            constant = constant_output(tensors[weight], left)
+            offset = graph.offsets[weight]
+            constant = constant_output(tensors[weight], left, offset, len(tensors[offset.tensor]))
             module = graph.model.get_submodule(owner(weight)[0])
             dim = 1 - max(tensors[weight].dim() - 1, 1)
             hooks.callback(module.register_forward_hook(_adding(constant, dim - 1)).remove)

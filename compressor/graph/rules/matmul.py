@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -42,7 +42,7 @@ def convolution(
     if bias is not None:
         made = context.tie(made, *context.axes(bias))
     context.record_consumer(context.weight(w), -1 - len(space), channels)
-    _remember_offset(context, w, bias)
+    _remember_offset(context, w, bias, (0, 1 / math.prod(stride)) if transposed else None)
     # Every weight is used once for each place of the output; of a transposed convolution, of the input.
     places = (x if transposed else out).shape
     sizes = [(context.axes(w)[dim], w.shape[dim]) for dim in (0, 1)]
@@ -93,11 +93,23 @@ def _tiled(axis: Axis, times: int) -> Axis:
     return np.tile(axis, times) if isinstance(axis, np.ndarray) else UNPRUNABLE
 
 
-def _remember_offset(context: TraceContext, w: Tensor, bias: Tensor | None) -> None:
+def _lies_as_stored(context: TraceContext, b: Tensor) -> bool:
+    """Return whether `x @ b` reads a weight `(D, O)` as it is; a Linear's, `(O, D)`, comes as its transpose."""
+    stored = context.parameters.get(context.weight(b) or "", (UNPRUNABLE,))[0]
+    rows = context.axes(b)[0]
+    return isinstance(stored, np.ndarray) and isinstance(rows, np.ndarray) and np.array_equal(stored, rows)
+
+
+def _remember_offset(
+    context: TraceContext, w: Tensor, bias: Tensor | None, layout: tuple[Literal[0, 1], float] | None = None
+) -> None:
+    name = context.weight(w)
+    if name and layout:
+        context.layouts[name] = layout
     target = context.weight(bias) if bias is not None and context.info(bias).unchanged else None
     # Of a weight that is made of another (weight_norm) the output for a constant is not known from that other alone.
-    offset = Offset(target, 1) if target and context.info(w).unchanged else None
-    context.set_offset(context.weight(w), offset)
+    offset = Offset(target, 1, *(layout or ())) if target and context.info(w).unchanged else None
+    context.set_offset(name, offset)
 
 
 def deform_conv2d(
@@ -149,7 +161,7 @@ def _product(context: TraceContext, a: Tensor, b: Tensor) -> Axes:
 def addmm(context: TraceContext, out: Tensor, bias: Tensor, a: Tensor, b: Tensor, **_: object) -> Axes:
     """`bias + a @ b`, also in its batched form."""
     axes = _product(context, a, b)
-    _remember_offset(context, b, bias)
+    _remember_offset(context, b, bias, (0, 1.0) if _lies_as_stored(context, b) else None)
     missing = len(axes) - bias.dim()  # a bias is broadcast from the end
     tied = (context.tie(axis, other) for axis, other in zip(axes[missing:], context.axes(bias), strict=True))
     return (*axes[:missing], *tied)

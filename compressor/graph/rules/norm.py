@@ -32,7 +32,7 @@ def _remember_running_mean(context: TraceContext, x: Tensor, rest: tuple[object,
     mean = rest[2] if len(rest) > 2 else None
     # Where the convolution has a bias, that takes the constant: setdefault.
     if produced_by and isinstance(mean, Tensor) and (name := context.weight(mean)):
-        context.offsets.setdefault(produced_by, Offset(name, -1))
+        context.offsets.setdefault(produced_by, Offset(name, -1, *context.layouts.get(produced_by, ())))
         context.batch_norm_inputs[produced_by] = x
 
 
