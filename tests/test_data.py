@@ -540,6 +540,6 @@ def test_an_opener_that_others_put_in_place_of_pils_hides_no_reason(
     monkeypatch.setattr(Image, "open", patched)
     path = tmp_path / "0.png"
     path.write_text("no image")
-    with pytest.raises(DataError, match=r"cannot read image .*0\.png: cannot identify image file .*; repair or remove"):
-        with pictures.opened(path):
-            pass
+    message = r"cannot read image .*0\.png: cannot identify image file .*; repair or remove it"
+    with pytest.raises(DataError, match=message), pictures.opened(path):
+        pass
