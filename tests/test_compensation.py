@@ -210,3 +210,52 @@ def test_constants_are_folded_whichever_way_a_weight_lies(consumer: list[nn.Modu
     assert result.widths["0"] == (8, 5)
     assert relative_error(means(without), expected) > 1e-2
     assert relative_error(means(model), expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "consumer",
+    [
+        [nn.ConvTranspose2d(8, 8, 2, 2)],
+        [nn.ConvTranspose2d(8, 6, 3, 2, padding=1, output_padding=1)],
+        [nn.ConvTranspose2d(8, 12, 3, bias=False), nn.BatchNorm2d(12)],
+        [*POOLED, FromTheLeft(8, 8)],
+        [*POOLED, FromTheLeft(8, 13)],
+    ],
+    ids=str,
+)
+def test_what_others_determine_goes_without_a_trace_whichever_way_a_weight_lies(consumer: list[nn.Module]) -> None:
+    chosen = [1, 4, 6]
+    model = shake(nn.Sequential(nn.Conv2d(3, 8, 3), *copy.deepcopy(consumer)))
+    with torch.no_grad():
+        for tensor in (model[0].weight, model[0].bias):
+            tensor[1] = 2 * tensor[0] - tensor[2]
+            tensor[4] = tensor[3]
+            tensor[6] = tensor[5] + 0.5 * tensor[7]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    data, fresh = batches(40), torch.randn(6, 3, 8, 8, dtype=torch.float64)
+    model(data[0]).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        expected = model(fresh)
+
+    def smallest(group: compressor.Group, snapshot: compressor.Snapshot) -> Tensor:
+        return torch.tensor([float(channel not in chosen) for channel in range(group.size)])
+
+    result = compressor.prune(
+        model,
+        data[0],
+        smallest,
+        compressor.Budget(3 / 8 - 1e-9, "channels"),
+        calibration=data,
+        compensate="linear",
+        reconstruct=False,
+        verify=True,
+        optimizer=optimizer,
+        limits=compressor.Limits(only=["0"]),
+    )
+    assert result.widths["0"] == (8, 5)
+    with torch.no_grad():
+        assert relative_error(model(fresh), expected) < 1e-10
+    weight = model[3].weight if isinstance(model[-1], FromTheLeft) else model[1].weight
+    assert optimizer.state[weight]["momentum_buffer"].shape == weight.shape

@@ -21,14 +21,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compressor.errors import InputError
-from compressor.graph import ChannelGraph, ConsumerInput
+from compressor.graph import ChannelGraph, ConsumerInput, owner
 from compressor.surgery.compensation import removed_means, require_finite, watch_inputs
 
 logger = logging.getLogger(__name__)
@@ -106,15 +106,22 @@ def channel_blocks(graph: ChannelGraph, seen: ConsumerInput) -> list[Tensor] | N
     """Return the positions of a group's channels block by block, `(C, K)` each; None where they are not cut alike."""
     module = graph.model.get_submodule(seen.module)
     weight = _tensor(graph, seen.weight)
-    offset = graph.offsets.get(seen.weight)
-    is_turned = isinstance(module, nn.modules.conv._ConvTransposeNd) or (offset and offset.input_dim == 0)
-    if is_turned or weight.dim() < 2:
+    if weight.dim() < 2:
         return None
+    if _input_dim(graph, seen.weight) == 0:
+        return [seen.positions] if getattr(module, "groups", 1) == 1 else None
     width = weight.shape[1]  # of one block
     block = seen.positions // width
     if not (block == block[:1]).all():
         return None
     return [seen.positions[:, block[0] == index] for index in sorted(set(block[0].tolist()))]
+
+
+def _input_dim(graph: ChannelGraph, weight: str) -> int:
+    """Return the dimension of a weight that its input's channels lie on."""
+    if offset := graph.offsets.get(weight):
+        return offset.input_dim
+    return 0 if isinstance(graph.model.get_submodule(owner(weight)[0]), nn.modules.conv._ConvTransposeNd) else 1
 
 
 def _tensor(graph: ChannelGraph, name: str) -> Tensor:
@@ -203,15 +210,19 @@ class Merge:
         kept, gone: `(n, K)` and `(r, K)`, columns of the weight within a block.
         maps: `(blocks, r, n)`, A of each block.
         blocks: how many the weight has.
+        input_dim: the dimension of the weight that the columns lie on.
     """
 
     kept: Tensor
     gone: Tensor
     maps: Tensor
     blocks: int
+    input_dim: int = 1
 
     def change(self, weight: Tensor) -> Tensor:
-        """Return what is to be added to a weight `(O, D / blocks, ...)`, or to its momentum."""
+        """Return what is to be added to a weight `(O, D / blocks, ...)` or `(D, O, ...)`, or to its momentum."""
+        if self.input_dim == 0:
+            return replace(self, input_dim=1).change(weight.transpose(0, 1)).transpose(0, 1)
         change = torch.zeros_like(weight)
         kept, gone = (each.flatten().to(weight.device) for each in (self.kept, self.gone))
         parts = zip(weight.chunk(self.blocks), change.chunk(self.blocks), self.maps, strict=True)
@@ -263,9 +274,10 @@ def compensations(graph: ChannelGraph, removed: Mapping[str, Tensor], moments: M
             for positions, matrix in zip(blocks, maps, strict=True):
                 here, there = (positions[each].to(mean.device) for each in (kept, gone))
                 constants[seen.weight][there] = mean[there] - matrix.to(mean.device) @ mean[here]
-            width = _tensor(graph, seen.weight).shape[1]
-            columns = blocks[0] % width
-            merges.setdefault(seen.weight, []).append(Merge(columns[kept], columns[gone], maps, len(blocks)))
+            input_dim = _input_dim(graph, seen.weight)
+            columns = blocks[0] % _tensor(graph, seen.weight).shape[input_dim]
+            merge = Merge(columns[kept], columns[gone], maps, len(blocks), input_dim)
+            merges.setdefault(seen.weight, []).append(merge)
     if moments.covariances and fallbacks:
         by_mean = [weight for weight in fallbacks if weight in constants]
         by_nothing = [weight for weight in fallbacks if weight not in constants]
