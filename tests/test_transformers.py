@@ -162,6 +162,19 @@ def test_a_training_that_pruned_nothing_is_not_gone_on_with(tmp_path: Path) -> N
         trainer(model, tmp_path, [PruningCallback(EXAMPLE)], **how).train(resume_from_checkpoint=True)
 
 
+def test_a_training_that_ended_in_an_error_leaves_no_hooks_to_the_next(tmp_path: Path) -> None:
+    class Fail(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            raise RuntimeError("no more")
+
+    callback, model = PruningCallback(EXAMPLE, "l1", HALF), resnet()
+    with pytest.raises(RuntimeError, match="no more"):
+        trainer(model, tmp_path, [callback, Fail()]).train()
+    trainer(model, tmp_path, [callback], num_train_epochs=2).train()
+    assert callback.result().reached
+    assert not model._forward_hooks
+
+
 def test_what_would_not_prune_is_refused(tmp_path: Path) -> None:
     callback = PruningCallback(EXAMPLE)
     with pytest.raises(InputError, match="nothing was pruned yet"):

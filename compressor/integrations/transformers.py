@@ -79,6 +79,7 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Trace the model, and go on where a checkpoint stands."""
+        self._close()  # of a training that ended in an error, which no callback is told
         model: nn.Module = kwargs["model"]
         devices = max(args.n_gpu, args.world_size)
         if devices > 1:
@@ -124,6 +125,9 @@ class PruningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model without hooks."""
+        self._close()
+
+    def _close(self) -> None:
         if self._observer:
             self._observer.close()
 
