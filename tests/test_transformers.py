@@ -99,6 +99,7 @@ def test_the_trainer_prunes(make: Any, criterion: str, more: dict[str, Any], tmp
     assert sum(tensor.numel() for tensor in model.parameters()) == result.params[1]
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+    model = loop.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # out of autocast
     right = (outputs(model).argmax(1) == Squares().labels[:32]).float().mean()
     assert right >= 0.5  # chance is a quarter
     compressor.save(model, tmp_path / "small.safetensors")
@@ -150,7 +151,7 @@ def test_a_wide_model_does_not_go_on_where_a_narrow_one_stopped(tmp_path: Path) 
     pruner = compressor.Pruner(
         wide, EXAMPLE, "l1", HALF, optimizer=torch.optim.SGD(wide.parameters(), lr=0.1), total_steps=64
     )
-    with pytest.raises(InputError, match=r"has \d+ channels, and \d+ in the state .* load the pruned model"):
+    with pytest.raises(InputError, match=r"has \d+ channels, \d+ in the state .* load the pruned model"):
         pruner.load_state_dict(state)
 
 
