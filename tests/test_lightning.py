@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from user_models import two_convolutions
 
 import compressor
 from compressor.errors import InputError
@@ -24,23 +25,10 @@ HALF = compressor.Budget(0.5, "macs")
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 
 
-def network() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 24, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(24, 4),
-    )
-
-
 class Classifier(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net = network()
+        self.net = two_convolutions()
         self.losses: list[float] = []
 
     def forward(self, images: Tensor) -> Tensor:
@@ -119,7 +107,7 @@ def test_the_trainer_prunes(module: Any, criterion: str, more: dict[str, Any], t
     assert sum(tensor.numel() for tensor in wrapped.net.parameters()) == result.params[1] < result.params[0]
     assert not hooks(wrapped)
     compressor.save(wrapped.net, tmp_path / "small.safetensors")
-    small = compressor.load(tmp_path / "small.safetensors", factory=network)
+    small = compressor.load(tmp_path / "small.safetensors", factory=two_convolutions)
     assert torch.equal(small(EXAMPLE), wrapped.net.eval()(EXAMPLE))
 
 

@@ -9,24 +9,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from user_models import two_convolutions
 
 import compressor
 from compressor._utils import count_samples
 
 HALF = compressor.Budget(0.4, "macs")
-
-
-def small() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 16, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(16, 4),
-    )
 
 
 @pytest.mark.filterwarnings("default")
@@ -35,7 +23,7 @@ def test_accelerate(precision: str) -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
-    bare = small()
+    bare = two_convolutions()
     images, labels = torch.randn(64, 3, 8, 8), torch.arange(64) % 4
     dataset = torch.utils.data.TensorDataset(images, labels)
     loader = torch.utils.data.DataLoader(dataset, batch_size=16)

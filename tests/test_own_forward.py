@@ -10,6 +10,7 @@ import torchvision
 from conftest import shake
 from torch import Tensor, nn
 from torch.nn import functional as F
+from user_models import two_convolutions
 
 import compressor
 from compressor.errors import IdleArgumentError, InputError
@@ -19,17 +20,7 @@ HALF = compressor.Budget(0.4, "macs")
 
 def small() -> nn.Module:
     torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        nn.Conv2d(16, 24, 3, padding=1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(24, 4),
-    )
-    return shake(network)
+    return shake(two_convolutions())
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:

@@ -243,6 +243,29 @@ def test_half_a_batch_after_running_out_of_memory(data: Path, tmp_path: Path, mo
     assert 0.6 * 6 * EPOCHS <= cuts(tmp_path)[-1]["step"] <= 0.7 * 6 * EPOCHS
 
 
+def test_out_of_memory_after_a_cut_does_not_count_the_budget_anew(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = yolo("yolov8n", tmp_path)
+    calls: list[int] = []
+
+    def loss(self: DetectionModel, batch: dict[str, Tensor], preds: Any = None) -> Any:
+        if self.training:
+            calls.append(len(batch["img"]))
+        if len(calls) == 3:
+            raise RuntimeError("CUDA out of memory")
+        return plain(self, batch, preds)
+
+    plain = DetectionModel.loss
+    monkeypatch.setattr(DetectionModel, "loss", loss)
+    how = {"schedule": compressor.Linear(0.0, 0.5), "prune_every": 1}
+    result = prune_while_training(network, "l1", HALF, pruner=how, **arguments(data, tmp_path, epochs=2, batch=16))
+    assert calls[:4] == [16, 16, 16, 8]
+    assert 0.5 <= result.removed < 0.55
+    assert sum(tensor.numel() for tensor in network.model.parameters()) == result.params[1]
+    assert cuts(tmp_path)[0]["params"] < result.params[0]  # before the error
+
+
 def test_a_loss_that_is_not_finite_after_a_cut(data: Path, tmp_path: Path) -> None:
     network = yolo("yolov8n", tmp_path)
 

@@ -11,6 +11,20 @@ def tiny(num_classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes))
 
 
+def two_convolutions(first: int = 16, second: int = 24) -> nn.Sequential:
+    """A BatchNorm behind the first, a bias in both."""
+    return nn.Sequential(
+        nn.Conv2d(3, first, 3, padding=1),
+        nn.BatchNorm2d(first),
+        nn.ReLU(),
+        nn.Conv2d(first, second, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(second, 4),
+    )
+
+
 class Baked(nn.Module):
     """A network whose own code relies on every width, so that nothing of it can be cut."""
 

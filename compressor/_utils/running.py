@@ -50,21 +50,29 @@ def ambient_modes_disabled() -> Iterator[None]:
 
 
 @contextmanager
+def _modes_preserved(model: nn.Module) -> Iterator[None]:
+    """Put every module's flag of training back afterwards."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in training:
+            vars(module)["training"] = flag  # what `module.training = flag` does, less torch's search for parameters
+
+
+@contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module's flag and all random states are as before.
 
     That is torch's, numpy's and Python's own: a model may draw from any of them.
     """
-    training = [(module, module.training) for module in model.modules()]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
     drawn = random.getstate(), np.random.get_state()
     try:
-        model.eval()
-        with torch.random.fork_rng(devices), ambient_modes_disabled(), torch.no_grad():
+        with _modes_preserved(model), torch.random.fork_rng(devices), ambient_modes_disabled(), torch.no_grad():
+            model.eval()
             yield
     finally:
-        for module, flag in training:
-            vars(module)["training"] = flag  # what `module.training = flag` does, less torch's search for parameters
         random.setstate(drawn[0])
         np.random.set_state(drawn[1])
 
@@ -144,13 +152,11 @@ class OwnForward:
 
         A detector tells its losses in training mode alone, in which BatchNorm would move.
         """
-        training = [(module, module.training) for module in model.modules()]
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         try:
-            return self.forward(model, self.batch)
+            with _modes_preserved(model):
+                return self.forward(model, self.batch)
         finally:
-            for module, flag in training:
-                vars(module)["training"] = flag
             for buffer, before in buffers:
                 buffer.data.copy_(before)  # past autograd, which is yet to come
 

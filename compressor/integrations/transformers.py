@@ -93,7 +93,7 @@ class PruningCallback(TrainerCallback):
             {name: tensor.to(args.device) for name, tensor in self._example_inputs.items()},
             self._criterion,
             self._budget,
-            optimizer=getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]),  # accelerate wraps it,
+            optimizer=getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]),  # accelerate wraps it
             total_steps=state.max_steps,
             **self._options,
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,8 +26,6 @@ from compressor.pruning import Pruner
 if TYPE_CHECKING:
     from ultralytics.engine.model import Model
     from ultralytics.engine.trainer import BaseTrainer
-
-logger = logging.getLogger(__name__)
 
 # Where the state of the Pruner stands in a checkpoint: on the network itself, so that both are written at once.
 _STATE = "compressor_state"
@@ -204,6 +201,8 @@ class _Pruning:
                 "prune in a new one"
             )
         self._make_pruner(trainer)
+        if needs_gradients(self._criterion):
+            trainer.optimizer.register_step_post_hook(self._hold_gradients)
         if not trainer.start_epoch:
             (trainer.save_dir / _CUTS).unlink(missing_ok=True)  # of another training in the same folder
         else:
@@ -227,12 +226,16 @@ class _Pruning:
         )
         self._pruner.require_time(trainer.batch_size)
         self._observer = ForwardObserver(self._pruner, trainer.model, lambda batch: batch["img"])
-        if needs_gradients(self._criterion):
-            trainer.optimizer.register_step_post_hook(self._hold_gradients)
 
     def _begin_anew(self, trainer: BaseTrainer) -> None:
-        """Count steps anew where the trainer does: out of memory in its first epoch, it halves the batches."""
-        if len(trainer.train_loader) != self._batches:
+        """Count steps anew where the trainer does: out of memory in its first epoch, it halves the batches.
+
+        Once channels are gone the budget counts from the network before: then the Pruner stays, and is done earlier.
+        """
+        if len(trainer.train_loader) == self._batches:
+            return
+        self._batches = len(trainer.train_loader)
+        if not trainer.start_epoch and not self._is_cut:
             self._make_pruner(trainer)
 
     def _hold_gradients(self, optimizer: Optimizer, *_: Any) -> None:
