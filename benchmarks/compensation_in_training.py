@@ -16,7 +16,7 @@ from results_file import write
 from torch.nn import functional as F
 
 import compressor
-from compressor.training import evaluate, recalibrate
+from compressor.training import Augmentation, evaluate, recalibrate
 
 BATCH, LR, SPARSITY = 128, 0.02, 0.5
 NOTE = (
@@ -55,7 +55,7 @@ def trained_on(found: Any, weights: Path, criterion: str, compensate: str, steps
         total_steps=steps, prune_every=max(1, steps // 18), compensate=compensate, calibration=calibration, seed=seed,
         round_to=1,
     )  # fmt: skip
-    batches = found.train.batches(BATCH, shuffle=torch.Generator().manual_seed(seed), augment=True)
+    batches = found.train.batches(BATCH, shuffle=torch.Generator().manual_seed(seed), augment=Augmentation())
     for _, (x, y) in zip(range(steps), batches, strict=False):
         pruner.loss(x, y, F.cross_entropy).backward()
         optimizer.step()

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import compressor
-from compressor.training import Data, distilled, evaluate
+from compressor.training import Augmentation, Data, distilled, evaluate
 
 BATCH, LR, CALIBRATION = 128, 0.02, 1000
 USUAL = {"allocate": "uniform", "rounds": 8, "compensate": "linear", "reconstruct": True}
@@ -113,7 +113,7 @@ def train(model: nn.Module, found: Data, epochs: int, seed: int, teacher: nn.Mod
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(seed)
     for _ in range(epochs):
-        for x, y in found.train.batches(BATCH, shuffle=order, augment=True, drop_last=True):
+        for x, y in found.train.batches(BATCH, shuffle=order, augment=Augmentation(), drop_last=True):
             loss_fn = F.cross_entropy
             if teacher:
                 loss_fn = distilled(loss_fn, teacher, x, weight=SHARE, temperature=TEMPERATURE)

@@ -58,7 +58,8 @@ class _Commands(TyperGroup):
 
 
 def _complain(message: object) -> None:
-    typer.echo(f"compress: {_printable(str(message))}", err=True)
+    who = f"compress, rank {_rank()}" if _ranks() > 1 else "compress"
+    typer.echo(f"{who}: {_printable(str(message))}", err=True)
 
 
 def _printable(text: str) -> str:
@@ -165,21 +166,34 @@ def compress(
     given = {name.replace("_", "-"): value for name, value in typed.items() if value not in (None, [])}
     given |= {"sparsity": as_written(given["sparsity"])} if "sparsity" in given else {}
     if ctx.invoked_subcommand:
+        if _ranks() > 1:
+            raise InputError(f"torchrun is for the main job: start compress {ctx.invoked_subcommand} without it")
         flags = _flags(config=config, resume=resume, overwrite=overwrite, quiet=quiet)
         _refuse_idle(ctx.invoked_subcommand, [*given, *flags])
         return
     asked = {**(read_toml(config) if config else {}), **given}
     source = str(config) if config else ""
+    if _is_restarted() and job.is_run_folder(Path(asked.get("out") or Settings.from_options(asked, source).out)):
+        resume, overwrite = True, False
     settings = job.resumed(asked, source) if resume else Settings.from_options(asked, source)
     stop = StopRequest()
     try:
-        with stop.listening(), _progress(quiet) as on_progress:
-            made = job.run(settings, resume=resume, overwrite=overwrite, on_progress=on_progress, stop=stop)
+        with stop.listening(), _progress(quiet or _rank() > 0, settings.batch_size) as (on_progress, on_record):
+            made = job.run(
+                settings,
+                resume=resume,
+                overwrite=overwrite,
+                on_progress=on_progress,
+                on_record=on_record,
+                stop=stop,
+            )
     except KeyboardInterrupt:
         begun = (Path(settings.out) / "config.toml").exists()
         how = f"go on with: compress --resume --out {shlex.quote(settings.out)}" if begun else "nothing was written"
         _complain(f"stopped; {how}")
         raise typer.Exit(128 + (stop.signal or signal.SIGINT)) from None
+    if _rank():
+        return  # rank 0 prints, and its exit code counts
     if not quiet:
         _show(made, Path(settings.out))
     if not made.goal.met:
@@ -191,6 +205,21 @@ def compress(
     if any(each.missed for each in made.lowered):
         typer.echo(f"compress: a model misses the gate of {settings.precision}, see the notes above", err=True)
         raise typer.Exit(1)
+
+
+def _ranks() -> int:
+    """Return how many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _rank() -> int:
+    """Return which of them this is."""
+    return int(os.environ.get("RANK", "0")) if _ranks() > 1 else 0
+
+
+def _is_restarted() -> bool:
+    """Return whether torchrun started this process again because another had ended."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def _flags(**values: object) -> list[str]:
@@ -205,8 +234,14 @@ def _refuse_idle(command: str, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar for each piece of long work, on a terminal only; gives `on_progress(what, done, total)`."""
+def _progress(
+    quiet: bool, batch_size: int = 0
+) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Mapping[str, Any]], None]]]:
+    """Show a bar for each piece of long work, on a terminal only.
+
+    Gives `on_progress(what, done, total)` and `on_record(record)`; what a training's last record says stands behind its
+    bar, and how many images it takes in a second.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -224,16 +259,34 @@ def _progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
     )
     with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
+        known: dict[str, dict[str, Any]] = {}
 
         def on_progress(what: str, done: int, total: int) -> None:
             if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
+                tasks[what] = bars.add_task(what, total=total, said="")
             bars.update(tasks[what], completed=done, total=total)
 
-        yield on_progress
+        def on_record(record: Mapping[str, Any]) -> None:
+            task = tasks.get(job.training_of(record["stage"]))
+            if task is None:
+                return
+            latest = known.setdefault(record["stage"], {})
+            latest.update(record)
+            forms = {
+                "train_loss": "loss {:.3g}",
+                "validation_accuracy": "{:.1%} right",
+                "params": "{:,} params",
+                "macs": "{:,} MACs",  # of the last cut
+            }
+            said = [form.format(latest[name]) for name, form in forms.items() if name in latest]
+            speed = bars.tasks[task].speed or 0.0  # in steps
+            bars.update(task, said=", ".join([*said, f"{speed * batch_size:,.0f} images/s"]))
+
+        yield on_progress, on_record
 
 
 def _console() -> Console:
@@ -340,7 +393,7 @@ def compare(
     grid = job.Grid(options, tuple(filter(None, criteria.split(","))), numbers, seeds, out)
     stop = StopRequest()
     try:
-        with stop.listening(), _progress(quiet) as on_progress:
+        with stop.listening(), _progress(quiet) as (on_progress, _):
             result = job.run_grid(
                 grid,
                 jobs=jobs,

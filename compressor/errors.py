@@ -15,6 +15,7 @@
     │   └── StaleGraphError         the model does not run any more as it did when it was traced
     ├── BudgetError                 the asked sparsity cannot be reached; names what blocks it
     ├── TrainingError               the loss became infinite or not a number
+    ├── RanksError                  the processes of one training lost each other
     ├── ArtifactError               a model file is damaged, foreign, or of another model
     ├── ExportError                 the model cannot be written as ONNX
     └── ParityError                 the exported model does not give the same outputs
@@ -237,6 +238,21 @@ class TrainingError(CompressorError):
         batch = f"; images of that step, by their index in the training data: {few}" if self.images else ""
         super().__init__(
             f"the loss became {loss} in {when}: training diverged at lr = {lr:g}; try {lr / 3:.1g} or less{batch}"
+        )
+
+
+class RanksError(CompressorError):
+    """The processes that train together lost each other: one of them has ended.
+
+    Attributes:
+        reason: what the connection says.
+    """
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"another process of this training has ended ({reason}): what it said itself is why; the last checkpoint "
+            "stays, --resume goes on from it, with any number of processes"
         )
 
 

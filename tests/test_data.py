@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +21,11 @@ from torch import Tensor
 from compressor import _utils as pictures
 from compressor.errors import DataError, InputError, RangeError, UnknownNameError
 from compressor.training.data import folder
+from compressor.training.data import images as on_disk
 from compressor.training.data import sources as data
+from compressor.training.data.augmentation import Augmentation
 from compressor.training.data.images import OnDisk, Resident
+from compressor.training.data.kept import Kept
 from compressor.training.data.sources import Data, load_data
 from compressor.training.data.splits import Split
 
@@ -131,10 +136,10 @@ def test_generator_state_is_all_the_randomness(digits: Data) -> None:
     generator = torch.Generator().manual_seed(4)
     state = generator.get_state()
     before = torch.get_rng_state()
-    first = list(digits.test.batches(100, shuffle=generator, augment=True))
+    first = list(digits.test.batches(100, shuffle=generator, augment=Augmentation()))
     generator.set_state(state)
-    second = list(digits.test.batches(100, shuffle=generator, augment=True))
-    third = list(digits.test.batches(100, shuffle=generator, augment=True))
+    second = list(digits.test.batches(100, shuffle=generator, augment=Augmentation()))
+    third = list(digits.test.batches(100, shuffle=generator, augment=Augmentation()))
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
     assert not torch.equal(first[0][0], third[0][0])
     assert torch.equal(torch.get_rng_state(), before)
@@ -142,7 +147,7 @@ def test_generator_state_is_all_the_randomness(digits: Data) -> None:
 
 def test_augmentation_needs_a_generator(digits: Data) -> None:
     with pytest.raises(InputError, match=r"pass shuffle=torch.Generator\(\) as well"):
-        next(digits.test.batches(4, augment=True))
+        next(digits.test.batches(4, augment=Augmentation()))
 
 
 @settings(max_examples=25, deadline=None)
@@ -159,7 +164,7 @@ def test_augmented_image_is_a_moved_and_perhaps_mirrored_original(
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(1, 256, (5, 3, height, width), generator=generator, dtype=torch.uint8)
     split = Split(Resident(pixels), torch.arange(5), torch.arange(5), (0.0,) * 3, (1.0,) * 3, shift, mirror)
-    images, targets = next(split.batches(5, shuffle=generator, augment=True))
+    images, targets = next(split.batches(5, shuffle=generator, augment=Augmentation()))
     for image, target in zip(images, targets, strict=True):
         original = pixels[target].float()
         versions = [original, original.flip(2)] if mirror else [original]
@@ -176,7 +181,7 @@ def every_move(image: Tensor, shift: int) -> list[Tensor]:
 def test_every_move_and_mirror_occurs() -> None:
     pixels = torch.arange(1, 28).to(torch.uint8).view(1, 3, 3, 3).repeat(400, 1, 1, 1)
     split = Split(Resident(pixels), torch.arange(400), torch.zeros(400), (0.0,) * 3, (1.0,) * 3, shift=1, mirror=True)
-    images, _ = next(split.batches(400, shuffle=torch.Generator().manual_seed(0), augment=True))
+    images, _ = next(split.batches(400, shuffle=torch.Generator().manual_seed(0), augment=Augmentation()))
     assert len({image.numpy().tobytes() for image in images}) == 2 * 9
 
 
@@ -286,12 +291,137 @@ def test_on_disk_gives_the_same_batches_as_resident(tmp_path: Path, monkeypatch:
     assert isinstance(resident.train.images, Resident)
     assert isinstance(lazy.train.images, OnDisk)
     runs = [
-        split.batches(4, shuffle=torch.Generator().manual_seed(1), augment=True)
+        split.batches(4, shuffle=torch.Generator().manual_seed(1), augment=Augmentation())
         for split in (resident.train, lazy.train)
     ]
     for first, second in zip(*runs, strict=True):
         assert torch.equal(first[0], second[0])
         assert torch.equal(first[1], second[1])
+
+
+# -- decoded once
+
+
+def test_kept_images_are_those_on_disk_and_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "data")
+    resident = load_data(f"imagefolder:{tmp_path / 'data'}")
+    monkeypatch.setattr(folder, "RESIDENT_BYTES", 0)
+    decoded: list[Path] = []
+    decode = on_disk.decode
+
+    def counted(path: Path, size: tuple[int, int]) -> Any:
+        decoded.append(path)
+        return decode(path, size)
+
+    monkeypatch.setattr(on_disk, "decode", counted)
+
+    def run() -> list[tuple[Tensor, Tensor]]:
+        found = load_data(f"imagefolder:{tmp_path / 'data'}", cache=tmp_path / "cache")
+        assert isinstance(found.train.images, Kept)
+        return list(found.train.batches(4, shuffle=torch.Generator().manual_seed(1), augment=Augmentation()))
+
+    first = run()
+    assert len(decoded) == len(resident.train.images)
+    shuffle = torch.Generator().manual_seed(1)
+    expected = list(resident.train.batches(4, shuffle=shuffle, augment=Augmentation()))
+    for kept in (first, run(), run()):
+        for (x, y), (a, b) in zip(kept, expected, strict=True):
+            assert torch.equal(x, a)
+            assert torch.equal(y, b)
+    assert len(decoded) == len(resident.train.images)  # the second and the third run decoded nothing
+    # A file that has changed is decoded again, and no other.
+    changed = tmp_path / "data" / "train" / "ant" / "0.png"
+    paint(changed, 99)
+    os.utime(changed, (1, 1))
+    decoded.clear()
+    again = load_data(f"imagefolder:{tmp_path / 'data'}", cache=tmp_path / "cache")
+    assert decoded == [changed]
+    everything = again.train.images.take(torch.arange(len(again.train.images)), torch.device("cpu"))
+    assert (everything == painted([99], tmp_path)[0]).flatten(1).all(1).any()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path / "data")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot keep images in .*file.*give --cache another folder"):
+        load_data(f"imagefolder:{tmp_path / 'data'}", cache=tmp_path / "file")
+    full = shutil.disk_usage(tmp_path)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(InputError, match=r"GiB are needed, and the disk has less"):
+        load_data(f"imagefolder:{tmp_path / 'data'}", cache=tmp_path / "cache")
+    with pytest.raises(InputError, match=r"cache has no effect on digits"):
+        load_data("digits", cache=tmp_path)
+
+
+def test_reading_ahead_stops_with_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder(tmp_path, each=8)
+    monkeypatch.setattr(folder, "RESIDENT_BYTES", 0)
+    found = load_data(f"imagefolder:{tmp_path}")
+    taken: list[int] = []
+    take = OnDisk.take
+    monkeypatch.setattr(OnDisk, "take", lambda own, indices, device: (taken.append(1), take(own, indices, device))[1])
+    batches = found.train.batches(1)
+    for expected, (x, _) in zip(range(2), batches, strict=False):
+        assert x.shape[0] == 1
+        assert len(taken) <= expected + 4
+    batches.close()  # type: ignore[attr-defined]
+    before = len(taken)
+    assert before < len(found.train)
+    # A broken image is named where it is used.
+    _broken(tmp_path)
+    with pytest.raises(DataError, match=r"test/bee/3.png"):
+        list(found.test.batches(2))
+
+
+# -- random parts, other colours
+
+
+@pytest.mark.parametrize("how", [Augmentation(crop=0.2), Augmentation(jitter=0.4), Augmentation(crop=0.5, jitter=0.2)])
+def test_an_image_looks_alike_whoever_reads_it(how: Augmentation, digits: Data) -> None:
+    """Of a batch each of two processes reads its half: together it is what one reads."""
+    before = torch.get_rng_state()
+
+    def read(rows: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        batches = digits.train.batches(8, shuffle=generator, augment=how, rows=rows)
+        next(batches)
+        return next(batches)  # the second: the first must have drawn as much
+
+    whole = read(lambda batch: batch)
+    halves = [read(lambda batch, part=part: batch.chunk(2)[part]) for part in range(2)]  # type: ignore[misc]
+    assert torch.equal(torch.cat([half[0] for half in halves]), whole[0])
+    assert torch.equal(torch.cat([half[1] for half in halves]), whole[1])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_random_part_has_at_least_the_area_asked_for() -> None:
+    """A picture of its own coordinates: what is seen of it says which part was cut out."""
+    side = 64
+    rising = torch.arange(side).float().mul(255 / (side - 1)).round().to(torch.uint8)
+    pixels = torch.stack([rising.expand(side, side), rising[:, None].expand(side, side), torch.zeros(side, side)])
+    split = Split(
+        Resident(pixels.to(torch.uint8).repeat(200, 1, 1, 1)), torch.arange(200), torch.zeros(200), (0.0,) * 3,
+        (1.0,) * 3, shift=3, mirror=True,
+    )  # fmt: skip
+    seen, _ = next(split.batches(200, shuffle=torch.Generator().manual_seed(0), augment=Augmentation(crop=0.25)))
+    widths = (seen[:, 0].amax((1, 2)) - seen[:, 0].amin((1, 2))) / 255
+    heights = (seen[:, 1].amax((1, 2)) - seen[:, 1].amin((1, 2))) / 255
+    areas = widths * heights
+    assert areas.min() > 0.25 - 0.06
+    assert areas.max() > 0.85
+    assert areas.std() > 0.1
+    mirrored = seen[:, 0, 0, 0] > seen[:, 0, 0, -1]
+    assert 60 < int(mirrored.sum()) < 140
+
+
+def test_jitter_changes_the_brightness_by_no_more_than_asked() -> None:
+    pixels = torch.full((100, 3, 4, 4), 100, dtype=torch.uint8)
+    split = Split(Resident(pixels), torch.arange(100), torch.zeros(100), (0.0,) * 3, (1.0,) * 3)
+    seen, _ = next(split.batches(100, shuffle=torch.Generator().manual_seed(0), augment=Augmentation(jitter=0.3)))
+    # Grey of one value has no contrast and no saturation: what is left is the factor of the brightness.
+    assert seen.std((1, 2, 3)).max() == 0
+    assert 69 <= seen.min() < 80
+    assert 120 < seen.max() <= 131
 
 
 def _broken(root: Path) -> None:

@@ -19,6 +19,7 @@ import compressor
 from compressor._utils import Ranks
 from compressor.errors import InputError
 from compressor.relevance import RelevanceConfig
+from compressor.training import TrainingConfig, load_data, train
 
 RANKS, BATCH, STEPS = 2, 32, 50
 CASES: dict[str, dict[str, Any]] = {
@@ -133,14 +134,17 @@ def loss_of_the_bare_model(rank: int) -> str:
     optimizer = torch.optim.SGD(model.parameters(), 0.05)
     x, y = torch.randn(4, 3, 8, 8), torch.randint(0, 10, (4,))
     pruner = compressor.Pruner(model, x, "l1", optimizer=optimizer, total_steps=9, process_group=group.WORLD)
+    x, y = torch.randn(4, 3, 8, 8) + rank, torch.randint(0, 10, (4,))  # each rank its own images
     try:
-        pruner.loss(x, y, F.cross_entropy)
+        pruner.loss(x, y, F.cross_entropy).backward()
+        optimizer.step()
+        pruner.step()
     except InputError as error:
         return str(error)
     return ""
 
 
-def test_a_loss_without_the_wrapper_is_refused(tmp_path: Path) -> None:
+def test_gradients_that_nobody_averages_are_refused(tmp_path: Path) -> None:
     assert all("with pruner.observe(x) as mean" in said for said in on_ranks(loss_of_the_bare_model, tmp_path))
 
 
@@ -149,11 +153,18 @@ def one_of_each(rank: int) -> dict[str, Any]:
     own = torch.tensor([[rank, 1.0], [rank, 2.0]])
     gathered = ranks.gathered({"x": (own, own[:, 0] > 0), "none": None})
     first = ranks.of_the_first({"a": own})
+    averaged = [own.clone(), torch.full((2,), float(rank), dtype=torch.float64), own[0, 0].clone()]
+    ranks.average_(averaged)
     return {
         "gathered": gathered,
         "mean": ranks.mean({"a": own}),
         "first": first,
         "own": ranks.own_rows(gathered["x"][0]),
+        "averaged": averaged,
+        "sum": ranks.sum(own),
+        "any": ranks.any([rank == 0, rank == 1, False]),
+        "objects": ranks.objects({"rank": rank}),
+        "object": ranks.object_of_the_first([rank]),
     }
 
 
@@ -165,3 +176,75 @@ def test_what_one_rank_has_all_get(tmp_path: Path) -> None:
         assert got["mean"]["a"].tolist() == [[0.5, 1], [0.5, 2]]
         assert got["first"]["a"].tolist() == [[0, 1], [0, 2]]
         assert got["own"].tolist() == [[rank, 1], [rank, 2]]
+        assert [each.tolist() for each in got["averaged"]] == [[[0.5, 1], [0.5, 2]], [0.5, 0.5], 0.5]
+        assert got["sum"].tolist() == [[1, 2], [1, 4]]
+        assert got["any"] == [True, True, False]
+        assert got["objects"] == [{"rank": 0}, {"rank": 1}]
+        assert got["object"] == [0]
+
+
+# -- our own loop
+
+
+def loop_of(rank: int, criterion: str, model: nn.Module) -> dict[str, Any]:
+    """Train and prune by our own loop as one of the ranks there are, and return what came out on this one."""
+    torch.set_num_threads(1)
+    ranks = Ranks(group.WORLD if torch.distributed.is_initialized() else None)
+    data = load_data("digits", seed=0)
+    config = TrainingConfig(epochs=2, batch_size=64, lr=0.02, seed=5, label_smoothing=0.1, clip_norm=1.0)
+
+    def pruner(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> compressor.Pruner:
+        return compressor.Pruner(
+            model, torch.zeros(1, *data.image_shape), criterion, 0.5, optimizer=optimizer, total_steps=steps,
+            round_to=1, process_group=ranks.group, relevance=GATES_OF_ZERO if criterion == "relevance" else None,
+        )  # fmt: skip
+
+    if rank:
+        for parameter in model.parameters():
+            parameter.data.zero_()  # the first one's weights count
+    history = train(model, data, config, pruner, ranks=ranks)
+    return {"records": history.records, "tensors": {**dict(model.named_parameters()), **dict(model.named_buffers())}}
+
+
+GATES_OF_ZERO = RelevanceConfig("gate", exclude="zero")
+
+
+def without_norms() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1, stride=2), nn.ReLU(), nn.Conv2d(16, 24, 3, padding=1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10),
+    )  # fmt: skip
+
+
+def loops(rank: int) -> dict[str, dict[str, Any]]:
+    made = {criterion: loop_of(rank, criterion, without_norms()) for criterion in ("relevance", "taylor")}
+    torch.manual_seed(0)
+    return made | {"norms": loop_of(rank, "l1", tiny(10))}
+
+
+@pytest.fixture(scope="module")
+def trained_together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    return on_ranks(loops, tmp_path_factory.mktemp("loops"))
+
+
+@pytest.mark.parametrize("criterion", ["relevance", "taylor"])
+def test_our_loop_on_ranks_is_our_loop_alone(criterion: str, trained_together: list[dict[str, dict[str, Any]]]) -> None:
+    alone = loop_of(0, criterion, without_norms())
+    for got in trained_together:
+        assert len(got[criterion]["records"]) == len(alone["records"])
+        for record, expected in zip(got[criterion]["records"], alone["records"], strict=True):
+            for name in ("train_loss", "validation_loss", "validation_accuracy", "params", "widths"):
+                if isinstance(expected.get(name), float):
+                    assert record[name] == pytest.approx(expected[name], rel=1e-4), name
+                else:
+                    assert record.get(name) == expected.get(name), name
+        for name, tensor in alone["tensors"].items():
+            torch.testing.assert_close(got[criterion]["tensors"][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_all_ranks_keep_the_same_statistics(trained_together: list[dict[str, dict[str, Any]]]) -> None:
+    first, second = (got["norms"]["tensors"] for got in trained_together)
+    assert any("running_var" in name for name in first)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name

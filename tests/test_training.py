@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -27,6 +27,7 @@ from compressor.graph.tracing import trace
 from compressor.surgery.cutting import cut
 from compressor.training import checkpoint as checkpoints
 from compressor.training.config import TrainingConfig
+from compressor.training.data.augmentation import Augmentation
 from compressor.training.data.images import Resident
 from compressor.training.data.sources import Data
 from compressor.training.data.splits import Split
@@ -109,8 +110,8 @@ def test_records_say_what_happened(data: Data) -> None:
 
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "sgd": partial(torch.optim.SGD, momentum=0.8, nesterov=True, weight_decay=1e-3),
-    "adamw": partial(torch.optim.AdamW, betas=(0.8, 0.999), weight_decay=1e-3),
+    "sgd": partial(torch.optim.SGD, momentum=0.8, nesterov=True, weight_decay=1e-3, fused=True),
+    "adamw": partial(torch.optim.AdamW, betas=(0.8, 0.999), weight_decay=1e-3, fused=True),
 }
 
 
@@ -124,7 +125,7 @@ def by_hand(model: nn.Module, data: Data, config: TrainingConfig) -> list[float]
     for _ in range(config.epochs):
         model.train()
         total = 0.0
-        for x, y in data.train.batches(8, shuffle=generator, augment=True, drop_last=True):
+        for x, y in data.train.batches(8, shuffle=generator, augment=Augmentation(), drop_last=True):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(x), y, label_smoothing=0.1)
             loss.backward()
@@ -264,6 +265,8 @@ class Drawing(PlainStep):
         ({"optimizer": "adamw", "lr": 0.01}, PlainStep),
         ({"amp": True, "channels_last": True}, PlainStep),
         ({}, Narrowing),
+        ({"ema": 0.9, "accumulate": 2}, Narrowing),
+        ({"crop": 0.5, "jitter": 0.2}, PlainStep),
         ({"optimizer": "adamw", "lr": 0.01, "channels_last": True}, Narrowing),
         ({}, Drawing),
     ],
@@ -290,6 +293,79 @@ def test_resumed_is_bit_identical(
     again = train(model, data, config, hook, checkpoint=tmp_path / "a/b", resume=True)
     assert timeless(again) == timeless(whole)
     assert same(values(model), values(reference))
+
+
+# -- parts of a step, averages
+
+
+def without_norms(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 2))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4])
+def test_a_step_in_parts_is_the_step(data: Data, parts: int) -> None:
+    whole = train(reference := without_norms(), data, CONFIG)
+    again = train(model := without_norms(), data, replace(CONFIG, accumulate=parts))
+    assert [each["train_loss"] for each in again.epochs] == pytest.approx([each["train_loss"] for each in whole.epochs])
+    for name, value in values(reference).items():
+        torch.testing.assert_close(values(model)[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_parts_are_run_one_after_the_other(data: Data) -> None:
+    sizes: list[int] = []
+
+    class Sizes(PlainStep):
+        def loss(self, inputs: Tensor, targets: Tensor, loss_fn: Callable[..., Tensor]) -> Tensor:
+            sizes.append(len(inputs))
+            return super().loss(inputs, targets, loss_fn)
+
+    train(net(), data, replace(CONFIG, epochs=1, accumulate=3), Sizes)
+    assert sizes == [3, 3, 2] * 5
+
+
+class Recording(PlainStep):
+    """Keeps the weights of every step."""
+
+    seen: ClassVar[list[dict[str, Tensor]]] = []
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> None:
+        super().__init__(model, optimizer, total_steps)
+        type(self).seen = []
+
+    def step(self) -> None:
+        self.seen.append(values(self._model))
+
+
+def test_the_average_is_what_validation_sees_and_what_is_kept(data: Data) -> None:
+    history = train(model := net(), data, replace(CONFIG, ema=0.8), Recording)
+    plain = train(other := net(), data, CONFIG)
+    assert [each["train_loss"] for each in history.epochs] == [each["train_loss"] for each in plain.epochs]
+    assert not same(values(model), values(other))
+    expected: dict[str, Tensor] = {}
+    for step, weights in enumerate(Recording.seen, 1):
+        decay = min(0.8, (1 + step) / (10 + step))
+        for name, value in weights.items():
+            old = expected.get(name, value)
+            expected[name] = old + (value - old) * (1 - decay) if value.is_floating_point() else value
+    for name, value in values(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+    assert history.epochs[-1]["validation_loss"] == pytest.approx(evaluate(model, data.validation).loss)
+
+
+def test_the_average_begins_anew_after_a_cut(data: Data) -> None:
+    train(model := net(), data, replace(CONFIG, ema=0.8), Narrowing)
+    assert model[0].out_channels == 4
+    assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 2)
+
+
+def test_compiled_steps_are_the_steps(data: Data) -> None:
+    """Also behind a cut, and without using up the recompilations that PyTorch allows."""
+    whole = train(reference := without_norms(), data, CONFIG)
+    again = train(model := without_norms(), data, replace(CONFIG, compile=True))
+    assert [each["train_loss"] for each in again.epochs] == pytest.approx([each["train_loss"] for each in whole.epochs])
+    for name, value in values(reference).items():
+        torch.testing.assert_close(values(model)[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_narrowed_model_is_whole_after_resume(data: Data, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from .pictures import decode as decode
 from .pictures import opened as opened
 from .pictures import upright_size as upright_size
 from .ranks import Ranks as Ranks
+from .ranks import launched as launched
 from .running import OwnForward as OwnForward
 from .running import ambient_modes_disabled as ambient_modes_disabled
 from .running import as_arguments as as_arguments

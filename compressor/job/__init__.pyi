@@ -3,6 +3,7 @@ from . import saved as saved
 from .capacity import require_memory as require_memory
 from .exporting import ExportOptions as ExportOptions
 from .exporting import export as export
+from .folder import is_run_folder as is_run_folder
 from .folder import resumed as resumed
 from .grid import Grid as Grid
 from .grid import run_grid as run_grid
@@ -12,3 +13,4 @@ from .options import read_toml as read_toml
 from .settings import Settings as Settings
 from .settings import option_kinds as option_kinds
 from .stages import Progress as Progress
+from .stages import training_of as training_of

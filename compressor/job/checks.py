@@ -109,6 +109,7 @@ def idle_options(given: Values) -> dict[str, str]:
         "finetune_epochs": "--when during" if is_during(given) else "",
         "prune_every": "" if is_during(given) else "--when after",
         "download": "" if data in ("cifar10", "cifar100") else f"--data {data}",
+        "cache": "" if data.startswith("imagefolder:") else f"--data {data}",
         "rounds": "--when during" if is_during(given) else threshold,
         "reconstruct": "--when during" if is_during(given) and given["reconstruct"] else "",
         **dict.fromkeys(relevance, "" if observing else unobserved),
@@ -117,6 +118,7 @@ def idle_options(given: Values) -> dict[str, str]:
         **dict.fromkeys(("temperature", "teacher"), "" if given["distill"] else "--distill 0"),
         "distill": "--finetune-epochs 0" if not is_during(given) and given["finetune_epochs"] == 0 else "",
         "granularity": "" if sparse else criterion,
+        "ema": criterion if sparse else "",  # an average of differently masked weights has no zeros
         **dict.fromkeys(("compensate", "recalibrate", "verify"), criterion if sparse else ""),
         **dict.fromkeys(("round_to", "keep", "only", "sparsity_by_pattern"), weights),
     }

@@ -26,6 +26,24 @@ def usable_device(name: str) -> str:
     return name
 
 
+def require_compiler(device: str) -> None:
+    """Refuse a machine on which torch.compile cannot build anything.
+
+    Raises:
+        InputError: it says what is missing.
+    """
+    import torch
+
+    try:
+        torch.compile(torch.nn.ReLU().to(device))(torch.zeros(2, device=device))
+    except Exception as error:  # whatever a compiler, or its absence, makes of it
+        said = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"--compile: torch.compile does not work on {device} here ({type(error).__name__}: {said}); install a C++ "
+            "compiler, g++ say, or leave --compile out"
+        ) from error
+
+
 def require_bfloat16(device: str) -> None:
     """Refuse a device that computes in bfloat16 only by converting from and to it, which is slower than float32.
 

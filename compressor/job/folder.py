@@ -1,6 +1,7 @@
 """The run folder: when it may be used, what is in it, and how a run is taken up again.
 
     config.toml  metrics.jsonl  checkpoint/  model.safetensors  model.onnx  dense.safetensors  dense.onnx  report.*
+    tensorboard/    with --tensorboard
 
 One process at a time works in a run folder: `.lock` is held by the system as long as that process lives, whatever ends
 it, and `.lock.txt` says who that is. A folder is a run folder if it holds a `config.toml` with the options of a run.
@@ -21,6 +22,7 @@ from typing import Any
 from compressor._utils import atomic_write, remove_unfinished
 from compressor.deploy import PRECISIONS
 from compressor.errors import InputError, RunFolderError
+from compressor.job.board import BOARD, Board, clear_board
 from compressor.job.options import read_toml
 from compressor.job.settings import Settings, option_kinds
 from compressor.training import NEWEST, PREVIOUS
@@ -36,7 +38,7 @@ _HOLDER = ".lock.txt"
 # Every config.toml of a run has all of these; a file of somebody else's with one of them makes no folder a run.
 _MARK = {"criterion", "model", "stem", "data", "epochs", "batch-size", "lr", "seed", "device", "out"}
 _FIXED = " (learning rate and cuts are planned from the first step to the last, so that no epoch can be added)"
-_FREE = {"out", "download", "device"}  # options that may differ when a run is taken up again
+_FREE = {"out", "download", "device", "cache", "tensorboard"}  # options that may differ when a run is taken up again
 
 
 def resumed(asked: Mapping[str, Any], source: str = "") -> Settings:
@@ -145,6 +147,7 @@ def start(folder: Path, settings: Settings) -> None:
         _clear_checkpoints(folder / _CHECKPOINTS)
         for name in (*REPORTS, *MODELS, *_FAILED, _METRICS):
             (folder / name).unlink(missing_ok=True)
+        clear_board(folder / BOARD)
     with atomic_write(folder / _CONFIG) as part:
         part.write_text(settings.toml(), encoding="utf-8")
 
@@ -190,26 +193,41 @@ def copy_checkpoints(source: Path, folder: Path, stages: Iterable[str]) -> None:
 
 
 class Metrics:
-    """`metrics.jsonl`: one record a line, as they come; rewritten at the end of a stage as its checkpoint has them."""
+    """`metrics.jsonl`: one record a line, as they come; rewritten at the end of a stage as its checkpoint has them.
 
-    def __init__(self, path: Path) -> None:
+    Without a path nothing is written: another process of the same training does. With a board they are shown there too.
+    """
+
+    def __init__(self, path: Path | None, board: Board | None = None) -> None:
         self._path = path
+        self._board = board
         self.records: list[dict[str, Any]] = []
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one more record."""
+        if self._board:
+            self._board.show(record)
+        if self._path is None:
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
 
     def replace_stage(self, records: Iterable[Mapping[str, Any]]) -> None:
         """Take the records of a stage that is over in place of what was appended while it ran."""
         self.records += [dict(record) for record in records]
+        if self._path is None:
+            return
         with atomic_write(self._path) as part:
             part.write_text("".join(map(_line, self.records)), encoding="utf-8")
 
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Return whether a run has begun in a folder."""
+    return _config(folder) is not None
 
 
 def _config(folder: Path) -> dict[str, Any] | None:

@@ -10,14 +10,17 @@ just as long. Whatever can be refused is refused before anything slow begins and
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from compressor import report
-from compressor._utils import StopRequest
+from compressor._utils import Ranks, StopRequest, launched
 from compressor.deploy import describe
 from compressor.errors import InputError
 from compressor.graph import trace
@@ -38,29 +41,45 @@ from compressor.training import (
 )
 
 
+@dataclass(frozen=True)
+class _Call:
+    """How `run` was called."""
+
+    resume: bool
+    on_progress: Progress
+    on_record: Callable[[Mapping[str, Any]], None]
+    stop: StopRequest | None
+    dense_from: Path | None
+    timings: bool
+
+
 def run(
     settings: Settings,
     *,
     resume: bool = False,
     overwrite: bool = False,
     on_progress: Progress = lambda what, done, total: None,
+    on_record: Callable[[Mapping[str, Any]], None] = lambda record: None,
     stop: StopRequest | None = None,
     dense_from: Path | None = None,
     timings: bool = True,
 ) -> report.Report:
     """Train, prune, prove, measure and report; writes the run folder `settings.out`.
 
+    Started by `torchrun`, the processes train together; the first one alone writes, proves and measures.
+
     Args:
         settings: what to do.
         resume: go on with the run in that folder; stages that are over are not repeated.
         overwrite: replace the run in that folder.
         on_progress: called with a piece of long work, how much of it is done, and its size.
+        on_record: called with every record of `metrics.jsonl` when it arises.
         stop: asks to stop; a training comes to the end of a step and writes a checkpoint first.
         dense_from: the folder of a finished run that trained the same dense model, which is taken from there.
         timings: whether latency is measured; beside other runs it would say nothing.
 
     Returns:
-        What `report.json` holds.
+        What `report.json` holds; every process of `torchrun` gets it.
 
     Raises:
         RunFolderError: the folder cannot be used so.
@@ -70,46 +89,74 @@ def run(
         ExportError: the model cannot be exported to ONNX. (Where only the finished one cannot, a note says so.)
     """
     folder = Path(settings.out)
-    require_usable(folder, resume=resume, overwrite=overwrite)
-    if resume:
-        resumed(settings.given())
-    with locked(folder):
-        # Once more: what was free a moment ago may be another run's by now.
+    call = _Call(resume, on_progress, on_record, stop, dense_from, timings)
+    with launched(settings.device) as ranks:
+        if ranks.size > 1:
+            _require_shared(settings)
+        if not ranks.is_first:
+            silent = replace(call, on_progress=lambda what, done, total: None, on_record=lambda record: None)
+            return _run_in(folder, settings, silent, ranks)
         require_usable(folder, resume=resume, overwrite=overwrite)
-        clear_unfinished(folder)
-        return _run_in(folder, settings, resume, on_progress, stop, dense_from, timings)
+        if resume:
+            resumed(settings.given())
+        with locked(folder):
+            # Once more: what was free a moment ago may be another run's by now.
+            require_usable(folder, resume=resume, overwrite=overwrite)
+            clear_unfinished(folder)
+            return _run_in(folder, settings, call, ranks)
 
 
-def _run_in(
-    folder: Path,
-    settings: Settings,
-    resume: bool,
-    on_progress: Progress,
-    stop: StopRequest | None,
-    dense_from: Path | None,
-    timings: bool,
-) -> report.Report:
-    """Run in a folder that nobody else works in."""
-    if resume and (folder / "report.json").exists():
-        return report.read(folder)
-    data = load_data(
-        settings.data, seed=settings.seed, download=settings.download, on_progress=partial(on_progress, "reading data")
-    )
+def _require_shared(settings: Settings) -> None:
+    """Refuse what several processes on one machine would spoil."""
+    if settings.measure == "latency":
+        raise InputError(
+            "--measure latency times layers, and the processes of torchrun would disturb each other: train in one, or "
+            "measure macs"
+        )
+
+
+def _run_in(folder: Path, settings: Settings, call: _Call, ranks: Ranks) -> report.Report:
+    """Run in a folder that nobody else works in but the ranks."""
+    is_finished = ranks.is_first and call.resume and (folder / "report.json").exists()
+    finished = ranks.object_of_the_first(report.read(folder) if is_finished else None)
+    if finished:
+        return finished
+    with ranks.first_alone():  # it may download
+        data = load_data(
+            settings.data,
+            seed=settings.seed,
+            download=settings.download,
+            cache=Path(settings.cache) if settings.cache else None,
+            on_progress=partial(call.on_progress, "reading data"),
+        )
     model, data = _initial(settings, data)
     teacher = _teacher(settings, data)
     metric = Metric.from_path(settings.metric) if settings.metric else None
     graph = trace(model, torch.zeros(1, *data.image_shape))
-    takes_over = resume or dense_from is not None
-    stages = Stages(settings, data, folder, takes_over, on_progress, stop, graph.recording.fingerprint(), teacher)
-    if not resume:
+    stages = Stages(
+        settings,
+        data,
+        folder,
+        resume=call.resume or call.dense_from is not None,
+        on_progress=call.on_progress,
+        on_record=call.on_record,
+        stop=call.stop,
+        network=graph.recording.fingerprint(),
+        teacher=teacher,
+        ranks=ranks,
+    )
+    if not call.resume and ranks.is_first:
         stages.preflight(model)
         if metric:
             metric.of(copy.deepcopy(model))  # fails now rather than after the training
         start(folder, settings)
-        if dense_from:
-            copy_checkpoints(dense_from, folder, DENSE_STAGES)
+        if call.dense_from:
+            copy_checkpoints(call.dense_from, folder, DENSE_STAGES)
     trained = stages.during(model) if settings.when == "during" else stages.after(model)
-    return finish(settings, data, trained, graph, stages.metrics.records, on_progress, timings, metric)
+    made: report.Report | None = None
+    if ranks.is_first:
+        made = finish(settings, data, trained, graph, stages.metrics.records, call.on_progress, call.timings, metric)
+    return cast(report.Report, ranks.object_of_the_first(made))
 
 
 def _initial(settings: Settings, data: Data) -> tuple[nn.Module, Data]:

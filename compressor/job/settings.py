@@ -27,8 +27,9 @@ from compressor.budget import (
 )
 from compressor.deploy import TOLERANCE, Engine, Place, Precision
 from compressor.errors import InputError, RangeError, UnknownNameError
+from compressor.job.board import require_tensorboard
 from compressor.job.checks import OBSERVING, is_during, is_sparse, observes, require_effects, require_names
-from compressor.job.device import require_bfloat16, usable_device
+from compressor.job.device import require_bfloat16, require_compiler, usable_device
 from compressor.job.options import (
     Origin,
     as_typed,
@@ -72,6 +73,7 @@ class Settings:
         "random",
     )
     data: str = option("digits", "What", "digits, cifar10, cifar100, or imagefolder:PATH.")
+    cache: str = option("", "What", "Folder that keeps decoded images of an imagefolder, for the next runs.", "none")
     download: bool = option(False, "What", "Download the data set if it is not there.")
 
     sparsity: float | None = option(
@@ -138,6 +140,9 @@ class Settings:
         None, "Training", "Epochs after the cut, with --when after.", "half of --epochs"
     )
     batch_size: int = from_config(TrainingConfig, "batch_size", "Training", "Images in one training step.")
+    accumulate: int = from_config(
+        TrainingConfig, "accumulate", "Training", "Parts of a step's images that run one after the other."
+    )
     lr: float | None = option(
         None,
         "Training",
@@ -155,6 +160,15 @@ class Settings:
     label_smoothing: float = from_config(
         TrainingConfig, "label_smoothing", "Training", "Share of the target that all classes get, in [0, 1)."
     )
+    crop: float = from_config(
+        TrainingConfig,
+        "crop",
+        "Training",
+        "Smallest share of the area of a random resized crop; 0: moves images instead.",
+    )
+    jitter: float = from_config(
+        TrainingConfig, "jitter", "Training", "Largest change of brightness, contrast and saturation, in [0, 1]."
+    )
     mixup: float = from_config(TrainingConfig, "mixup", "Training", "Alpha of Mixup; 0: none.")
     cutmix: float = from_config(TrainingConfig, "cutmix", "Training", "Alpha of CutMix; 0: none.")
     distill: float = from_config(
@@ -162,6 +176,9 @@ class Settings:
         "distill",
         "Training",
         "Share of the pruned model's loss that is a teacher's soft targets, in [0, 1].",
+    )
+    ema: float = from_config(
+        TrainingConfig, "ema", "Training", "Decay of a moving average of the weights that is kept in the end; 0: none."
     )
     balanced: bool = from_config(
         TrainingConfig, "balanced", "Training", "Draw training images so that every class comes equally often."
@@ -172,6 +189,7 @@ class Settings:
     channels_last: bool = from_config(
         TrainingConfig, "channels_last", "Training", "Keep images in channels-last order, which GPUs prefer."
     )
+    compile: bool = from_config(TrainingConfig, "compile", "Training", "Run training steps through torch.compile.")
     temperature: float | None = left_open(TrainingConfig, "temperature", "Training", "Of the soft targets.")
     teacher: str = option("", "Training", "A .safetensors file of compress with the teacher.", "the dense model")
     checkpoint_every: int | None = option(
@@ -228,6 +246,7 @@ class Settings:
     precision: Precision = option("fp32", "Run", "Of ONNX files beside those in float32: fp16, int8.")
     tolerance: float | None = option(None, "Run", "Accuracy that int8 may lose, in [0, 1).", f"{TOLERANCE}")
 
+    tensorboard: bool = option(False, "Run", "Also write what is measured while training for TensorBoard.")
     metric: str = option(
         "", "Run", "A figure of your own: package.module:function, called with a model; add :lower if less is better."
     )
@@ -260,6 +279,10 @@ class Settings:
             object.__setattr__(self, name, value)
         if self.amp:
             require_bfloat16(self.device)
+        if self.compile:
+            require_compiler(self.device)
+        if self.tensorboard:
+            require_tensorboard()
 
     def _require_ranges(self) -> None:
         """Refuse numbers that belong to the run itself."""

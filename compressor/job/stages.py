@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Optimizer
 
-from compressor._utils import StopRequest
+from compressor._utils import Ranks, StopRequest
 from compressor.budget import Allocation, Budget, PruneResult, Threshold, cut_event
 from compressor.criteria import needs_gradients
 from compressor.deploy import LatencyCost, require_exportable
 from compressor.errors import BudgetError, InputError
+from compressor.job.board import BOARD, Board
 from compressor.job.checks import OBSERVING, is_sparse, observes
 from compressor.job.folder import Metrics, checkpoint
 from compressor.job.settings import Settings
@@ -33,6 +34,7 @@ from compressor.training import (
     StepHook,
     recalibrate,
     require_scores,
+    take_over,
     train,
 )
 
@@ -42,6 +44,11 @@ DENSE_STAGES = ("train", "dense")  # whose model no criterion has touched
 VERIFIED_IMAGES = 8  # on which a cut is compared with the masked model
 # Over which means and covariances are taken: 4 for each channel of a ResNet's widest group, as its last layer sees it.
 CALIBRATION_IMAGES = 2048
+
+
+def training_of(stage: str) -> str:
+    """Return by which name the training of a stage shows its progress."""
+    return f"training: {stage}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,9 @@ class Stages:
     Attributes:
         teacher: whom the pruned model learns from besides the classes; by default the dense model.
         network: what tells the code of the dense model from another's; a resumed run must have the same.
+        ranks: the processes that train together, each in stages of its own; the first one alone writes, and prunes
+            between stages.
+        on_record: called with every record of `metrics.jsonl` when it arises.
     """
 
     settings: Settings
@@ -70,13 +80,16 @@ class Stages:
     stop: StopRequest | None = None
     network: str = ""
     teacher: nn.Module | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    on_record: Callable[[Mapping[str, Any]], None] = lambda record: None
 
     def __post_init__(self) -> None:
         """Open the records."""
-        self.metrics = Metrics(self.folder / "metrics.jsonl")
+        board = Board(self.folder / BOARD) if self.settings.tensorboard and self.ranks.is_first else None
+        self.metrics = Metrics(self.folder / "metrics.jsonl" if self.ranks.is_first else None, board)
 
     def preflight(self, model: nn.Module) -> None:
-        """Find out on copies whether the pruning can work, before the training whose end would tell.
+        """Find out on copies whether the pruning can work, before the training whose end would tell; on one rank.
 
         Raises:
             InputError: the model does not fit the data, or the criterion cannot judge it.
@@ -96,7 +109,8 @@ class Stages:
         settings = self.settings
         if observes(vars(settings)) or is_sparse(settings.criterion):
             trained = copy.deepcopy(double)
-            pruner = self._pruner(trained, SGD(trained.parameters()), settings.epochs * self._epoch_steps())
+            steps = settings.epochs * self._epoch_steps()
+            pruner = self._pruner(trained, SGD(trained.parameters()), steps, Ranks())
             inputs, targets = next(iter(self.data.validation.batches(2, device=settings.device)))
             pruner.loss(inputs, targets, F.cross_entropy)
             if isinstance(pruner, Pruner):
@@ -124,7 +138,7 @@ class Stages:
         pruners: list[Pruner | SparseTraining] = []
 
         def make_pruner(model: nn.Module, optimizer: Optimizer, total_steps: int) -> StepHook:
-            pruners.append(self._pruner(model, optimizer, total_steps))
+            pruners.append(self._pruner(model, optimizer, total_steps, self.ranks))
             return _Recalibrating(pruners[-1], self._recalibrate) if self.settings.recalibrate else pruners[-1]
 
         self._train(dense, "dense", self.settings.epochs)
@@ -141,7 +155,10 @@ class Stages:
         if settings.recalibrate:
             self._recalibrate(dense)
         pruned = copy.deepcopy(model)
-        result = self._prune(pruned)
+        # One rank prunes and the others take over what it made: no two of them could come to different channels.
+        made = self._prune(pruned) if self.ranks.is_first else None
+        result = cast(PruneResult, self.ranks.object_of_the_first(made))
+        take_over(pruned, self.ranks)
         self._train(dense, "dense", settings.finetune_epochs or 0)
         epochs = settings.finetune_epochs or 0
         self._train(pruned, "pruned", epochs, events=_cut_records(result), teacher=self._teacher(dense))
@@ -169,14 +186,19 @@ class Stages:
             hook,
             checkpoint=checkpoint(self.folder, stage),
             resume=self.resume,
-            on_progress=partial(self.on_progress, f"training: {stage}"),
-            log=lambda record: self.metrics.append({"stage": stage, **record}),
+            on_progress=partial(self.on_progress, training_of(stage)),
+            log=partial(self._record, stage),
             stop=self.stop,
             about={"network": self.network},
             teacher=teacher,
             checkpoint_every=settings.checkpoint_every,
+            ranks=self.ranks,
         )
         self.metrics.replace_stage({"stage": stage, **record} for record in (*(events or ()), *history.records))
+
+    def _record(self, stage: str, record: Mapping[str, Any]) -> None:
+        self.metrics.append({"stage": stage, **record})
+        self.on_record({"stage": stage, **record})
 
     def _teacher(self, dense: nn.Module) -> nn.Module | None:
         """Return whom the pruned model learns from besides the classes, if from anybody."""
@@ -204,7 +226,9 @@ class Stages:
             seed=settings.seed,
         )
 
-    def _pruner(self, model: nn.Module, optimizer: Optimizer, total_steps: int) -> Pruner | SparseTraining:
+    def _pruner(
+        self, model: nn.Module, optimizer: Optimizer, total_steps: int, ranks: Ranks
+    ) -> Pruner | SparseTraining:
         settings = self.settings
         if is_sparse(settings.criterion):
             return self._masked(model, optimizer, total_steps)
@@ -224,6 +248,7 @@ class Stages:
             verify=settings.verify,
             seed=settings.seed,
             relevance=settings.relevance() if observes(vars(settings)) else None,
+            process_group=ranks.group,
         )
 
     def _prune(self, model: nn.Module) -> PruneResult:

@@ -186,13 +186,7 @@ class Pruner:
 
         Raises:
             BudgetError: at the first step, if the budget cannot be reached whatever the scores are.
-            InputError: there are several ranks: only DistributedDataParallel may run the model then.
         """
-        if self._ranks.size > 1:
-            raise InputError(
-                "with several ranks your DistributedDataParallel runs the model: say `with pruner.observe(x) as mean: "
-                "loss = mean(F.cross_entropy(ddp(x), y, reduction='none'))`"
-            )
         self._begin(inputs)
         if self.relevance and self._observes():
             # NOTE: A compiled model would not see the gates, which come and go with every batch.
@@ -245,9 +239,10 @@ class Pruner:
 
         Raises:
             PeriodError: at the first step, as `require_time`.
-            InputError: the ranks came to different cuts.
+            InputError: the ranks came to different cuts, or each to a gradient of its own.
         """
         if self.steps == 0:
+            self._require_averaged()
             self.require_time(self._ranks.size * count_samples(self._inputs))
         if self.relevance and self._is_unfinished():
             self.relevance.step()
@@ -279,6 +274,20 @@ class Pruner:
             what = "the time until the whole budget is due"
             raise PeriodError(what, self._last, required, batch_size, "train longer, or on larger batches")
         self.relevance.set_period(self._prune_every, batch_size, self._half_life or self._prune_every)
+
+    def _require_averaged(self) -> None:
+        """Refuse ranks that learn apart: `loss` runs the model itself, where DistributedDataParallel sees nothing."""
+        if self._ranks.size == 1:
+            return
+        gradients = [parameter.grad for parameter in self.graph.model.parameters()]
+        norms = torch.tensor([0.0 if each is None else float(each.norm()) for each in gradients])
+        for other in self._ranks.objects(norms):
+            if not torch.allclose(norms, other, rtol=1e-3, atol=1e-3 * float(norms.max())):
+                raise InputError(
+                    "the ranks have different gradients: average them after backward(), or let your "
+                    "DistributedDataParallel run the model: `with pruner.observe(x) as mean: loss = "
+                    "mean(F.cross_entropy(ddp(x), y, reduction='none'))`"
+                )
 
     def _due(self, step: int) -> float:
         return self._schedule(min(step / self._total, 1.0))

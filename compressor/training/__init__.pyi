@@ -1,10 +1,12 @@
 from . import models as models
 from .checkpoint import NEWEST as NEWEST
 from .checkpoint import PREVIOUS as PREVIOUS
+from .checkpoint import take_over as take_over
 from .config import RECALIBRATION_IMAGES as RECALIBRATION_IMAGES
 from .config import TRAINED_LR as TRAINED_LR
 from .config import USUAL_LR as USUAL_LR
 from .config import TrainingConfig as TrainingConfig
+from .data.augmentation import Augmentation as Augmentation
 from .data.sources import Data as Data
 from .data.sources import load_data as load_data
 from .data.splits import Split as Split

@@ -24,12 +24,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor._utils import atomic_write
+from compressor._utils import Ranks, atomic_write
 from compressor.errors import ArtifactError, CompressorError, InputError
-from compressor.graph import is_numeric, numeric_attributes, restore_shapes, set_numeric_attributes
+from compressor.graph import (
+    all_numeric_attributes,
+    is_numeric,
+    numeric_attributes,
+    restore_shapes,
+    set_numeric_attributes,
+)
 
 NEWEST, PREVIOUS = "state.pt", "previous.pt"
-_HEADER = b"compressor training checkpoint 2\n"
+_HEADER = b"compressor training checkpoint 3\n"
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +172,18 @@ def restore_model(model: nn.Module, saved: Mapping[str, Tensor], numbers: Mappin
         set_numeric_attributes(module, numbers.get(name, {}))
     for name, tensor in tensors(model).items():
         tensor.data = saved[name].to(tensor)  # not copied into place: the memory format is part of what must come back
+
+
+def take_over(model: nn.Module, ranks: Ranks) -> None:
+    """Give the model on every rank the weights that it has on the first, and their shapes; writes the model."""
+    if ranks.size == 1:
+        return
+    own = None
+    if ranks.is_first:
+        own = {name: tensor.detach().cpu() for name, tensor in tensors(model).items()}, all_numeric_attributes(model)
+    taken = ranks.object_of_the_first(own)
+    if taken and not ranks.is_first:
+        restore_model(model, *taken)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class TrainingConfig:
 
     Attributes:
         epochs: how often the train split is gone through.
-        batch_size: images in a step. An incomplete last batch of an epoch is left out.
+        batch_size: images in a step, of all ranks together. An incomplete last batch of an epoch is left out.
+        accumulate: parts in which a rank runs its images of a step, one after the other; their gradients add up.
         lr: the highest learning rate; see `learning_rate`.
         optimizer: "sgd" (with Nesterov momentum) or "adamw".
         momentum: of SGD; AdamW's first beta.
@@ -37,10 +38,14 @@ class TrainingConfig:
         mixup, cutmix: alpha of either way to mix images with others of their batch; 0 mixes nothing. See `data.mixing`.
         distill: a teacher's share of the loss, in [0, 1]; see `distilled`.
         temperature: of the teacher's soft targets.
-        augment: move and mirror training images at random.
+        augment: let training images differ every time.
+        crop, jitter: how; see `Augmentation`.
+        ema: decay of a moving average of the weights, which validation looks at and which is kept in the end; 0 keeps
+            none. See `MovingAverage`.
         balanced: draw training images so that every class comes equally often, rare ones again and again.
         amp: compute in bfloat16 where torch.autocast allows.
         channels_last: keep images and weights in channels-last memory order, which GPUs prefer.
+        compile: run the training steps through torch.compile; compiled anew after every cut.
         seed: of the order of the images, the augmentation, and torch's global generator (dropout).
         device: where to train.
 
@@ -50,6 +55,7 @@ class TrainingConfig:
 
     epochs: int = 24
     batch_size: int = 64
+    accumulate: int = 1
     lr: float = USUAL_LR["sgd"]
     optimizer: str = "sgd"
     momentum: float = 0.9
@@ -63,9 +69,13 @@ class TrainingConfig:
     distill: float = 0.0
     temperature: float = 4.0
     augment: bool = True
+    crop: float = 0.0
+    jitter: float = 0.0
+    ema: float = 0.0
     balanced: bool = False
     amp: bool = False
     channels_last: bool = False
+    compile: bool = False
     seed: int = 0
     device: str = "cpu"
 
@@ -78,12 +88,16 @@ class TrainingConfig:
             "epochs": ("1 to 100,000", 1 <= self.epochs <= 100_000),
             # BatchNorm in training mode has no variance of one value, which is what one image of 1x1 is to it.
             "batch_size": ("2 to 1,000,000", 2 <= self.batch_size <= 1_000_000),
+            "accumulate": ("1 to half of batch_size", 1 <= self.accumulate <= self.batch_size // 2),
+            "ema": ("[0, 1)", 0 <= self.ema < 1),
             "lr": ("(0, inf)", 0 < self.lr < math.inf),
             "momentum": ("[0, 1)", 0 <= self.momentum < 1),
             "weight_decay": ("[0, inf)", 0 <= self.weight_decay < math.inf),
             "clip_norm": ("(0, inf)", self.clip_norm is None or 0 < self.clip_norm < math.inf),
             "mixup": ("[0, inf)", 0 <= self.mixup < math.inf),
             "cutmix": ("[0, inf)", 0 <= self.cutmix < math.inf),
+            "crop": ("[0, 1]", 0 <= self.crop <= 1),
+            "jitter": ("[0, 1]", 0 <= self.jitter <= 1),
             "distill": ("[0, 1]", 0 <= self.distill <= 1),
             "temperature": ("(0, inf)", 0 < self.temperature < math.inf),
             "warmup": ("[0, 1)", 0 <= self.warmup < 1),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from compressor._utils import Ranks
 from compressor.errors import RangeError
 from compressor.training.config import RECALIBRATION_IMAGES
 from compressor.training.data.splits import Split
@@ -37,7 +38,13 @@ class Evaluation:
     images_of: tuple[int, ...] = ()
 
 
-def evaluate(model: nn.Module, split: Split, batch_size: int = 256, device: str | torch.device = "cpu") -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    split: Split,
+    batch_size: int = 256,
+    device: str | torch.device = "cpu",
+    ranks: Ranks | None = None,
+) -> Evaluation:
     """Return accuracy and loss of a model on a split, in evaluation mode; the model is left as it was.
 
     Args:
@@ -45,18 +52,25 @@ def evaluate(model: nn.Module, split: Split, batch_size: int = 256, device: str 
         split: images and their classes, taken in order and not augmented.
         batch_size: images at a time.
         device: where the batches are made.
+        ranks: processes that share the work, each with the same model; every one gets the whole answer.
     """
+    ranks = ranks or Ranks()
+    # A process without an image would not know how many classes there are: few images are everybody's.
+    is_shared = len(split) >= ranks.size
+    own = split.part(ranks.rank, ranks.size) if is_shared else split
     # Counted on the device: one wait at the end instead of one for every batch.
     right, images = torch.zeros(2, 0, dtype=torch.int64, device=device)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     with in_mode(model, training=False), torch.no_grad():
-        for inputs, targets in split.batches(batch_size, device=device):
+        for inputs, targets in own.batches(batch_size, device=device):
             outputs = model(inputs).float()  # a model in bfloat16 would round its own loss
             if not len(images):
                 right, images = torch.zeros(2, outputs.size(1), dtype=torch.int64, device=device)
             images += torch.bincount(targets, minlength=len(images))
             right += torch.bincount(targets[outputs.argmax(1) == targets], minlength=len(images))
             loss += F.cross_entropy(outputs, targets, reduction="none").double().sum()
+    if is_shared:
+        right, images, loss = (ranks.sum(counted) for counted in (right, images, loss))
     of_class = tuple(right.tolist()), tuple(images.tolist())
     return Evaluation(sum(of_class[0]) / len(split), float(loss) / len(split), len(split), *of_class)
 

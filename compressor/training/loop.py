@@ -6,23 +6,25 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressor._utils import StopRequest
+from compressor._utils import Ranks, StopRequest
 from compressor.errors import InputError, TrainingError
 from compressor.graph import all_numeric_attributes
 from compressor.training import checkpoint as checkpoints
+from compressor.training.averaging import MovingAverage
 from compressor.training.config import TrainingConfig
+from compressor.training.data.augmentation import Augmentation
 from compressor.training.data.images import Progress
 from compressor.training.data.mixing import mix
 from compressor.training.data.sources import Data
@@ -51,6 +53,7 @@ def train(
     about: Mapping[str, Any] = MappingProxyType({}),
     teacher: nn.Module | None = None,
     checkpoint_every: int | None = None,
+    ranks: Ranks | None = None,
 ) -> History:
     """Train a model in place, on `config.device`, where it stays.
 
@@ -73,14 +76,20 @@ def train(
             how much. It stays as it is.
         checkpoint_every: steps between checkpoints besides those after an epoch.
         about: more that must be the same when the run is resumed, as JSON values by name.
+        ranks: the processes that train this model together. Each calls with the same arguments, takes its share of
+            every batch, and has the same weights after every step; all begin with those of the first, which alone
+            writes and reads checkpoints. The hook must know the ranks as well.
 
     Raises:
-        KeyboardInterrupt: `stop` asked for it.
-        InputError: the model's output does not fit the data; there is a teacher without `config.distill`, or the other
-            way round; the checkpoint is of a run with other settings.
+        KeyboardInterrupt: `stop` of a rank asked for it.
+        RanksError: another rank has ended.
+        InputError: the ranks cannot share a batch evenly; the model's output does not fit the data; there is a teacher
+            without `config.distill`, or the other way round; the checkpoint is of a run with other settings.
         ArtifactError: the checkpoint is damaged or of another model. The model is as it was.
         TrainingError: the loss became infinite or not a number; on a CPU at that step. The checkpoint before it stays.
     """
+    ranks = ranks or Ranks()
+    _require_even(data, config, ranks)
     require_scores(model.to(config.device), data, config.device)
     if teacher is None and config.distill:
         raise InputError(f"distill = {config.distill} needs a teacher: pass teacher=, or leave it out")
@@ -92,9 +101,10 @@ def train(
         require_scores(teacher, data, config.device)
     dense = checkpoints.shapes(model)  # before the checkpoint narrows it: what a later resume is held against
     about = {**_about(config, data), **about}
-    state = _restored(model, checkpoint, about) if checkpoint and resume else None
+    state = _restored(model, checkpoint, about, ranks) if checkpoint and resume else None
+    checkpoints.take_over(model, ranks)
     # The hook is made on the narrowed model: what it traces must be what it goes on with.
-    run = _Run(model, data, config, hook, on_progress, log, teacher)
+    run = _Run(model, data, config, hook, on_progress, log, teacher, ranks)
     if state and checkpoint:
         with checkpoints.as_damage(checkpoint):
             run.load_state_dict(state)
@@ -102,24 +112,42 @@ def train(
 
     def write() -> None:
         if checkpoint:
-            checkpoints.write(checkpoint, {**run.state_dict(), "about": about, "dense": dense})
+            state = run.state_dict()
+            if ranks.is_first:
+                checkpoints.write(checkpoint, {**state, "about": about, "dense": dense})
+
+    def is_stopping() -> bool:
+        # Of whichever rank: one that stops alone leaves the others waiting in the next step.
+        return ranks.any([stop.signal is not None])[0]
 
     while run.epoch < config.epochs:
         with stop.deferred():
             for _ in run.train_epoch():
-                if stop.signal is not None:
+                if is_stopping():
                     break
                 if checkpoint_every and run.step % checkpoint_every == 0:
                     write()
             write()
-        if stop.signal is not None:
+            stops = is_stopping()
+        if stops:
             raise KeyboardInterrupt
+    run.finish()
     return History(tuple(run.records))
 
 
-def _restored(model: nn.Module, folder: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
+def _require_even(data: Data, config: TrainingConfig, ranks: Ranks) -> None:
+    """Refuse ranks whose shares of a batch would differ: the mean over the ranks would be no mean over images."""
+    size = min(config.batch_size, len(data.train))
+    if size % ranks.size:
+        raise InputError(
+            f"{ranks.size} processes cannot share batches of {size} images evenly: give --batch-size "
+            f"{max(1, size // ranks.size) * ranks.size}"
+        )
+
+
+def _restored(model: nn.Module, folder: Path, about: Mapping[str, Any], ranks: Ranks) -> dict[str, Any] | None:
     """Return the checkpoint in a folder, if there is one; writes its weights into the model, however narrow."""
-    state = checkpoints.read(folder)
+    state = ranks.object_of_the_first(checkpoints.read(folder) if ranks.is_first else None)
     if state is None:
         logger.info("no checkpoint in %s yet: training begins anew", folder)
         return None
@@ -141,9 +169,10 @@ class _Run:
         hook: HookFactory,
         on_progress: Progress,
         log: Log,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | None,
+        ranks: Ranks,
     ) -> None:
-        torch.manual_seed(config.seed)
+        torch.manual_seed(config.seed + ranks.rank)  # dropout of other images is other dropout
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         self.epoch = 0
@@ -155,6 +184,7 @@ class _Run:
         self._on_progress = on_progress
         self._log = log
         self._teacher = teacher
+        self._ranks = ranks
         self._device = torch.device(config.device)
         self._total = config.epochs * _steps_per_epoch(len(data.train), config.batch_size)
         # A generator of its own: a hook that draws from the global one must not change which images come when.
@@ -162,7 +192,9 @@ class _Run:
         self._begin_epoch()
         self._loss_fn = partial(F.cross_entropy, label_smoothing=config.label_smoothing)
         self._optimizer = make_optimizer(model, config)
-        self._hook = hook(model, self._optimizer, self._total)
+        self._average = MovingAverage(model, config.ema) if config.ema else None
+        runs = cast(nn.Module, torch.compile(model)) if config.compile else model
+        self._hook = hook(runs, self._optimizer, self._total)
 
     def _begin_epoch(self) -> None:
         self._order = self._generator.get_state()  # from which the order of the epoch's images is drawn
@@ -184,10 +216,11 @@ class _Run:
             # On a CPU the number is there. A GPU would have to be waited for in every step: it is asked once an epoch.
             if self._device.type == "cpu" and not math.isfinite(loss):
                 config = self._config
-                images = self._data.train.chosen(self._done, config.batch_size, self._order, balanced=config.balanced)
-                raise TrainingError(float(loss), self.epoch + 1, config.lr, self.step, images.tolist())
-            self._loss += loss.double() * len(targets)
-            self._images += len(targets)
+                chosen = self._data.train.chosen(self._done, config.batch_size, self._order, balanced=config.balanced)
+                raise TrainingError(float(loss), self.epoch + 1, config.lr, self.step, chosen.tolist())
+            images = len(targets) * self._ranks.size
+            self._loss += loss.double() * images
+            self._images += images
             self._done += 1
             yield
         mean = float(self._loss) / self._images
@@ -195,7 +228,8 @@ class _Run:
         self._begin_epoch()
         if not math.isfinite(mean):
             raise TrainingError(mean, self.epoch, self._config.lr)
-        seen = evaluate(self._model, self._data.validation, self._config.batch_size, self._device)
+        with self._average.applied() if self._average else nullcontext():
+            seen = evaluate(self._model, self._data.validation, self._config.batch_size, self._device, self._ranks)
         record = {
             "epoch": self.epoch,
             "step": self.step,
@@ -212,13 +246,14 @@ class _Run:
         return self._data.train.batches(
             self._config.batch_size,
             shuffle=self._generator,
-            augment=self._config.augment,
+            augment=Augmentation(self._config.crop, self._config.jitter) if self._config.augment else None,
             balanced=self._config.balanced,
             device=self._device,
             # A batch of one image at the end would give BatchNorm nothing to take a variance of.
             drop_last=len(self._data.train) >= self._config.batch_size,
             done=self._done,
             draws=self._draws,
+            rows=self._ranks.own_rows,
         )
 
     def _take_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -231,9 +266,8 @@ class _Run:
         if config.mixup or config.cutmix:
             shares = {"mixup": config.mixup, "cutmix": config.cutmix}
             inputs, targets = mix(inputs, targets, len(self._data.classes), **shares, generator=self._generator)
-        with self._precision():
-            loss = self._hook.loss(inputs, targets, self._batch_loss(inputs))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = self._add_gradients(inputs, targets)
+        self._average_over_ranks(loss)
         if config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._model.parameters(), config.clip_norm)
         self._optimizer.step()
@@ -241,10 +275,43 @@ class _Run:
         # Before the gradients are cleared: criteria read them, and a cut slices them along with the weights.
         event = self._hook.step()
         self._optimizer.zero_grad(set_to_none=True)
+        if self._average:
+            self._average.update()
+        if event is not None and config.compile:
+            torch.compiler.reset()  # or the old widths would count towards dynamo's limit of recompilations
         if event is not None:
             self._note({"event": "update", "epoch": self.epoch + 1, "step": self.step, **event})
         self._on_progress(self.step, self._total)
-        return loss.detach()
+        return loss
+
+    def _add_gradients(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Run the batch forward and backward, in as many parts as asked for, and return its mean loss."""
+        loss = torch.zeros((), device=inputs.device)
+        parts = self._config.accumulate
+        for some, wanted in zip(inputs.chunk(parts), targets.chunk(parts), strict=True):
+            with self._precision():
+                mean = self._hook.loss(some, wanted, self._batch_loss(some))
+            share = len(some) / len(inputs)
+            (mean * share).backward()  # type: ignore[no-untyped-call]
+            loss += mean.detach() * share
+        return loss
+
+    def _average_over_ranks(self, loss: Tensor) -> None:
+        """Put the means over the ranks in place of the loss, the gradients, and what BatchNorm and others keep.
+
+        One transfer, and no wrapper around the model that every cut would have to renew.
+        """
+        if self._ranks.size == 1:
+            return
+        parameters = list(self._model.parameters())
+        # A part of the model that only some images reach has a gradient on some ranks alone.
+        reached = self._ranks.any([parameter.grad is not None for parameter in parameters])
+        for parameter, is_reached in zip(parameters, reached, strict=True):
+            if is_reached and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        kept = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
+        self._ranks.average_([loss, *gradients, *kept])
 
     def _batch_loss(self, inputs: Tensor) -> LossFunction:
         if self._teacher is None:
@@ -261,8 +328,13 @@ class _Run:
         self.records.append(json.loads(json.dumps(record)))
         self._log(self.records[-1])
 
+    def finish(self) -> None:
+        """Leave the model as validation saw it."""
+        if self._average:
+            self._average.keep()
+
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that changes."""
+        """Return everything that changes; every rank asks at the same time."""
         return {
             "epoch": self.epoch,
             "step": self.step,
@@ -271,12 +343,13 @@ class _Run:
             "tensors": {name: tensor.detach() for name, tensor in checkpoints.tensors(self._model).items()},
             "optimizer": self._optimizer.state_dict(),
             "hook": self._hook.state_dict(),
+            "average": self._average.state_dict() if self._average else {},
             "order": self._order,
             "draws": self._generator.get_state(),
             "done": self._done,
             "loss": self._loss,
             "images": self._images,
-            "random": checkpoints.random_state(self._device),
+            "random": self._ranks.objects(checkpoints.random_state(self._device)),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -286,6 +359,8 @@ class _Run:
         self.records = json.loads(state["records"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._hook.load_state_dict(state["hook"])
+        if self._average:
+            self._average.load_state_dict(state["average"])
         self._generator.set_state(state["order"])
         self._begin_epoch()
         self._done = state["done"]
@@ -293,7 +368,10 @@ class _Run:
         self._loss = state["loss"].to(self._device)
         self._images = state["images"]
         # Last: making the model and the hook drew from the global generators as well.
-        checkpoints.restore_random_state(state["random"], self._device)
+        if len(state["random"]) == self._ranks.size:
+            checkpoints.restore_random_state(state["random"][self._ranks.rank], self._device)
+        else:  # as many streams as there were ranks: others draw anew, and not what they drew in the beginning
+            torch.manual_seed(self._config.seed + self._ranks.rank + (self.step << 32))
 
 
 def _steps_per_epoch(images: int, batch_size: int) -> int:

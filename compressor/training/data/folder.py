@@ -14,6 +14,7 @@ import torch
 from compressor._utils import IMAGE_SUFFIXES, opened, upright_size
 from compressor.errors import DataError
 from compressor.training.data.images import CHUNK, RESIDENT_BYTES, Images, OnDisk, Progress, Resident
+from compressor.training.data.kept import Kept
 from compressor.training.data.splits import RawDataset, Request, Split
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,8 @@ def imagefolder(request: Request) -> RawDataset:
     classes = _checked_classes(folders, listings)
     # One list of images for all splits, which then differ in their indices alone.
     paths = [path for files in listings.values() for name in classes for path in files[name]]
-    images = _read(OnDisk(paths, _size(paths, request.image_size)), request.on_progress)
+    on_disk = OnDisk(paths, _size(paths, request.image_size))
+    images = _read(Kept(on_disk, request.cache) if request.cache else on_disk, request.on_progress)
     found: dict[str, Split] = {}
     for split, files in listings.items():
         counts = torch.tensor([len(files[name]) for name in classes])
@@ -117,19 +119,24 @@ def _header(path: Path) -> tuple[int, int]:
         return upright_size(image)
 
 
-def _read(images: OnDisk, on_progress: Progress) -> Images:
-    """Decode every image once; keep the pixels if they fit into memory."""
+def _read(images: OnDisk | Kept, on_progress: Progress) -> Images:
+    """Decode every image once, but for those whose pixels are kept; hold all in memory if they fit."""
     channels, height, width = images.shape
     # Decoded even where the pixels are not kept: a broken image must be named now.
     fits = len(images) * channels * height * width <= RESIDENT_BYTES
     pixels = torch.empty((len(images) if fits else 0, *images.shape), dtype=torch.uint8)
-    for indices in torch.split(torch.arange(len(images)), CHUNK):
+    unread = torch.arange(len(images)) if fits else images.unread()
+    for indices in torch.split(unread, CHUNK):
         chunk = images.take(indices, torch.device("cpu"))
         if fits:
             pixels[indices] = chunk
         on_progress(int(indices[-1]) + 1, len(images))
     if images.transparent:
         logger.warning("images with transparent parts, %s say, are put on white", images.transparent)
-    if not fits:
-        logger.info("%d images do not fit into memory: they are decoded again for every batch", len(images))
+    if not fits and isinstance(images, OnDisk):
+        logger.info(
+            "%d images do not fit into memory: they are decoded again for every batch; --cache FOLDER keeps their "
+            "pixels",
+            len(images),
+        )
     return Resident(pixels) if fits else images

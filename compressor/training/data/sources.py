@@ -66,6 +66,7 @@ def load_data(
     root: Path = Path(".data"),
     download: bool = False,
     on_progress: Progress = lambda done, total: None,
+    cache: Path | None = None,
 ) -> Data:
     """Load a data set by name.
 
@@ -79,11 +80,14 @@ def load_data(
         root: where CIFAR is kept.
         download: fetch CIFAR if it is not there.
         on_progress: called with the images decoded so far and their number.
+        cache: folder that keeps the decoded images of an `imagefolder`, for this run and the next ones; a file that has
+            changed is decoded again. None keeps none.
 
     Raises:
         UnknownNameError: no such data set; says what is close.
         RangeError: a share or size outside its range.
-        InputError: `download` for something that is not downloaded.
+        InputError: `download` for something that is not downloaded, `cache` for something that is not decoded; the
+            cache cannot be written.
         DataError: the data is missing, empty or broken; names the folder, class or file.
     """
     kind, _, path = name.partition(":")
@@ -95,7 +99,9 @@ def load_data(
         raise RangeError("image_size", image_size, "1, 2, 3, ...")
     if download and not kind.startswith("cifar"):
         raise InputError(f"download has no effect on {kind}: leave it out")
-    found = DATASETS[kind](Request(path, image_size, root, download, on_progress))
+    if cache and kind != "imagefolder":
+        raise InputError(f"cache has no effect on {kind}: leave it out")
+    found = DATASETS[kind](Request(path, image_size, root, download, on_progress, cache))
     return _finished(name, found, validation, seed)
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from compressor.errors import DataError, InputError
-from compressor.training.data.images import CHUNK, Images, Progress, Resident
+from compressor.training.data.augmentation import Augmentation, Rows
+from compressor.training.data.images import CHUNK, Images, Progress, Resident, take_ahead
 
 _SAMPLED = 2000  # images on disk of which mean and deviation are taken: decoding all would double the time to load
 
@@ -49,17 +49,23 @@ class Split:
         """Return `N`, the number of images."""
         return len(self.indices)
 
+    def part(self, number: int, parts: int) -> Split:
+        """Return every `parts`-th image, from image `number` on."""
+        mine = slice(number, None, parts)
+        return replace(self, indices=self.indices[mine], targets=self.targets[mine])
+
     def batches(
         self,
         batch_size: int,
         *,
         shuffle: torch.Generator | None = None,
-        augment: bool = False,
+        augment: Augmentation | None = None,
         balanced: bool = False,
         device: str | torch.device = "cpu",
         drop_last: bool = False,
         done: int = 0,
         draws: Tensor | None = None,
+        rows: Rows = lambda whole: whole,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Go through the split once.
 
@@ -67,12 +73,14 @@ class Split:
             batch_size: images in a batch; the last batch may have fewer.
             shuffle: CPU generator of the order and of the augmentation; None keeps the order. Its state is all the
                 randomness there is: the same state yields the same batches on every device.
-            augment: move (and mirror) images at random; needs `shuffle`.
+            augment: how images differ every time; needs `shuffle`. None: they do not.
             balanced: draw with replacement, every class equally often on average, as many images as the split has;
                 needs `shuffle`.
             device: where the batches are made.
             drop_last: leave an incomplete last batch out.
             done: go on behind so many batches; `draws` is the state that `shuffle` had then.
+            rows: gets a tensor with a row for every image of a batch and returns the rows that are wanted; they are
+                what they are in the whole batch, and no other image is read.
 
         Yields:
             Normalised images `(B, C, H, W)` float32, and class indices `(B,)` int64.
@@ -83,17 +91,20 @@ class Split:
         """
         for name, draws_at_random in (("augment", augment), ("balanced", balanced)):
             if draws_at_random and shuffle is None:
-                raise InputError(f"{name}=True draws at random: pass shuffle=torch.Generator() as well")
+                raise InputError(f"{name}= draws at random: pass shuffle=torch.Generator() as well")
         order = self._order(shuffle, balanced)
         if drop_last:
             order = order[: len(self) - len(self) % batch_size]
         if shuffle is not None and draws is not None:
             shuffle.set_state(draws)  # the order is that of the whole epoch, what is drawn for images goes on
-        for chosen in torch.split(order, batch_size)[done:]:
-            pixels = self.images.take(self.indices[chosen], torch.device(device))
+        batches = torch.split(order, batch_size)[done:]
+        chosen = [rows(whole) for whole in batches]
+        taken = take_ahead(self.images, [self.indices[each] for each in chosen], torch.device(device))
+        for whole, own, pixels in zip(batches, chosen, taken, strict=True):
             if augment and shuffle is not None:
-                pixels = _augmented(pixels, self.shift, self.mirror, shuffle)
-            yield self._normalised(pixels), self.targets[chosen].to(device)
+                # NOTE: drawn here, not ahead: the generator's state must be that of the batch at hand.
+                pixels = augment(pixels, rows, len(whole), self.shift, self.mirror, shuffle)
+            yield self._normalised(pixels), self.targets[own].to(device)
 
     def chosen(self, number: int, batch_size: int, state: Tensor, *, balanced: bool = False) -> Tensor:
         """Return which images batch `number` of an epoch holds, by their index in the data set.
@@ -120,24 +131,6 @@ class Split:
         # Bytes travel to the device and are kept there; only the batch at hand is float, four times as large.
         mean, std = (torch.tensor(values, device=pixels.device).view(-1, 1, 1) for values in (self.mean, self.std))
         return pixels.float().sub_(mean).div_(std)
-
-
-def _augmented(pixels: Tensor, shift: int, mirror: bool, generator: torch.Generator) -> Tensor:
-    """Move every image by its own random offset over a black border, and mirror every other one: one gather.
-
-    A worked example: one row `a b c d` and shift 1 has the border `0 a b c d 0`. Offset 0 reads it from its first
-    place on, `0 a b c`; offset 1 is the image itself; offset 2 is `b c d 0`, and mirrored `0 d c b`.
-    """
-    count, _, height, width = pixels.shape
-    # Drawn on the CPU whatever the device is: a run on a GPU sees the images that a run on the CPU sees.
-    offsets = torch.randint(0, 2 * shift + 1, (2, count, 1), generator=generator)
-    mirrored = torch.randint(0, 1 + mirror, (count, 1), generator=generator).bool()
-    rows = torch.arange(height) + offsets[0]
-    columns = torch.where(mirrored, torch.arange(width).flip(0), torch.arange(width)) + offsets[1]
-    images, rows, columns = (index.to(pixels.device) for index in (torch.arange(count), rows, columns))
-    padded = F.pad(pixels, [shift] * 4)
-    picked = padded[images[:, None, None], :, rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
-    return picked.permute(0, 3, 1, 2).contiguous()
 
 
 def stratified_split(split: Split, share: float, seed: int, classes: Sequence[str]) -> tuple[Split, Split]:
@@ -183,6 +176,7 @@ class Request:
     root: Path
     download: bool
     on_progress: Progress
+    cache: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
