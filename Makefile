@@ -13,12 +13,12 @@ export OMP_NUM_THREADS ?= 1
 demo: $(INSTALLED)
 	$(BIN)/compress --criterion relevance --model resnet18 --data digits --sparsity 0.6 --out runs/demo --overwrite
 
-# One worker a core: tests are one-threaded, see OMP_NUM_THREADS.
+# One worker a core: tests are one-threaded, see OMP_NUM_THREADS. By files, whose tests share runs that take long.
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-all: $(INSTALLED) lint
-	$(BIN)/python -m pytest -n auto -m ""
+	$(BIN)/python -m pytest -n auto --dist loadfile -m ""
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

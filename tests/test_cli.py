@@ -462,9 +462,14 @@ def test_report_renders_again_what_is_in_the_json(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["benchmark", "none.onnx"], ["inspect", "resnet18", "--image-size", "32"]]
+    ("words", "start"),
+    [
+        (["--help"], ["-m", "compressor"]),
+        (["--help"], [str(Path(sys.executable).with_name("compress"))]),
+        (["benchmark", "none.onnx"], ["-m", "compressor"]),
+        (["inspect", "resnet18", "--image-size", "32"], [str(Path(sys.executable).with_name("compress"))]),
+    ],
 )
-@pytest.mark.parametrize("start", [["-m", "compressor"], [str(Path(sys.executable).with_name("compress"))]])
 def test_no_file_of_the_present_folder_runs(words: list[str], start: list[str], tmp_path: Path) -> None:
     for name in ("attr", "dill", "pynvml", "lazy_loader", "typer", "json"):
         (tmp_path / f"{name}.py").write_text(f"open({name!r}, 'w').close()\n")

@@ -101,7 +101,14 @@ def run(tmp_path_factory) -> Path:
                 pixels[..., channel] += 100
                 Image.fromarray(pixels).save(folder / f"{index}.png")
     out = home / "run"
-    settings = {"criterion": "l1", "model": "resnet18", "epochs": 1, "finetune-epochs": 1, "batch-size": 4}
+    settings = {
+        "criterion": "l1",
+        "model": "resnet18",
+        "epochs": 1,
+        "finetune-epochs": 1,
+        "batch-size": 4,
+        "compensate": "mean",
+    }
     job.run(Settings.from_options({**settings, "data": f"imagefolder:{home / 'data'}", "out": str(out)}), timings=False)
     return out
 

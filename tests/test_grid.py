@@ -17,7 +17,7 @@ from compressor import job, report
 from compressor.errors import InputError, RangeError, RunFolderError, UnknownNameError
 from compressor.job import Grid, run_grid
 
-TINY = {"model": "user_models:tiny", "epochs": 1, "prune-every": 9, "round-to": 4}
+TINY = {"model": "user_models:tiny", "epochs": 1, "prune-every": 9, "round-to": 4, "compensate": "mean"}
 
 
 def grid(out: Path, **changes: object) -> Grid:
@@ -137,6 +137,7 @@ def wait_until_begun(out: Path) -> None:
     assert begun(out)
 
 
+@pytest.mark.slow
 def test_a_stopped_grid_goes_on_where_it_was(tmp_path: Path) -> None:
     out = tmp_path / "g"
     process = compare(out)
@@ -165,6 +166,7 @@ def test_no_time_at_all_is_a_clean_end(tmp_path: Path) -> None:
     assert "the time is over; go on with: compress compare" in said
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the child where Linux lists processes")
 def test_a_cell_whose_process_is_killed_is_a_failure_and_the_others_run(tmp_path: Path) -> None:
     out = tmp_path / "g"

@@ -30,6 +30,7 @@ from compressor.training.data import sources as datasets
 
 DURING = {"model": "user_models:tiny", "epochs": 3, "round-to": 4, "prune-every": 9}
 AFTER = {"model": "user_models:tiny", "epochs": 2, "finetune-epochs": 2, "round-to": 4, "criterion": "l1"}
+QUICK = {**AFTER, "reconstruct": False}  # for what has nothing to do with how well the cut network does
 BY_RELEVANCE = {**AFTER, "criterion": "relevance", "when": "after", "rounds": 3}
 
 
@@ -166,9 +167,15 @@ def killer(stage: str, step: int) -> Callable[[str, int, int], None]:
     return on_progress
 
 
+def leave_out_exports(monkeypatch) -> None:
+    """Let a run end with its models, and not try at its start whether they can be exported: both take long."""
+    monkeypatch.setattr("compressor.job.main_job.finish", lambda settings, data, trained, *rest: trained)
+    monkeypatch.setattr("compressor.job.stages.require_exportable", lambda model, example: None)
+
+
 def outcome(settings: Settings, monkeypatch, *kills: tuple[str, int]) -> tuple[list[dict], dict, dict]:
     """Run, killed and resumed once for each of `kills`; give the records without times, and both models' tensors."""
-    monkeypatch.setattr("compressor.job.main_job.finish", lambda settings, data, trained, *rest: trained)
+    leave_out_exports(monkeypatch)
     for number, kill in enumerate(kills):
         with pytest.raises(Killed):
             job.run(settings, resume=number > 0, on_progress=killer(*kill))
@@ -185,8 +192,8 @@ def outcome(settings: Settings, monkeypatch, *kills: tuple[str, int]) -> tuple[l
     [
         (DURING, [("dense", 20), ("pruned", 40)]),
         ({**DURING, "sparsity": 0.85}, [("pruned", 1), ("pruned", 20), ("pruned", 53)]),
-        (AFTER, [("train", 20), ("dense", 20), ("pruned", 20)]),
-        ({**AFTER, "distill": 0.5, "checkpoint-every": 5}, [("dense", 20), ("pruned", 7), ("pruned", 33)]),
+        (QUICK, [("train", 20), ("dense", 20), ("pruned", 20)]),
+        ({**QUICK, "distill": 0.5, "checkpoint-every": 5}, [("dense", 20), ("pruned", 7), ("pruned", 33)]),
     ],
     ids=["during", "during, thrice, once narrow", "after", "distilled"],
 )
@@ -199,7 +206,7 @@ def test_a_killed_run_goes_on_bit_for_bit(options, kills, tmp_path: Path, monkey
         assert all(torch.equal(there[name], here[name]) for name in here)
 
 
-@pytest.mark.parametrize("options", [DURING, AFTER], ids=["during", "after"])
+@pytest.mark.parametrize("options", [DURING, QUICK], ids=["during", "after"])
 def test_only_the_pruned_model_learns_from_the_dense_one(options, tmp_path: Path, monkeypatch) -> None:
     plain, taught = (
         outcome(Settings.from_options({**options, "out": str(tmp_path / name), "distill": share}), monkeypatch)
@@ -224,8 +231,8 @@ def test_the_dense_model_in_a_file_teaches_as_itself(tmp_path: Path, monkeypatch
 
 def test_a_model_of_ones_own_has_a_teacher_of_torchvision(tmp_path: Path, monkeypatch) -> None:
     save(models.build("squeezenet1_1", classes=10, seed=0), tmp_path / "big.safetensors")
-    settings = {**AFTER, "epochs": 1, "finetune-epochs": 1, "distill": 0.5, "out": str(tmp_path / "run")}
-    monkeypatch.setattr("compressor.job.main_job.finish", lambda settings, data, trained, *rest: trained)
+    settings = {**QUICK, "epochs": 1, "finetune-epochs": 1, "distill": 0.5, "out": str(tmp_path / "run")}
+    leave_out_exports(monkeypatch)
     trained = job.run(Settings.from_options({**settings, "teacher": str(tmp_path / "big.safetensors")}))
     assert trained.result.reached
 
@@ -243,7 +250,7 @@ def test_a_teacher_that_cannot_be_used_is_refused_before_the_training(file: str,
 
 
 def test_a_resumed_run_repeats_no_finished_epoch(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("compressor.job.main_job.finish", lambda settings, data, trained, *rest: trained)
+    leave_out_exports(monkeypatch)
     settings = Settings.from_options({**DURING, "epochs": 2, "out": str(tmp_path / "run")})
     with pytest.raises(Killed):
         job.run(settings, on_progress=killer("pruned", 20))
@@ -254,7 +261,7 @@ def test_a_resumed_run_repeats_no_finished_epoch(tmp_path: Path, monkeypatch) ->
 
 def test_gradients_that_a_criterion_needs_are_there_and_gone_before_training(tmp_path: Path, monkeypatch) -> None:
     settings = Settings.from_options(
-        {**AFTER, "criterion": "taylor", "epochs": 1, "finetune-epochs": 0, "out": str(tmp_path / "t")}
+        {**QUICK, "criterion": "taylor", "epochs": 1, "finetune-epochs": 0, "out": str(tmp_path / "t")}
     )
     _, _, pruned = outcome(settings, monkeypatch)
     assert sum(tensor.numel() for tensor in pruned.values()) > 0
@@ -264,7 +271,7 @@ def test_gradients_that_a_criterion_needs_are_there_and_gone_before_training(tmp
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path, monkeypatch) -> None:
-    short = {**AFTER, "epochs": 1, "finetune-epochs": 1}
+    short = {**QUICK, "epochs": 1, "finetune-epochs": 1}
     first, again, other = (
         outcome(Settings.from_options({**short, "seed": seed, "out": str(tmp_path / name)}), monkeypatch)[0]
         for name, seed in (("first", 3), ("again", 3), ("other", 4))
@@ -552,7 +559,14 @@ def test_more_epochs_for_a_finished_run_say_why_not(tmp_path: Path) -> None:
         folders.resumed({"out": str(tmp_path / "run")})
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("SIGTERM", 143),
+        pytest.param("SIGINT", 130, marks=pytest.mark.slow),
+        pytest.param("SIGHUP", 129, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_gets_a_signal_ends_with_a_checkpoint_and_goes_on_as_if_it_had_not(name, code, tmp_path) -> None:
     options = [f"--{key}={value}" for key, value in {**DURING, "out": tmp_path / "run"}.items()]
     command = [sys.executable, "-m", "compressor", *options]
@@ -573,7 +587,10 @@ def test_a_run_that_gets_a_signal_ends_with_a_checkpoint_and_goes_on_as_if_it_ha
     assert again.pruned.accuracy == whole.pruned.accuracy
 
 
-@pytest.mark.parametrize("options", [DURING, BY_RELEVANCE], ids=["during", "rounds"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(DURING, id="during"), pytest.param(BY_RELEVANCE, id="rounds", marks=pytest.mark.slow)],
+)
 def test_a_run_in_bfloat16_is_exported_and_measured_in_float32(options: dict, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     settings = Settings.from_options(
@@ -613,7 +630,7 @@ def text(model):
 def test_a_metric_of_the_users_own_stands_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "figures.py").write_text(METRIC)
-    options = {**AFTER, "epochs": 1, "finetune-epochs": 1}
+    options = {**QUICK, "epochs": 1, "finetune-epochs": 1}
     made = job.run(Settings.from_options({**options, "metric": "figures.py:size:lower", "out": "run"}))
     (metric,) = made.metrics
     assert (metric.name, metric.higher_is_better) == ("size", False)

@@ -60,7 +60,7 @@ def test_a_run_begins_with_published_weights_and_their_normalisation(
 ) -> None:
     settings = Settings.from_options({
         "model": NAME, "weights": "default", "criterion": "l1", "sparsity": 0.2, "epochs": 0, "finetune-epochs": 0,
-        "recalibrate": 0, "out": str(tmp_path / "run"),
+        "recalibrate": 0, "compensate": "none", "out": str(tmp_path / "run"),
     })  # fmt: skip
     assert settings.lr == pytest.approx(0.01)  # a fifth of what a network from nothing gets
     made = job.run(settings, timings=False)

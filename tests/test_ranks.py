@@ -96,9 +96,20 @@ def every_case(rank: int) -> dict[str, Any]:
     return {case: pruned(case, rank, RANKS) for case in CASES}
 
 
+def everything(rank: int) -> dict[str, Any]:
+    """Of one pair of processes all that the tests ask for: they take long to start."""
+    works = (every_case, different_widths, loss_of_the_bare_model, one_of_each, loops)
+    return {work.__name__: work(rank) for work in works}
+
+
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(every_case, tmp_path_factory.mktemp("ranks"))
+def asked(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return on_ranks(everything, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture
+def together(asked: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [each["every_case"] for each in asked]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -123,8 +134,8 @@ def different_widths(rank: int) -> str:
     return ""
 
 
-def test_ranks_that_decide_differently_all_stop(tmp_path: Path) -> None:
-    said = on_ranks(different_widths, tmp_path)
+def test_ranks_that_decide_differently_all_stop(asked: list[dict[str, Any]]) -> None:
+    said = [each["different_widths"] for each in asked]
     assert len(set(said)) == 1
     assert "the 2 ranks have different channels that stay: begin on all of them with the same model" in said[0]
 
@@ -144,8 +155,8 @@ def loss_of_the_bare_model(rank: int) -> str:
     return ""
 
 
-def test_gradients_that_nobody_averages_are_refused(tmp_path: Path) -> None:
-    assert all("with pruner.observe(x) as mean" in said for said in on_ranks(loss_of_the_bare_model, tmp_path))
+def test_gradients_that_nobody_averages_are_refused(asked: list[dict[str, Any]]) -> None:
+    assert all("with pruner.observe(x) as mean" in each["loss_of_the_bare_model"] for each in asked)
 
 
 def one_of_each(rank: int) -> dict[str, Any]:
@@ -168,8 +179,8 @@ def one_of_each(rank: int) -> dict[str, Any]:
     }
 
 
-def test_what_one_rank_has_all_get(tmp_path: Path) -> None:
-    for rank, got in enumerate(on_ranks(one_of_each, tmp_path)):
+def test_what_one_rank_has_all_get(asked: list[dict[str, Any]]) -> None:
+    for rank, got in enumerate(each["one_of_each"] for each in asked):
         assert got["gathered"]["x"][0].tolist() == [[0, 1], [0, 2], [1, 1], [1, 2]]
         assert got["gathered"]["x"][1].tolist() == [False, False, True, True]
         assert got["gathered"]["none"] is None
@@ -223,9 +234,9 @@ def loops(rank: int) -> dict[str, dict[str, Any]]:
     return made | {"norms": loop_of(rank, "l1", tiny(10))}
 
 
-@pytest.fixture(scope="module")
-def trained_together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
-    return on_ranks(loops, tmp_path_factory.mktemp("loops"))
+@pytest.fixture
+def trained_together(asked: list[dict[str, Any]]) -> list[dict[str, dict[str, Any]]]:
+    return [each["loops"] for each in asked]
 
 
 @pytest.mark.parametrize("criterion", ["relevance", "taylor"])

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow  # each starts processes that import PyTorch, and most of them twice
+
 TINY = ["--model", "user_models:tiny", "--data", "digits", "--batch-size", "64", "--lr", "0.02", "--seed", "3"]
 HERE = Path(__file__).parent
 

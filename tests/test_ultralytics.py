@@ -62,7 +62,7 @@ def cuts(folder: Path) -> list[dict[str, Any]]:
     ("name", "criterion", "optimizer"),
     [
         ("yolov8n", "relevance", "auto"),
-        ("yolo11n", "l1", "SGD"),
+        pytest.param("yolo11n", "l1", "SGD", marks=pytest.mark.slow),
         pytest.param("yolo26n", "taylor", "MuSGD", marks=pytest.mark.slow),
     ],
 )

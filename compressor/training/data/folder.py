@@ -126,11 +126,11 @@ def _read(images: OnDisk | Kept, on_progress: Progress) -> Images:
     fits = len(images) * channels * height * width <= RESIDENT_BYTES
     pixels = torch.empty((len(images) if fits else 0, *images.shape), dtype=torch.uint8)
     unread = torch.arange(len(images)) if fits else images.unread()
-    for indices in torch.split(unread, CHUNK):
+    for number, indices in enumerate(torch.split(unread, CHUNK) if len(unread) else ()):
         chunk = images.take(indices, torch.device("cpu"))
         if fits:
             pixels[indices] = chunk
-        on_progress(int(indices[-1]) + 1, len(images))
+        on_progress(number * CHUNK + len(indices), len(unread))
     if images.transparent:
         logger.warning("images with transparent parts, %s say, are put on white", images.transparent)
     if not fits and isinstance(images, OnDisk):

@@ -89,9 +89,9 @@ class Split:
             InputError: augmentation or balance without a generator.
             DataError: an image on disk that became unreadable.
         """
-        for name, draws_at_random in (("augment", augment), ("balanced", balanced)):
+        for name, draws_at_random in ((f"augment={augment}", augment), ("balanced=True", balanced)):
             if draws_at_random and shuffle is None:
-                raise InputError(f"{name}= draws at random: pass shuffle=torch.Generator() as well")
+                raise InputError(f"{name} draws at random: pass shuffle=torch.Generator() as well")
         order = self._order(shuffle, balanced)
         if drop_last:
             order = order[: len(self) - len(self) % batch_size]
