@@ -467,7 +467,11 @@ def test_report_renders_again_what_is_in_the_json(tmp_path: Path) -> None:
         (["--help"], ["-m", "compressor"]),
         (["--help"], [str(Path(sys.executable).with_name("compress"))]),
         (["benchmark", "none.onnx"], ["-m", "compressor"]),
-        (["inspect", "resnet18", "--image-size", "32"], [str(Path(sys.executable).with_name("compress"))]),
+        pytest.param(
+            ["inspect", "resnet18", "--image-size", "32"],
+            [str(Path(sys.executable).with_name("compress"))],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_no_file_of_the_present_folder_runs(words: list[str], start: list[str], tmp_path: Path) -> None:

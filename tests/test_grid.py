@@ -21,7 +21,7 @@ TINY = {"model": "user_models:tiny", "epochs": 1, "prune-every": 9, "round-to": 
 
 
 def grid(out: Path, **changes: object) -> Grid:
-    made = Grid(TINY, ("l1", "random"), (0.5,), 2, str(out))
+    made = Grid(TINY, ("l1", "random"), (0.5,), 1, str(out))
     return dataclasses.replace(made, **changes)
 
 
@@ -41,8 +41,9 @@ def test_every_cell_is_a_run_and_the_comparison_has_them_all(finished) -> None:
     _, out = finished
     found = json.loads((out / "compare.json").read_text())
     assert [(cell["criterion"], cell["seed"]) for cell in found["cells"]] == [
-        ("l1", 0), ("l1", 1), ("random", 0), ("random", 1),
-    ]  # fmt: skip
+        ("l1", 0),
+        ("random", 0),
+    ]
     assert (found["failed"], found["missing"]) == ({}, [])
     for cell in found["cells"]:
         read = report.read(out / f"{cell['criterion']}-0.5-seed{cell['seed']}")
@@ -57,23 +58,23 @@ def test_a_finished_cell_is_never_run_again(finished) -> None:
     before = times(out)
     result = run_grid(made)
     assert times(out) == before
-    assert len(before) == len(result.comparison.cells) == 4
+    assert len(before) == len(result.comparison.cells) == 2
 
 
 def test_the_dense_model_of_a_seed_is_trained_once_and_figures_are_the_same(finished, tmp_path: Path) -> None:
     made, out = finished
-    name = "random-0.5-seed1"
+    name = "random-0.5-seed0"
     alone = dataclasses.replace(made.cells()[name], out=str(tmp_path / "alone"))
     expected = job.run(alone, timings=False)
     taken = job.run(
-        dataclasses.replace(alone, out=str(tmp_path / "taken")), dense_from=out / "l1-0.5-seed1", timings=False
+        dataclasses.replace(alone, out=str(tmp_path / "taken")), dense_from=out / "l1-0.5-seed0", timings=False
     )
     seen = report.read(out / name)
     for other in (taken, seen):
         assert (other.dense.accuracy, other.dense.loss) == (expected.dense.accuracy, expected.dense.loss)
         assert (other.pruned.accuracy, other.pruned.loss) == (expected.pruned.accuracy, expected.pruned.loss)
     # Its record of the dense epochs is that of the run it was taken from, to the time they took.
-    dense = [[each for each in it.epochs if each.stage == "dense"] for it in (taken, report.read(out / "l1-0.5-seed1"))]
+    dense = [[each for each in it.epochs if each.stage == "dense"] for it in (taken, report.read(out / "l1-0.5-seed0"))]
     assert dense[0] == dense[1]
 
 
@@ -81,7 +82,7 @@ def test_a_grid_grows_and_a_cell_of_another_grid_is_refused_before_anything_runs
     made, out = finished
     before = times(out)
     wider = dataclasses.replace(made, criteria=("l1", "random", "l2"))
-    assert len(wider.cells()) == 6
+    assert len(wider.cells()) == 3
     other = dataclasses.replace(made, options={**TINY, "epochs": 2})
     with pytest.raises(RunFolderError, match=r"cell l1-0.5-seed0 was written by another grid: .*--epochs 1, not 2"):
         run_grid(other)
@@ -100,6 +101,7 @@ def test_shards_share_all_cells_and_no_cell_twice(tmp_path: Path, monkeypatch) -
     assert len(begun) == 9
 
 
+@pytest.mark.slow
 def test_a_failed_cell_says_why_stays_in_the_tables_and_is_tried_again(tmp_path: Path) -> None:
     out = tmp_path / "g"
     (tmp_path / "broken.safetensors").write_bytes(b"nothing of use")

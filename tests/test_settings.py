@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compressor.budget import Limits
 from compressor.errors import CompressorError, InputError, RangeError, UnknownNameError
-from compressor.job import Settings, option_kinds, read_toml
+from compressor.job import NumberOrAuto, Settings, as_number, option_kinds, read_toml
 
 whole = st.integers(min_value=2, max_value=10_000)
 part = st.floats(min_value=0, max_value=0.999)
@@ -26,7 +26,9 @@ some = st.one_of(
         criterion=st.sampled_from(["l1", "euclidean", "random"]),
         epochs=whole,
         finetune_epochs=st.none() | whole,
-        lr=st.floats(min_value=1e-9, max_value=1e9),
+        lr=st.floats(min_value=1e-9, max_value=1e9) | st.just("auto"),
+        ema=st.sampled_from([0.0, 0.99]),
+        weights=st.sampled_from(["", "default"]),
         data=st.just("cifar10"),
         download=st.booleans(),
         keep=st.tuples() | st.tuples(words, words),
@@ -60,6 +62,8 @@ def typed(words: list[str]) -> dict[str, object]:
         name = word.removeprefix("--")
         if kinds.get(name.removeprefix("no-")) is bool:
             found[name.removeprefix("no-")] = not name.startswith("no-")
+        elif kinds[name] == NumberOrAuto:
+            found[name] = as_number(next(remaining))
         elif kinds[name] == list[str]:
             found[name] = [*found.get(name, []), next(remaining)]
         else:
@@ -89,6 +93,14 @@ def test_nothing_is_left_open() -> None:
     assert watching.device in ("cpu", "cuda")
     assert (watching.compensate, watching.recalibrate, watching.verify) == ("linear", 0, True)
     assert (after.compensate, after.recalibrate, after.verify) == ("linear", 2000, True)
+
+
+def test_a_network_that_is_trained_already_is_trained_more_gently() -> None:
+    new, trained = Settings(), Settings(weights="default")
+    assert (new.epochs, new.lr) == (24, 0.05)
+    assert (trained.epochs, trained.lr) == (8, pytest.approx(0.01))
+    assert (Settings(weights="default", epochs=3, lr=0.5).epochs, Settings(weights="default", lr=0.5).lr) == (3, 0.5)
+    assert Settings(criterion="l1", weights="default").finetune_epochs == 4
 
 
 @pytest.mark.parametrize(

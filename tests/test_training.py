@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import random
 import signal
 import subprocess
@@ -26,6 +28,7 @@ from compressor.errors import ArtifactError, InputError, RangeError, TrainingErr
 from compressor.graph.tracing import trace
 from compressor.surgery.cutting import cut
 from compressor.training import checkpoint as checkpoints
+from compressor.training import lr_range
 from compressor.training.config import TrainingConfig
 from compressor.training.data.augmentation import Augmentation
 from compressor.training.data.images import Resident
@@ -35,6 +38,7 @@ from compressor.training.evaluation import evaluate, recalibrate
 from compressor.training.history import History
 from compressor.training.hooks import PlainStep
 from compressor.training.loop import train
+from compressor.training.lr_range import find_learning_rate
 from compressor.training.optimizers import learning_rate
 
 CONFIG = TrainingConfig(epochs=4, batch_size=8, lr=0.1, label_smoothing=0.1)
@@ -359,6 +363,7 @@ def test_the_average_begins_anew_after_a_cut(data: Data) -> None:
     assert model(torch.zeros(1, 3, 8, 8)).shape == (1, 2)
 
 
+@pytest.mark.slow
 def test_compiled_steps_are_the_steps(data: Data) -> None:
     """Also behind a cut, and without using up the recompilations that PyTorch allows."""
     whole = train(reference := without_norms(), data, CONFIG)
@@ -757,3 +762,53 @@ def test_recalibration_without_statistics_does_not_run_the_model(data: Data, cap
     norm.register_buffer("num_batches_tracked", torch.tensor(0))
     recalibrate(nn.Sequential(norm), data.test)
     assert len(runs) == 1
+
+
+# -- a learning rate that is found
+
+
+def test_a_rate_is_found_that_learns_and_the_model_stays_as_it_was(data: Data) -> None:
+    before = values(model := net())
+    found = find_learning_rate(model, data, CONFIG)
+    assert same(values(model), before)
+    assert 1e-4 < found < 10
+    losses = {
+        lr: train(net(), data, replace(CONFIG, lr=lr)).epochs[-1]["validation_loss"] for lr in (found / 1000, found)
+    }
+    assert losses[found] < losses[found / 1000]
+
+
+def test_the_rate_found_is_that_of_the_lowest_loss_over_ten(data: Data) -> None:
+    """A loss of one's own shape: least at the 60th of a hundred steps."""
+    rates: list[float] = []
+
+    def parabola(model: nn.Module, optimizer: Optimizer, steps: int) -> PlainStep:
+        hook = hooked(model, optimizer, steps)
+        inner = hook.loss
+
+        def loss(inputs: Tensor, targets: Tensor, loss_fn: Any) -> Tensor:
+            own = inner(inputs, targets, loss_fn)
+            rates.append(optimizer.param_groups[0]["lr"])
+            hook._loss = torch.tensor((len(rates) - 60) ** 2 / 1000 + 1.0)  # type: ignore[attr-defined]
+            return own
+
+        hook.loss = loss  # type: ignore[method-assign]
+        return hook
+
+    trial = lr_range._Trial()
+    hooked = trial.hook
+    with pytest.raises(lr_range._Found):
+        train(net(), data, replace(CONFIG, epochs=30), parabola)
+    assert rates[0] == pytest.approx(1e-5)
+    ratios = [b / a for a, b in itertools.pairwise(rates)]
+    assert ratios == pytest.approx([ratios[0]] * len(ratios))
+    lowest = trial.rates[min(range(len(trial.losses)), key=trial.losses.__getitem__)]
+    assert 60 <= rates.index(lowest) + 1 <= 75  # smoothed, it comes a little later
+
+
+def test_a_model_without_a_finite_loss_has_no_rate(data: Data) -> None:
+    model = net()
+    with torch.no_grad():
+        next(model.parameters()).fill_(math.nan)
+    with pytest.raises(TrainingError):
+        find_learning_rate(model, data, CONFIG)

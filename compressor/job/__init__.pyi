@@ -8,6 +8,8 @@ from .folder import resumed as resumed
 from .grid import Grid as Grid
 from .grid import run_grid as run_grid
 from .main_job import run as run
+from .options import NumberOrAuto as NumberOrAuto
+from .options import as_number as as_number
 from .options import as_written as as_written
 from .options import read_toml as read_toml
 from .settings import Settings as Settings

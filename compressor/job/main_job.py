@@ -32,6 +32,7 @@ from compressor.job.stages import DENSE_STAGES, Progress, Stages
 from compressor.training import (
     Data,
     Metric,
+    find_learning_rate,
     fit_weights,
     load_data,
     load_weights,
@@ -131,6 +132,9 @@ def _run_in(folder: Path, settings: Settings, call: _Call, ranks: Ranks) -> repo
         )
     model, data = _initial(settings, data)
     teacher = _teacher(settings, data)
+    if settings.lr == "auto":
+        found = find_learning_rate(model, data, settings.training()) if ranks.is_first else 0.0
+        settings = replace(settings, lr=ranks.object_of_the_first(found))
     metric = Metric.from_path(settings.metric) if settings.metric else None
     graph = trace(model, torch.zeros(1, *data.image_shape))
     stages = Stages(

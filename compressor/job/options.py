@@ -17,7 +17,9 @@ from typing import Any, Literal
 
 from compressor.errors import InputError
 
+NumberOrAuto = float | Literal["auto"]
 _KINDS: dict[Any, str] = {
+    NumberOrAuto: 'a number, or "auto"',
     str: "text in quotes",
     int: "a whole number",
     float: "a number",
@@ -80,6 +82,8 @@ def as_typed(name: str) -> str:
 
 def _kind(hint: Any) -> Any:
     """Return the type of one value: without None, a tuple as a list, a choice of texts as a text."""
+    if hint == NumberOrAuto | None:
+        return NumberOrAuto
     if typing.get_origin(hint) is tuple:
         return list[str]
     if typing.get_origin(hint) is Literal:
@@ -97,6 +101,8 @@ def require_kind(name: str, value: Any, kind: Any, where: str) -> None:
 def _fits(value: Any, kind: Any) -> bool:
     if kind == list[str]:
         return isinstance(value, list) and all(isinstance(each, str) for each in value)
+    if kind == NumberOrAuto:
+        return value == "auto" or _fits(value, float)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -112,9 +118,9 @@ def sparsities(value: Any, where: str) -> tuple[list[Any], list[str]]:
     """
     words = value if isinstance(value, list) else [value]
     patterns = [word for word in words if isinstance(word, str) and "=" in word]
-    numbers = [_number(word) if isinstance(value, list) else word for word in words if word not in patterns]
+    numbers = [as_number(word) if isinstance(value, list) else word for word in words if word not in patterns]
     for word in patterns:
-        share = _number(word.rpartition("=")[2])
+        share = as_number(word.rpartition("=")[2])
         if not isinstance(share, float) or not 0 <= share < 1:
             raise InputError(
                 f"sparsity = {word!r}{where}: give PATTERN=NUMBER with a number in [0, 1), layer4.*=0.3 say"
@@ -126,11 +132,11 @@ def sparsities(value: Any, where: str) -> tuple[list[Any], list[str]]:
 
 def as_written(words: list[str]) -> Any:
     """Return the values of `--sparsity` as `config.toml` holds them: a number, or a list with the number first."""
-    values = sorted((_number(word) for word in words), key=lambda value: isinstance(value, str))
+    values = sorted((as_number(word) for word in words), key=lambda value: isinstance(value, str))
     return values[0] if len(values) == 1 else values
 
 
-def _number(word: Any) -> Any:
+def as_number(word: Any) -> Any:
     """Return a typed number as such, everything else as it is."""
     try:
         return float(word) if isinstance(word, str) else word

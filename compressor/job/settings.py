@@ -31,6 +31,7 @@ from compressor.job.board import require_tensorboard
 from compressor.job.checks import OBSERVING, is_during, is_sparse, observes, require_effects, require_names
 from compressor.job.device import require_bfloat16, require_compiler, usable_device
 from compressor.job.options import (
+    NumberOrAuto,
     Origin,
     as_typed,
     as_words,
@@ -46,7 +47,7 @@ from compressor.job.options import (
 from compressor.relevance import EstimatorName, Exclusion, RelevanceConfig
 from compressor.sparse import Granularity, MaskAllocation, SparseConfig
 from compressor.surgery import COMPENSATIONS, Compensation
-from compressor.training import RECALIBRATION_IMAGES, TRAINED_LR, USUAL_LR, TrainingConfig
+from compressor.training import RECALIBRATION_IMAGES, TRAINED_EPOCHS, TRAINED_LR, USUAL_LR, TrainingConfig
 
 PUBLISHED = "default"  # as --weights: those that torchvision or timm has for the model
 RunMeasure = Literal["params", "macs", "channels", "latency"]
@@ -133,8 +134,11 @@ class Settings:
     when: str | None = option(
         None, "Training", "Prune during or after training.", "during for relevance, magnitude, set, rigl; else after"
     )
-    epochs: int = from_config(
-        TrainingConfig, "epochs", "Training", "Epochs of training; 0 only cuts, with --when after."
+    epochs: int | None = option(
+        None,
+        "Training",
+        "Epochs of training; 0 only cuts, with --when after.",
+        f"{TrainingConfig.epochs}, {TRAINED_EPOCHS} with --weights",
     )
     finetune_epochs: int | None = option(
         None, "Training", "Epochs after the cut, with --when after.", "half of --epochs"
@@ -143,10 +147,10 @@ class Settings:
     accumulate: int = from_config(
         TrainingConfig, "accumulate", "Training", "Parts of a step's images that run one after the other."
     )
-    lr: float | None = option(
+    lr: NumberOrAuto | None = option(
         None,
         "Training",
-        "Highest learning rate.",
+        "Highest learning rate; auto: what a trial of a hundred steps finds.",
         ", ".join(f"{lr:g} with {name}" for name, lr in USUAL_LR.items()) + f", times {TRAINED_LR} with --weights",
     )
     optimizer: str = from_config(TrainingConfig, "optimizer", "Training", "sgd or adamw.")
@@ -287,7 +291,7 @@ class Settings:
     def _require_ranges(self) -> None:
         """Refuse numbers that belong to the run itself."""
         images = self.recalibrate
-        trains = self.epochs or not is_during(vars(self))  # a network that is trained already may only be cut
+        trains = self.epochs != 0 or not is_during(vars(self))  # a network that is trained already may only be cut
         allowed = {
             "recalibrate": ("0, 2, 3, 4, ...", images is None or images == 0 or images >= 2),
             "finetune_epochs": ("0, 1, 2, ...", (self.finetune_epochs or 0) >= 0),
@@ -331,10 +335,14 @@ class Settings:
         # Options have the names of its fields, but for two: epochs are those of the stage, and --warmup is relevance's.
         names = {item.name for item in dataclasses.fields(TrainingConfig)} - {"epochs", "warmup"}
         typed = {name: getattr(self, name, None) for name in names}
-        given = {name: value for name, value in typed.items() if value is not None}
+        given = {name: value for name, value in typed.items() if value is not None and value != "auto"}
         # A network that is trained already would lose what it knows to the steps of a new one.
         usual_lr = USUAL_LR.get(self.optimizer, TrainingConfig.lr) * (TRAINED_LR if self.weights else 1)
-        return TrainingConfig(**{"epochs": epochs or self.epochs or 1, "lr": usual_lr, **given})
+        usual = self._usual_epochs() if self.epochs is None else self.epochs
+        return TrainingConfig(**{"epochs": epochs or usual or 1, "lr": usual_lr, **given})
+
+    def _usual_epochs(self) -> int:
+        return TRAINED_EPOCHS if self.weights else TrainingConfig.epochs
 
     def relevance(self) -> RelevanceConfig:
         """Return how relevance observes."""
@@ -420,13 +428,14 @@ class Settings:
             "when": "during" if during else "after",
             "device": usable_device(self.device),
             "out": self.out or self._folder(),
-            "lr": self.training().lr,
+            "lr": self.lr or self.training().lr,
+            "epochs": self._usual_epochs() if self.epochs is None else self.epochs,
             "temperature": self.training().temperature if self.distill else None,
         }
         if not during:
             opened["finetune_epochs"] = self.finetune_epochs
             if self.finetune_epochs is None:
-                opened["finetune_epochs"] = (self.epochs + 1) // 2
+                opened["finetune_epochs"] = (opened["epochs"] + 1) // 2
         if self.threshold is None:
             opened["sparsity"] = self.budget().sparsity
         if is_sparse(self.criterion):

@@ -109,7 +109,7 @@ class Stages:
         settings = self.settings
         if observes(vars(settings)) or is_sparse(settings.criterion):
             trained = copy.deepcopy(double)
-            steps = settings.epochs * self._epoch_steps()
+            steps = (settings.epochs or 0) * self._epoch_steps()
             pruner = self._pruner(trained, SGD(trained.parameters()), steps, Ranks())
             inputs, targets = next(iter(self.data.validation.batches(2, device=settings.device)))
             pruner.loss(inputs, targets, F.cross_entropy)
@@ -141,14 +141,15 @@ class Stages:
             pruners.append(self._pruner(model, optimizer, total_steps, self.ranks))
             return _Recalibrating(pruners[-1], self._recalibrate) if self.settings.recalibrate else pruners[-1]
 
-        self._train(dense, "dense", self.settings.epochs)
-        self._train(pruned, "pruned", self.settings.epochs, make_pruner, teacher=self._teacher(dense))
+        epochs = self.settings.epochs or 0
+        self._train(dense, "dense", epochs)
+        self._train(pruned, "pruned", epochs, make_pruner, teacher=self._teacher(dense))
         return Trained(dense, pruned, pruners[-1].result())
 
     def after(self, model: nn.Module) -> Trained:
         """Train, then go two ways for equally long: with a pruned copy, and with the dense model."""
         settings = self.settings
-        self._train(model, "train", settings.epochs)
+        self._train(model, "train", settings.epochs or 0)
         dense = model
         # NOTE: The dense model gets the same treatment, or the pruned one would be ahead by BatchNorm statistics alone;
         # and before the cut, because its layers are what those of the pruned one are fitted to.

@@ -3,6 +3,7 @@ from .checkpoint import NEWEST as NEWEST
 from .checkpoint import PREVIOUS as PREVIOUS
 from .checkpoint import take_over as take_over
 from .config import RECALIBRATION_IMAGES as RECALIBRATION_IMAGES
+from .config import TRAINED_EPOCHS as TRAINED_EPOCHS
 from .config import TRAINED_LR as TRAINED_LR
 from .config import USUAL_LR as USUAL_LR
 from .config import TrainingConfig as TrainingConfig
@@ -22,6 +23,7 @@ from .hooks import PlainStep as PlainStep
 from .hooks import StepHook as StepHook
 from .loop import require_scores as require_scores
 from .loop import train as train
+from .lr_range import find_learning_rate as find_learning_rate
 from .metrics import Metric as Metric
 from .models import ModelSpec as ModelSpec
 from .optimizers import learning_rate as learning_rate

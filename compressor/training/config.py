@@ -16,6 +16,7 @@ from compressor.errors import RangeError, UnknownNameError
 OPTIMIZERS = ("sgd", "adamw")
 USUAL_LR = {"sgd": 0.05, "adamw": 1e-3}  # AdamW's steps do not shrink with the gradients: at 0.05 it diverges
 TRAINED_LR = 0.2  # of that, where training goes on from weights
+TRAINED_EPOCHS = 8  # and a third of the epochs
 RECALIBRATION_IMAGES = 2000  # 20 batches of 100: enough to average over, far from the cost of an epoch
 
 
