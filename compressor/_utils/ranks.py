@@ -190,8 +190,16 @@ def launched(device: str) -> Iterator[Ranks]:
         return
     if device.startswith("cuda"):
         _take_gpu(device, int(os.environ.get("LOCAL_RANK", "0")))
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
     backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-    torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+    # NOTE: torchrun's store outlives the processes, and those that it starts again would meet the addresses of the dead
+    # (https://github.com/pytorch/pytorch/issues/135712): every start looks under a name of its own.
+    shared, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"compressor/{start}", shared)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     try:
         yield Ranks(torch.distributed.group.WORLD)
     finally:
