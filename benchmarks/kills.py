@@ -1,6 +1,6 @@
 """Kill a run at random moments and resume it: is what comes out what an undisturbed run gives?
 
-    python benchmarks/kills.py [--kills 40] [--seed 0]
+    python benchmarks/kills.py [--kills 40] [--seed 0] [--recipe "--ema 0.99 --distill 0.5 --checkpoint-every 5"]
 
 A run of `compress` on the digits, with its own small network and cuts in training, is killed by SIGKILL at a moment
 drawn uniformly over the time that it takes, and resumed; again and again, until it finishes. Then the next one begins.
@@ -43,12 +43,12 @@ def network(num_classes: int) -> nn.Module:
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], num_classes))
 
 
-def start(folder: Path, resume: bool) -> subprocess.Popen[bytes]:
+def start(folder: Path, recipe: str, resume: bool) -> subprocess.Popen[bytes]:
     """Start the run, or go on with it."""
-    words = ["--resume", "--out", str(folder)] if resume else [*OPTIONS.split(), "--out", str(folder)]
+    words = ["--resume"] if resume else [*OPTIONS.split(), *recipe.split()]
     here = str(Path(__file__).parent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": here}
-    command = [sys.executable, "-m", "compressor", *words]
+    command = [sys.executable, "-m", "compressor", *words, "--out", str(folder)]
     return subprocess.Popen(command, env=environment, cwd=here, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
@@ -70,19 +70,20 @@ def finished(process: subprocess.Popen[bytes]) -> None:
 def main(
     kills: Annotated[int, typer.Option(help="how many times in all")] = 40,
     seed: Annotated[int, typer.Option(help="of the moments")] = 0,
+    recipe: Annotated[str, typer.Option(help="more options of the run")] = "",
 ) -> None:
     """Measure, write, and print what was equal."""
     moments = random.Random(seed)
     with tempfile.TemporaryDirectory() as scratch:
         began = time.perf_counter()
-        finished(start(Path(scratch) / "whole", resume=False))
+        finished(start(Path(scratch) / "whole", recipe, resume=False))
         takes = time.perf_counter() - began
         expected = outcome(Path(scratch) / "whole")
         rows: list[dict[str, Any]] = []
         shares: list[float] = []
         for _ in track(range(kills)):
             folder = Path(scratch) / f"run{len(rows)}"
-            process = start(folder, resume=(folder / "config.toml").exists())
+            process = start(folder, recipe, resume=(folder / "config.toml").exists())
             share = moments.random()
             try:
                 process.wait(share * takes)
@@ -94,9 +95,9 @@ def main(
                 rows.append({"run": len(rows), "kills": shares, "equal": outcome(folder) == expected})
                 shares = []
         folder = Path(scratch) / f"run{len(rows)}"
-        finished(start(folder, resume=(folder / "config.toml").exists()))
+        finished(start(folder, recipe, resume=(folder / "config.toml").exists()))
         rows.append({"run": len(rows), "kills": shares, "equal": outcome(folder) == expected})
-    write("kills", rows, NOTE)
+    write("kills-recipe" if recipe else "kills", rows, NOTE)
     typer.echo(
         f"{sum(len(row['kills']) for row in rows)} kills, {sum(row['equal'] for row in rows)} of {len(rows)} equal"
     )

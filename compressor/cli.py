@@ -394,6 +394,8 @@ def compare(
     if not (first.isdigit() and last.isdigit()):
         raise InputError(f"--shard {shard}: give I/N, 1/3 say")
     grid = job.Grid(options, tuple(filter(None, criteria.split(","))), numbers, seeds, out)
+    how = {"jobs": (jobs, 1), "shard": (shard, "1/1"), "time-limit": (time_limit, None)}
+    again = " ".join([grid.command(), *(f"--{name}={value}" for name, (value, usual) in how.items() if value != usual)])
     stop = StopRequest()
     try:
         with stop.listening(), _progress(quiet) as (on_progress, _):
@@ -405,7 +407,7 @@ def compare(
                 on_progress=on_progress,
             )
     except KeyboardInterrupt:
-        _complain(f"stopped; go on with: {grid.command()}")
+        _complain(f"stopped; go on with: {again}")
         raise typer.Exit(128 + (stop.signal or signal.SIGINT)) from None
     found = result.comparison
     if not quiet:
@@ -414,7 +416,7 @@ def compare(
     for name, reason in found.failed.items():
         _complain(f"{name} failed: {reason}")
     if result.timed_out:
-        _complain(f"the time is over; go on with: {grid.command()}")
+        _complain(f"the time is over; go on with: {again}")
         raise typer.Exit(_TIMED_OUT)
     if found.failed:
         raise typer.Exit(1)

@@ -166,6 +166,33 @@ def test_no_time_at_all_is_a_clean_end(tmp_path: Path) -> None:
     assert process.returncode == 124
     assert "0 of 2 runs finished" in printed
     assert "the time is over; go on with: compress compare" in said
+    assert said.rstrip().endswith("--time-limit=0.0")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="finds the child where Linux lists processes")
+def test_a_killed_grid_takes_its_cells_along(tmp_path: Path) -> None:
+    out = tmp_path / "g"
+    process = compare(out)
+    wait_until_begun(out)
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    cells = [child for child in listed if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+    assert cells
+    process.kill()
+    process.communicate()
+    limit = time.monotonic() + 120
+    while any(is_alive(child) for child in cells) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not any(is_alive(child) for child in cells)
+    (cell,) = begun(out)
+    assert list((cell / "checkpoint").rglob("state.pt"))  # asked to stop, it wrote one
+
+
+def is_alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @pytest.mark.slow

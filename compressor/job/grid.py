@@ -13,13 +13,15 @@ import dataclasses
 import logging
 import os
 import shlex
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -96,7 +98,7 @@ class Grid:
                 idle = self._idle(criterion)
                 common = {name: value for name, value in self._common().items() if name not in idle}
                 for seed in range(self.seeds):
-                    name = f"{criterion.replace(':', '-')}-{sparsity:g}-seed{seed}"
+                    name = f"{criterion.replace(':', '-')}-{sparsity:.12g}-seed{seed}"
                     own = {"criterion": criterion, "sparsity": sparsity, "seed": seed, "out": f"{self.out}/{name}"}
                     found[name] = Settings.from_options({**common, **own})
         return found
@@ -110,7 +112,7 @@ class Grid:
             "--criteria",
             ",".join(self.criteria),
             "--sparsity",
-            ",".join(f"{each:g}" for each in self.sparsities),
+            ",".join(f"{each:.12g}" for each in self.sparsities),
         ]
         return shlex.join([*words, "--seeds", str(self.seeds), "--out", self.out])
 
@@ -274,6 +276,7 @@ def _run_cell(options: dict[str, Any], dense_from: str, threads: int) -> None:
     """Run one cell to its end in this process, and say by the exit code how it ended."""
     with suppress(AttributeError, OSError):
         os.setsid()  # Ctrl-C in the terminal is for the grid, which then asks its cells to stop
+    Thread(target=_stop_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     settings = Settings.from_options(options)
     stop = StopRequest()
@@ -294,6 +297,14 @@ def _run_cell(options: dict[str, Any], dense_from: str, threads: int) -> None:
         _say(settings, error)
     except Exception as error:
         _say(settings, error)
+
+
+def _stop_with_parent() -> None:
+    """Ask this process to stop when that of the grid is gone, whatever ended it."""
+    parent = parent_process()
+    if parent:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _say(settings: Settings, error: Exception) -> None:
