@@ -164,15 +164,14 @@ def one_of_each(rank: int) -> dict[str, Any]:
     own = torch.tensor([[rank, 1.0], [rank, 2.0]])
     gathered = ranks.gathered({"x": (own, own[:, 0] > 0), "none": None})
     first = ranks.of_the_first({"a": own})
-    averaged = [own.clone(), torch.full((2,), float(rank), dtype=torch.float64), own[0, 0].clone()]
-    ranks.average_(averaged)
+    summed = [own.clone(), torch.full((2,), float(rank), dtype=torch.float64), own[0, 0].clone(), own.long()]
+    ranks.sum_(summed)
     return {
         "gathered": gathered,
         "mean": ranks.mean({"a": own}),
         "first": first,
         "own": ranks.own_rows(gathered["x"][0]),
-        "averaged": averaged,
-        "sum": ranks.sum(own),
+        "summed": summed,
         "any": ranks.any([rank == 0, rank == 1, False]),
         "objects": ranks.objects({"rank": rank}),
         "object": ranks.object_of_the_first([rank]),
@@ -187,8 +186,7 @@ def test_what_one_rank_has_all_get(asked: list[dict[str, Any]]) -> None:
         assert got["mean"]["a"].tolist() == [[0.5, 1], [0.5, 2]]
         assert got["first"]["a"].tolist() == [[0, 1], [0, 2]]
         assert got["own"].tolist() == [[rank, 1], [rank, 2]]
-        assert [each.tolist() for each in got["averaged"]] == [[[0.5, 1], [0.5, 2]], [0.5, 0.5], 0.5]
-        assert got["sum"].tolist() == [[1, 2], [1, 4]]
+        assert [each.tolist() for each in got["summed"]] == [[[1, 2], [1, 4]], [1, 1], 1, [[1, 2], [1, 4]]]
         assert got["any"] == [True, True, False]
         assert got["objects"] == [{"rank": 0}, {"rank": 1}]
         assert got["object"] == [0]

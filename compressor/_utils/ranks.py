@@ -74,12 +74,12 @@ class Ranks:
         """Return the mean of every tensor over the ranks."""
         if self.group is None:
             return dict(own)
-        means = {name: tensor.clone() for name, tensor in own.items()}
-        self.average_(list(means.values()))
+        means = {name: tensor / self.size for name, tensor in own.items()}
+        self.sum_(list(means.values()))
         return means
 
-    def average_(self, tensors: Sequence[Tensor]) -> None:
-        """Put the mean over the ranks in place of every tensor; all of one kind travel together."""
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Put the sum over the ranks in place of every tensor; all of one kind travel together."""
         if self.group is None:
             return
         kinds: dict[Any, list[Tensor]] = {}
@@ -87,20 +87,11 @@ class Ranks:
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         with _talking():
             for alike in kinds.values():
-                flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike]).div_(self.size)
+                flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
                 torch.distributed.all_reduce(flat, group=self.group)
                 parts = torch.split(flat, [tensor.numel() for tensor in alike])
                 for tensor, part in zip(alike, parts, strict=True):
                     tensor.detach().copy_(part.view_as(tensor))
-
-    def sum(self, own: Tensor) -> Tensor:
-        """Return the sum over the ranks."""
-        if self.group is None:
-            return own
-        total = own.clone()
-        with _talking():
-            torch.distributed.all_reduce(total, group=self.group)
-        return total
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Return of every flag whether a rank has it set."""

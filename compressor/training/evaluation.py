@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressor._utils import Ranks
@@ -70,7 +70,7 @@ def evaluate(
             right += torch.bincount(targets[outputs.argmax(1) == targets], minlength=len(images))
             loss += F.cross_entropy(outputs, targets, reduction="none").double().sum()
     if is_shared:
-        right, images, loss = (ranks.sum(counted) for counted in (right, images, loss))
+        ranks.sum_([right, images, loss])
     of_class = tuple(right.tolist()), tuple(images.tolist())
     return Evaluation(sum(of_class[0]) / len(split), float(loss) / len(split), len(split), *of_class)
 
@@ -113,6 +113,14 @@ def recalibrate(
     with in_mode(model, training=False), _averaging(norms), torch.no_grad():
         for inputs, _ in islice(drawn, count // size):
             model(inputs)
+
+
+def running_statistics(model: nn.Module) -> Iterator[Tensor]:
+    """Give the running means and variances that norms of batches keep."""
+    for module in model.modules():
+        # The private base class is the only one that 1d, 2d, 3d and synchronised BatchNorm, and InstanceNorm, share.
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats:
+            yield from (each for each in (module.running_mean, module.running_var) if each is not None)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from compressor.training.data.images import Progress
 from compressor.training.data.mixing import mix
 from compressor.training.data.sources import Data
 from compressor.training.distillation import distilled
-from compressor.training.evaluation import evaluate, in_mode
+from compressor.training.evaluation import evaluate, in_mode, running_statistics
 from compressor.training.history import History
 from compressor.training.hooks import HookFactory, LossFunction, PlainStep
 from compressor.training.optimizers import learning_rate, make_optimizer
@@ -296,10 +296,12 @@ class _Run:
             loss += mean.detach() * share
         return loss
 
+    @torch.no_grad()
     def _average_over_ranks(self, loss: Tensor) -> None:
-        """Put the means over the ranks in place of the loss, the gradients, and what BatchNorm and others keep.
+        """Put the means over the ranks in place of the loss, the gradients, and the statistics that norms keep.
 
-        One transfer, and no wrapper around the model that every cut would have to renew.
+        Other buffers become those of the first rank. One transfer, and no wrapper around the model that every cut would
+        have to renew.
         """
         if self._ranks.size == 1:
             return
@@ -310,8 +312,16 @@ class _Run:
             if is_reached and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        kept = [buffer for buffer in self._model.buffers() if buffer.is_floating_point()]
-        self._ranks.average_([loss, *gradients, *kept])
+        kept = list(running_statistics(self._model))
+        means = [loss, *gradients, *kept]
+        for tensor in means:
+            tensor /= self._ranks.size
+        averaged = set(map(id, kept))
+        others = [each for each in self._model.buffers() if each.is_floating_point() and id(each) not in averaged]
+        # Not the mean of what is the same everywhere: a sum of seven sevenths may be off by a bit, in every step.
+        for buffer in others if self._ranks.rank else ():
+            buffer.zero_()
+        self._ranks.sum_([*means, *others])
 
     def _batch_loss(self, inputs: Tensor) -> LossFunction:
         if self._teacher is None:
