@@ -9,6 +9,7 @@ from compressor.report.document import (
     Figures,
     FrozenLayer,
     Goal,
+    GroupRelevance,
     Layer,
     Parity,
     Report,
@@ -47,7 +48,7 @@ def sample() -> Report:
         name="demo",
         created="2026-11-24T01:02:03+00:00",
         command="compress --model resnet18 --out runs/demo",
-        settings={"model": "resnet18", "data": "digits", "criterion": "l1", "sparsity": 0.6},
+        settings={"model": "resnet18", "data": "digits", "criterion": "relevance", "sparsity": 0.6, "confidence": 0.95},
         machine={"cpu": "a processor", "cores": 2},
         dense=figures(),
         pruned=figures(accuracy=0.97, params=4_000, macs=100_000, channels=32),
@@ -60,5 +61,9 @@ def sample() -> Report:
         parity=(Parity("model.onnx", 1e-6, 1e-7, 15, 1.0, ("CPUExecutionProvider",)),),
         files={"model.safetensors": 42_000},
         notes=("ran on one core",),
+        relevance=(
+            GroupRelevance("conv1", (-0.4, 0.2, 7.5, 40.0), (False, False, True, True), 2, 0.91),
+            GroupRelevance("layer1.0", (1.1, -3.0), (False, False), 1, 0.2),
+        ),
         classes=(ClassAccuracy("cat", 200, 0.97, 0.98), ClassAccuracy("dog", 249, 0.99, 0.96)),
     )

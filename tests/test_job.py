@@ -56,6 +56,20 @@ def test_the_run_folder_holds_what_it_should_and_nothing_else(finished) -> None:
     assert report.read(folder) == made
 
 
+def test_what_relevance_saw_before_the_last_cut_stands_in_the_report(finished) -> None:
+    settings, made, _ = finished
+    lines = map(json.loads, (Path(settings.out) / "metrics.jsonl").read_text().splitlines())
+    observed = [line["observed"] for line in lines if "observed" in line]
+    if settings.when == "after":
+        assert (observed, made.relevance) == ([], ())
+        return
+    assert [each.name for each in made.relevance] == list(observed[-1])
+    for each in made.relevance:
+        of = observed[-1][each.name]
+        assert sum(each.is_above) == sum(value > settings.confidence for value in of["confidence"])
+        assert each.deviations[0] * of["dummies_spread"][0] + of["dummies_mean"][0] == pytest.approx(of["r"][0])
+
+
 def test_config_toml_makes_the_same_settings(finished) -> None:
     settings, _, _ = finished
     assert Settings.from_options(tomllib.loads((Path(settings.out) / "config.toml").read_text())) == settings

@@ -16,8 +16,8 @@ from sample_report import epoch, sample, timing
 
 from compressor import report as reports
 from compressor.errors import ArtifactError, RunFolderError
-from compressor.report import tables
-from compressor.report.document import ClassAccuracy, Cut, FrozenLayer, Goal, Layer, OwnMetric, Report
+from compressor.report import relevance_picture, tables
+from compressor.report.document import ClassAccuracy, Cut, FrozenLayer, Goal, GroupRelevance, Layer, OwnMetric, Report
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_page_loads_nothing_and_runs_nothing(report: Report) -> None:
 def test_page_closes_every_tag_it_opens(report: Report) -> None:
     page = Page(reports.html(report))
     assert page.open == []
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 4
 
 
 def test_page_is_small(report: Report) -> None:
@@ -251,7 +251,7 @@ def test_page_leaves_out_what_is_missing_and_nothing_else(
     whole, text = (html_without_style(each) for each in (report, dataclasses.replace(report, **empty)))
     page = Page(text)
     assert page.open == []
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("svg") == 4
     assert all(words in whole and words not in text for words in gone)
     assert stays in text
 
@@ -312,6 +312,32 @@ def test_sizes_have_three_digits(size_bytes: int, shown: str) -> None:
 @given(st.floats(min_value=1e-2, max_value=1e5))
 def test_milliseconds_stay_within_half_a_percent(value_ms: float) -> None:
     assert abs(float(tables.milliseconds(value_ms)) / value_ms - 1) <= 0.0051
+
+
+def test_relevance_is_drawn_channel_by_channel_on_the_scale_of_the_dummies(report: Report) -> None:
+    drawn = str(relevance_picture.relevance(report.relevance))
+    strokes = re.findall(r'<path class="(\w+)" d="([^"]*)"', drawn)
+    assert [(kind, steps.count("M")) for kind, steps in strokes] == [("train", 2), ("pruned", 2), ("train", 2)]
+    places = [float(x) for x in re.findall(r"M([\d.]+) ", strokes[1][1])]
+    assert places == sorted(places)
+    low, high = math.asinh(-3.0), math.asinh(40.0)  # the extremes of all groups are the ends of the scale
+    left, right = 230, relevance_picture.WIDTH - 90
+    assert places[0] == pytest.approx(left + (math.asinh(7.5) - low) / (high - low) * (right - left), abs=0.06)
+    assert places[1] == right
+    assert "conv1: 2 of 4 channels are above chance, 2 cannot be told from it" in drawn
+    assert "correlation of 0.20" in drawn
+    assert tables.relevance(report) == [("conv1", "4", "2", "2", "0.91"), ("layer1.0", "2", "0", "1", "0.20")]
+    assert "Relevance beside channels of no effect" in reports.html(report)
+    assert "## Relevance" in tables.markdown(report)
+    without = dataclasses.replace(report, relevance=())
+    assert "Relevance beside" not in reports.html(without)
+    assert "## Relevance" not in tables.markdown(without)
+
+
+def test_a_group_whose_dummies_do_not_spread_is_left_empty() -> None:
+    drawn = str(relevance_picture.relevance([GroupRelevance("a", (math.nan, 1.0), (False, True), 0, math.nan)]))
+    assert "nan" not in re.sub(r"<title>.*?</title>", "", drawn)
+    assert drawn.count("M") == 1
 
 
 def test_classes_that_lost_most_come_first_and_a_thousand_do_not_fill_the_page(report: Report) -> None:

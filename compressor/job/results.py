@@ -86,10 +86,30 @@ def finish(
         lowered=tuple(lowered),
         classes=_classes(data, seen),
         metrics=_metrics(metric, models),
+        relevance=_relevance(records, settings),
         **figures,
     )
     report.write(made, folder)
     return made
+
+
+def _relevance(records: Sequence[Mapping[str, Any]], settings: Settings) -> tuple[report.GroupRelevance, ...]:
+    """Return what relevance showed before the last cut, if it chose."""
+    observed = [record["observed"] for record in records if "observed" in record]
+    limit = settings.relevance().confidence
+    return tuple(
+        report.GroupRelevance(
+            name,
+            tuple(
+                (own - mean) / spread if spread else math.nan
+                for own, mean, spread in zip(of["r"], of["dummies_mean"], of["dummies_spread"], strict=True)
+            ),
+            tuple(each > limit for each in of["confidence"]),
+            of["undecided"],
+            math.nan if of["reliability"] is None else of["reliability"],
+        )
+        for name, of in (observed[-1] if observed else {}).items()
+    )
 
 
 def _said(settings: Settings, data: Data, trained: Trained, name: str, accuracy: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from .document import Epoch as Epoch
 from .document import Figures as Figures
 from .document import FrozenLayer as FrozenLayer
 from .document import Goal as Goal
+from .document import GroupRelevance as GroupRelevance
 from .document import Layer as Layer
 from .document import Lowered as Lowered
 from .document import OwnMetric as OwnMetric

@@ -128,6 +128,26 @@ class Cut:
 
 
 @dataclass(frozen=True)
+class GroupRelevance:
+    """What relevance showed of a group before the last cut.
+
+    Attributes:
+        name: of the group.
+        deviations: of every channel there was, its relevance less the mean of its dummies, in their standard
+            deviations; NaN where they have none.
+        is_above: of every channel, whether it was more relevant than a dummy with the confidence that was asked for.
+        undecided: channels that could not be told from chance, on either side.
+        reliability: rank correlation between two halves of the steps.
+    """
+
+    name: str
+    deviations: tuple[float, ...]
+    is_above: tuple[bool, ...]
+    undecided: int
+    reliability: float
+
+
+@dataclass(frozen=True)
 class Epoch:
     """The record of one epoch.
 
@@ -244,6 +264,7 @@ class Report:
         lowered: both models in a lower precision, where that was asked for.
         classes: the accuracy of each, of those that have test images.
         metrics: the user's own figures.
+        relevance: of every group, where relevance chose during training.
     """
 
     name: str
@@ -265,3 +286,4 @@ class Report:
     lowered: tuple[Lowered, ...] = ()
     classes: tuple[ClassAccuracy, ...] = ()
     metrics: tuple[OwnMetric, ...] = ()
+    relevance: tuple[GroupRelevance, ...] = ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compressor.errors import RunFolderError
-from compressor.report import pictures, tables
+from compressor.report import pictures, relevance_picture, tables
 from compressor.report.document import Report
 from compressor.report.files import filled_in, write_texts
 from compressor.report.model_card import NAME, is_users_own, model_card
@@ -61,6 +61,7 @@ def html(report: Report) -> str:
             "channels": pictures.channels(report.layers),
             "training": pictures.training(report),
             "latency": pictures.latency(report.timings),
+            "relevance": relevance_picture.relevance(report.relevance),
         },
     )
 

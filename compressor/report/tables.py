@@ -170,6 +170,7 @@ def markdown(report: Report) -> str:
         grid(("", "dense", "pruned", "change"), [(r.label, r.dense, r.pruned, r.change) for r in comparison(report)]),
         "## Channels",
         grid(("group", "before", "after", "kept"), channels),
+        *(["## Relevance", grid(RELEVANCE_HEAD, relevance(report))] if report.relevance else []),
         *(["## Classes", grid(CLASS_HEAD, classes(report))] if report.classes else []),
         *(["## Notes", "\n".join(f"- {note}" for note in report.notes)] if report.notes else []),
         "## Files",
@@ -180,6 +181,17 @@ def markdown(report: Report) -> str:
         f"```\n{report.command}\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+RELEVANCE_HEAD = ("group", "channels", "above chance", "undecided", "reliability")
+
+
+def relevance(report: Report) -> list[tuple[str, ...]]:
+    """Return a row for every group that relevance observed, as it was before the last cut."""
+    return [
+        (each.name, str(len(each.is_above)), str(sum(each.is_above)), str(each.undecided), f"{each.reliability:.2f}")
+        for each in report.relevance
+    ]
 
 
 def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
