@@ -284,6 +284,18 @@ def test_gradients_that_a_criterion_needs_are_there_and_gone_before_training(tmp
     assert all(parameter.grad is None for parameter in trained.pruned.parameters())
 
 
+@pytest.mark.parametrize("criterion", ["l1", "magnitude"])
+def test_cuts_begin_and_end_where_they_are_asked_to(criterion: str, tmp_path: Path, monkeypatch) -> None:
+    given = {"criterion": criterion, "when": "during", "first-cut": 0.5, "last-cut": 1.0, "epochs": 2, "prune-every": 6}
+    more = {"granularity": "channel"} if criterion == "magnitude" else {}
+    settings = Settings.from_options({"model": "user_models:tiny", **given, **more, "out": str(tmp_path / "run")})
+    lines, _, _ = outcome(settings, monkeypatch)
+    steps = [line["step"] for line in lines if "event" in line]
+    assert steps
+    assert min(steps) > 18  # of 36
+    assert max(steps) == 36
+
+
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Path, monkeypatch) -> None:
     short = {**QUICK, "epochs": 1, "finetune-epochs": 1}
     first, again, other = (
@@ -595,16 +607,14 @@ def test_a_run_that_gets_a_signal_ends_with_a_checkpoint_and_goes_on_as_if_it_ha
         code,
         f"compress: stopped; go on with: compress --resume --out {tmp_path / 'run'}\n",
     )
-    whole = job.run(Settings.from_options({**DURING, "out": str(tmp_path / "whole")}))
-    again = job.run(folders.resumed({"out": str(tmp_path / "run")}), resume=True)
+    whole = job.run(Settings.from_options({**DURING, "out": str(tmp_path / "whole")}), timings=False)
+    again = job.run(folders.resumed({"out": str(tmp_path / "run")}), resume=True, timings=False)
     assert [replace(each, seconds=0) for each in again.epochs] == [replace(each, seconds=0) for each in whole.epochs]
     assert again.pruned.accuracy == whole.pruned.accuracy
 
 
-@pytest.mark.parametrize(
-    "options",
-    [pytest.param(DURING, id="during"), pytest.param(BY_RELEVANCE, id="rounds", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [DURING, BY_RELEVANCE], ids=["during", "rounds"])
 def test_a_run_in_bfloat16_is_exported_and_measured_in_float32(options: dict, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     settings = Settings.from_options(

@@ -198,7 +198,7 @@ def test_what_cannot_be_lowered_is_said(tmp_path: Path) -> None:
 
 def test_a_run_leaves_both_models_in_int8_and_says_what_that_cost(tmp_path: Path) -> None:
     given = {"model": "user_models:tiny", "epochs": 2, "criterion": "l1", "finetune-epochs": 1, "sparsity": 0.3}
-    more = {"precision": "int8", "tolerance": 0.1, "out": str(tmp_path / "run")}
+    more = {"compensate": "mean", "precision": "int8", "tolerance": 0.1, "out": str(tmp_path / "run")}
     made = job.run(Settings.from_options({**given, **more}))
     assert [each.file for each in made.lowered] == ["dense.int8.onnx", "model.int8.onnx"]
     for each, name in zip(made.lowered, ("dense", "pruned"), strict=True):

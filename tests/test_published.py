@@ -55,6 +55,7 @@ def test_published_weights_are_those_of_the_library_but_for_the_head(
         assert published.mean == pytest.approx([255 * 0.485, 255 * 0.456, 255 * 0.406])
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_published_weights_and_their_normalisation(
     offline: dict[str, nn.Module], tmp_path: Path
 ) -> None:

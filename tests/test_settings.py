@@ -20,6 +20,7 @@ words = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="=")
     lambda word: not word.startswith("-")
 )
 some = st.one_of(
+    st.builds(Settings, first_cut=st.sampled_from([None, 0.0, 0.3]), last_cut=st.sampled_from([None, 0.5, 1.0])),
     st.builds(Settings, model=text, data=text, out=text, sparsity=part, seed=whole, prune_every=st.none() | whole),
     st.builds(
         Settings,
@@ -90,6 +91,7 @@ def test_nothing_is_left_open() -> None:
     watching, after = Settings(), Settings(criterion="l1", epochs=5)
     assert (watching.when, watching.finetune_epochs, watching.relevance_estimator) == ("during", None, "gate")
     assert (after.when, after.finetune_epochs, after.relevance_estimator) == ("after", 3, None)
+    assert (watching.first_cut, watching.last_cut, after.first_cut) == (0.1, 0.65, None)
     assert watching.device in ("cpu", "cuda")
     assert (watching.compensate, watching.recalibrate, watching.verify) == ("linear", 0, True)
     assert (after.compensate, after.recalibrate, after.verify) == ("linear", 2000, True)
@@ -180,6 +182,12 @@ def test_a_number_out_of_range_is_refused(name: str, value: float) -> None:
             {"criterion": "set", "when": "after"},
             "--criterion set changes its masks in training: leave out --when after",
         ),
+        (
+            {"first-cut": 0.9},
+            "first-cut = 0.9 is out of range: give first-cut in [0, 0.65): it comes before end = 0.65",
+        ),
+        ({"first-cut": 0.2, "criterion": "l1"}, "--first-cut has no effect with --when after"),
+        ({"last-cut": 0.9, "criterion": "rigl"}, "--last-cut has no effect with --criterion rigl"),
         ({"epochs": 0}, "epochs = 0 is out of range: give epochs in 1, 2, 3, ...; 0 with --when after"),
         ({"rounds": 3}, "--rounds has no effect with --when during"),
         ({"criterion": "l1", "rounds": 0}, "rounds = 0 is out of range: give rounds in 1 to 1000"),

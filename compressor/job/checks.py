@@ -28,6 +28,11 @@ def is_sparse(criterion: str) -> bool:
     return criterion in get_args(Method)
 
 
+def has_schedule(criterion: str) -> bool:
+    """Return whether more and more goes in training; the others are sparse from the beginning."""
+    return criterion not in ("set", "rigl")
+
+
 def is_during(given: Values) -> bool:
     """Return whether pruning goes on during the training, said so or not."""
     trains = given["criterion"] == OBSERVING or is_sparse(given["criterion"])
@@ -108,6 +113,10 @@ def idle_options(given: Values) -> dict[str, str]:
         "allocate": threshold,
         "finetune_epochs": "--when during" if is_during(given) else "",
         "prune_every": "" if is_during(given) else "--when after",
+        **dict.fromkeys(
+            ("first_cut", "last_cut"),
+            "--when after" if not is_during(given) else "" if has_schedule(given["criterion"]) else criterion,
+        ),
         "download": "" if data in ("cifar10", "cifar100") else f"--data {data}",
         "cache": "" if data.startswith("imagefolder:") else f"--data {data}",
         "rounds": "--when during" if is_during(given) else threshold,

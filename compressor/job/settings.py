@@ -19,8 +19,10 @@ from compressor.budget import (
     ALIGNED,
     LARGE,
     MOST_ROUNDS,
+    USUAL_SCHEDULE,
     Allocation,
     Budget,
+    Cubic,
     Limits,
     SelectionOptions,
     Threshold,
@@ -28,7 +30,15 @@ from compressor.budget import (
 from compressor.deploy import TOLERANCE, Engine, Place, Precision
 from compressor.errors import InputError, RangeError, UnknownNameError
 from compressor.job.board import require_tensorboard
-from compressor.job.checks import OBSERVING, is_during, is_sparse, observes, require_effects, require_names
+from compressor.job.checks import (
+    OBSERVING,
+    has_schedule,
+    is_during,
+    is_sparse,
+    observes,
+    require_effects,
+    require_names,
+)
 from compressor.job.device import require_bfloat16, require_compiler, usable_device
 from compressor.job.options import (
     NumberOrAuto,
@@ -206,6 +216,13 @@ class Settings:
         "a twentieth of the training; 100 for rigl, an epoch for set",
     )
 
+    first_cut: float | None = left_open(
+        Cubic, "begin", "Training", "Share of the training before the first cut, in [0, 1).", f"{USUAL_SCHEDULE.begin}"
+    )
+    last_cut: float | None = left_open(
+        Cubic, "end", "Training", "Share of the training after which all is cut.", f"{USUAL_SCHEDULE.end}"
+    )
+
     granularity: Granularity | None = left_open(
         SparseConfig, "granularity", "Masks", "What magnitude, set and rigl mask: weight or channel."
     )
@@ -264,6 +281,7 @@ class Settings:
         try:
             for component in (
                 self.budget,
+                self.schedule,
                 self.goal,
                 self.selection,
                 self.training,
@@ -315,6 +333,10 @@ class Settings:
             return Budget(0.0)
         sparsity = Budget.sparsity if self.sparsity is None else self.sparsity
         return Budget(sparsity, self.latency() if self.measure == "latency" else self.measure)
+
+    def schedule(self) -> Cubic:
+        """Return when how much of it goes, where it goes in training."""
+        return dataclasses.replace(USUAL_SCHEDULE, **self._given_to(Cubic))
 
     def latency(self) -> deploy.LatencyCost:
         """Return where a latency counts, and how it is predicted."""
@@ -432,6 +454,8 @@ class Settings:
             "epochs": self._usual_epochs() if self.epochs is None else self.epochs,
             "temperature": self.training().temperature if self.distill else None,
         }
+        if during and has_schedule(self.criterion):
+            opened |= {"first_cut": self.schedule().begin, "last_cut": self.schedule().end}
         if not during:
             opened["finetune_epochs"] = self.finetune_epochs
             if self.finetune_epochs is None:
