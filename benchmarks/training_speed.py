@@ -50,6 +50,7 @@ def main(
     turns: dict[str, Callable[[], list[float]]] = {
         "bare loop": lambda: bare(copy.deepcopy(dense), data, config),
         "bare loop again": lambda: bare(copy.deepcopy(dense), data, config),
+        "bare loop, optimizer not fused": lambda: bare(copy.deepcopy(dense), data, config, is_fused=False),
         "ours": lambda: ours(copy.deepcopy(dense), data, config),
         "ours, augmented": lambda: ours(copy.deepcopy(dense), data, TrainingConfig(**vars(config) | {"augment": True})),
     }
@@ -100,13 +101,15 @@ def without(dense: nn.Module, share: float) -> nn.Module:
     return model
 
 
-def bare(model: nn.Module, data: Data, config: TrainingConfig) -> list[float]:
+def bare(model: nn.Module, data: Data, config: TrainingConfig, *, is_fused: bool = True) -> list[float]:
     """Return the seconds of every counted step of the loop that everybody writes."""
     batches = list(data.train.batches(config.batch_size, device=config.device))
     order = torch.channels_last if config.channels_last else torch.contiguous_format
     batches = [(x.contiguous(memory_format=order), y) for x, y in batches]
     model.to(config.device, memory_format=order).train()
     optimizer = make_optimizer(model, config)
+    for parameters in optimizer.param_groups:
+        parameters["fused"] = is_fused
     ends = []
     for x, y in batches:
         with torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=config.amp):
