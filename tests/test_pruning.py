@@ -349,6 +349,17 @@ def test_a_schedule_that_was_given_and_resolves_nothing_is_refused() -> None:
         pruner.step()
 
 
+def test_a_step_of_several_batches_has_the_samples_of_all() -> None:
+    """Gradients of two batches of 16 add up: 24 steps resolve what 24 steps of 16 do not."""
+    at_once = observing(32, observe_every=8, prune_every=24)
+    at_once.step()
+    pruner = observing(16, observe_every=8, prune_every=24)
+    pruner.loss(torch.randn(16, 3, 8, 8), torch.arange(16) % 4, F.cross_entropy).backward()
+    pruner.step()  # would be refused for 16 samples: it takes 48 steps then
+    with pytest.raises(PeriodError, match="it takes 48"):
+        observing(16, observe_every=8, prune_every=24).step()
+
+
 def test_no_time_is_needed_by_criteria_that_do_not_observe() -> None:
     model = wide()
     pruner = compressor.Pruner(model, X.float(), "l1", optimizer=sgd(model), total_steps=3, prune_every=1, round_to=1)

@@ -128,6 +128,7 @@ class Pruner:
         threshold = budget if isinstance(budget, Threshold) else None
         self.budget = Budget(0.0) if isinstance(budget, Threshold) else Budget.from_share(budget)
         self.steps = 0
+        self._samples = 0  # of the step at hand
         if threshold:
             _require_threshold(threshold, criterion, allocate)
         selection = SelectionOptions(allocate or SelectionOptions.allocate, round_to, aligned=self.budget.aligned)
@@ -222,6 +223,7 @@ class Pruner:
         if self.steps == 0:
             require_reachable(self.graph, self.budget, self._options.selection, self._options.shares)
         self._inputs = inputs
+        self._samples += count_samples(inputs)  # a step may be made of several batches, one after the other
 
     def _observes(self) -> bool:
         return self.relevance is not None and self.relevance.draws and self._is_unfinished()
@@ -243,11 +245,12 @@ class Pruner:
         """
         if self.steps == 0:
             self._require_averaged()
-            self.require_time(self._ranks.size * count_samples(self._inputs))
+            self.require_time(self._ranks.size * self._samples)
         if self.relevance and self._is_unfinished():
             self.relevance.step()
         before = self._due(self.steps)
         self.steps += 1
+        self._samples = 0
         due = self._due(self.steps)
         is_last = before < 1 <= due
         if not due or not (is_last or (self.steps % self._prune_every == 0 and before < 1)):
