@@ -24,8 +24,8 @@ from compressor.training.data import folder
 from compressor.training.data import images as on_disk
 from compressor.training.data import sources as data
 from compressor.training.data.augmentation import Augmentation
+from compressor.training.data.cached import Cached
 from compressor.training.data.images import OnDisk, Resident
-from compressor.training.data.kept import Kept
 from compressor.training.data.sources import Data, load_data
 from compressor.training.data.splits import Split
 
@@ -317,7 +317,7 @@ def test_kept_images_are_those_on_disk_and_are_decoded_once(tmp_path: Path, monk
 
     def run() -> list[tuple[Tensor, Tensor]]:
         found = load_data(f"imagefolder:{tmp_path / 'data'}", cache=tmp_path / "cache")
-        assert isinstance(found.train.images, Kept)
+        assert isinstance(found.train.images, Cached)
         return list(found.train.batches(4, shuffle=torch.Generator().manual_seed(1), augment=Augmentation()))
 
     first = run()
@@ -338,6 +338,20 @@ def test_kept_images_are_those_on_disk_and_are_decoded_once(tmp_path: Path, monk
     assert decoded == [changed]
     everything = again.train.images.take(torch.arange(len(again.train.images)), torch.device("cpu"))
     assert (everything == painted([99], tmp_path)[0]).flatten(1).all(1).any()
+
+
+def test_a_damaged_cache_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that lost its end has no pixels: what its stamps say must not count."""
+    make_folder(tmp_path / "data")
+    expected = load_data(f"imagefolder:{tmp_path / 'data'}").train.images
+    monkeypatch.setattr(folder, "RESIDENT_BYTES", 0)
+    load_data(f"imagefolder:{tmp_path / 'data'}", cache=tmp_path / "cache")
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_bytes(file.read_bytes()[:-100])
+    again = load_data(f"imagefolder:{tmp_path / 'data'}", cache=tmp_path / "cache").train.images
+    everything = torch.arange(len(expected))
+    cpu = torch.device("cpu")
+    assert torch.equal(again.take(everything, cpu), expected.take(everything, cpu))
 
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ import torch
 
 from compressor._utils import IMAGE_SUFFIXES, opened, upright_size
 from compressor.errors import DataError
+from compressor.training.data.cached import Cached
 from compressor.training.data.images import CHUNK, RESIDENT_BYTES, Images, OnDisk, Progress, Resident
-from compressor.training.data.kept import Kept
 from compressor.training.data.splits import RawDataset, Request, Split
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def imagefolder(request: Request) -> RawDataset:
     # One list of images for all splits, which then differ in their indices alone.
     paths = [path for files in listings.values() for name in classes for path in files[name]]
     on_disk = OnDisk(paths, _size(paths, request.image_size))
-    images = _read(Kept(on_disk, request.cache) if request.cache else on_disk, request.on_progress)
+    images = _read(Cached(on_disk, request.cache) if request.cache else on_disk, request.on_progress)
     found: dict[str, Split] = {}
     for split, files in listings.items():
         counts = torch.tensor([len(files[name]) for name in classes])
@@ -119,7 +119,7 @@ def _header(path: Path) -> tuple[int, int]:
         return upright_size(image)
 
 
-def _read(images: OnDisk | Kept, on_progress: Progress) -> Images:
+def _read(images: OnDisk | Cached, on_progress: Progress) -> Images:
     """Decode every image once, but for those whose pixels are kept; hold all in memory if they fit."""
     channels, height, width = images.shape
     # Decoded even where the pixels are not kept: a broken image must be named now.

@@ -1,14 +1,16 @@
 """Decoded images in one file, so that each is decoded once, by whichever run comes first.
 
-    PATHS-AND-SIZE.pixels    (N, C, H, W) bytes, a hole where an image was not decoded yet
-    PATHS-AND-SIZE.stamps    (N, 2) numbers: size and time of change that an image file had when it was decoded
+    HASH.images    (N, 2) numbers: size and time of change that an image file had when it was decoded, 0 before;
+                   behind them (N, C, H, W) bytes, a hole where an image was not decoded yet
 
-Several processes may read and write it at once: what two of them write at one place is the same.
+One file, so that no stamp is ever left without its pixels. Several processes may read and write it at once: what two of
+them write at one place is the same.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from pathlib import Path
 
@@ -16,16 +18,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compressor._utils import atomic_write
 from compressor.errors import InputError
 from compressor.training.data.images import OnDisk
 
 
-class Kept:
+class Cached:
     """Images on disk whose pixels are kept in a folder.
 
     Args:
         images: where they come from the first time, and again after a file has changed.
-        folder: where the two files are; made if need be.
+        folder: where the file is; made if need be.
 
     Raises:
         InputError: the folder cannot be written, or the disk has no room for the pixels.
@@ -42,8 +45,7 @@ class Kept:
         self._now = np.array([[each.st_size, each.st_mtime_ns] for each in found], dtype=np.int64)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._pixels = _file(folder / f"{name}.pixels", np.uint8, (len(images), *self.shape))
-            self._stamps = _file(folder / f"{name}.stamps", np.int64, self._now.shape)
+            self._stamps, self._pixels = _arrays(folder / f"{name}.images", self._now.shape, self.shape)
         except OSError as error:
             raise InputError(
                 f"cannot keep images in {folder}: {error.strerror or error}; give --cache another folder"
@@ -72,12 +74,15 @@ class Kept:
         return torch.from_numpy(self._pixels[wanted]).to(device)
 
 
-def _file(path: Path, kind: type, shape: tuple[int, ...]) -> np.memmap:
-    """Return an array in a file, of zeros where nothing was written yet."""
-    size = int(np.prod(shape)) * np.dtype(kind).itemsize
+def _arrays(path: Path, stamps: tuple[int, ...], image: tuple[int, ...]) -> tuple[np.memmap, np.memmap]:
+    """Return the stamps and the pixels in a file, of zeros where nothing was written yet."""
+    pixels = (stamps[0], *image)
+    offset = math.prod(stamps) * np.dtype(np.int64).itemsize
+    size = offset + math.prod(pixels)
     if not path.exists() or path.stat().st_size != size:
         if shutil.disk_usage(path.parent).free < size:
             raise OSError(f"{size / 2**30:.1f} GiB are needed, and the disk has less")
-        with path.open("wb") as file:
+        # Renamed when it has its size: another process never finds a shorter one, nor loses the one that it has open.
+        with atomic_write(path) as part, part.open("wb") as file:
             file.truncate(size)
-    return np.memmap(path, kind, "r+", shape=shape)
+    return np.memmap(path, np.int64, "r+", shape=stamps), np.memmap(path, np.uint8, "r+", offset, pixels)
