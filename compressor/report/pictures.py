@@ -73,15 +73,19 @@ def latency(timings: Iterable[Timing]) -> Markup:
 
 
 def _channel_bar(layer: Layer, across: Scale, top: float) -> Markup:
-    name = layer.name if len(layer.name) <= 34 else "…" + layer.name[-33:]
     return group(
         hint(f"{layer.name}: {layer.after} of {layer.before} channels stay ({kept(layer)})"),
-        text(across.start - 8, top + 11, name, "end", class_="label"),
+        text(across.start - 8, top + 11, shortened(layer.name), "end", class_="label"),
         # What stayed is drawn over what there was: the grey that is left is what went.
         _bar(across.start, across(layer.before), top, 13, "dense"),
         _bar(across.start, across(layer.after), top, 13, "pruned"),
         text(across(layer.before) + 6, top + 11, f"{layer.before} → {layer.after}", class_="value"),
     )
+
+
+def shortened(name: str) -> str:
+    """Return a name as it fits in front of a row: the end of a long one, which tells it from others."""
+    return name if len(name) <= 34 else "…" + name[-33:]
 
 
 def _offsets(epochs: Sequence[Epoch]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from compressor.report.document import GroupRelevance
-from compressor.report.pictures import WIDTH, Scale, picture
+from compressor.report.pictures import WIDTH, Scale, picture, shortened
 from compressor.report.svg import group, hint, join, line, path, pixels, rectangle, text
 
 _ROW = 18
@@ -46,7 +46,6 @@ def _place(value: float) -> float:
 
 
 def _row(of: GroupRelevance, across: Scale, top: float) -> Markup:
-    name = of.name if len(of.name) <= 34 else "…" + of.name[-33:]
     above = sum(of.is_above)
     says = (
         f"{of.name}: {above} of {len(of.is_above)} channels are above chance, {of.undecided} cannot be told from it; "
@@ -55,7 +54,7 @@ def _row(of: GroupRelevance, across: Scale, top: float) -> Markup:
     return group(
         hint(says),
         rectangle(across.start, top, across.end - across.start, 14, fill="transparent"),  # to point at
-        text(across.start - 8, top + 11, name, "end", class_="label"),
+        text(across.start - 8, top + 11, shortened(of.name), "end", class_="label"),
         join(_strokes(of, across, top, is_above) for is_above in (False, True)),
         text(across.end + 8, top + 11, f"{above} of {len(of.is_above)}", class_="value"),
     )

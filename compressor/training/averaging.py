@@ -44,17 +44,14 @@ class MovingAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Let the model have the averages in this `with`."""
-        self._exchange()
+        self.exchange()
         try:
             yield
         finally:
-            self._exchange()
+            self.exchange()
 
-    def keep(self) -> None:
-        """Let the model have the averages from now on."""
-        self._exchange()
-
-    def _exchange(self) -> None:
+    def exchange(self) -> None:
+        """Let the model have the averages from now on; a second time gives it its own weights back."""
         own = self._own() if self._means else []
         for index, tensor in enumerate(own):
             # By pointer: the optimizer and the caller hold these parameters.

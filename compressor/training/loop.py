@@ -341,7 +341,7 @@ class _Run:
     def finish(self) -> None:
         """Leave the model as validation saw it."""
         if self._average:
-            self._average.keep()
+            self._average.exchange()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that changes; every rank asks at the same time."""
