@@ -53,6 +53,13 @@ CALLS = {
     "transposed convolution": lambda x: (
         nn.ConvTranspose2d(x.shape[1], 4, 2, device="meta", dtype=x.dtype)(x) if x.dim() == 4 else x
     ),
+    "linear": lambda x: nn.Linear(x.shape[-1], 6, device="meta", dtype=x.dtype)(x),
+    "linear on rows": lambda x: nn.Linear(x[0].numel(), 6, device="meta", dtype=x.dtype)(x.flatten(1)),
+    "scaled linear": lambda x: torch.addmm(row(x, 6), x.flatten(1), row(x, x[0].numel(), 6), beta=2),
+    "linear with a whole matrix of biases": lambda x: torch.addmm(
+        row(x, len(x), 6), x.flatten(1), row(x, x[0].numel(), 6)
+    ),
+    "linear without a column": lambda x: torch.addmm(row(x, 1), x.flatten(1), row(x, x[0].numel(), 6)),
     "batch norm": lambda x: nn.BatchNorm2d(x.shape[1], device="meta", dtype=x.dtype).eval()(x) if x.dim() == 4 else x,
 }
 
@@ -62,6 +69,10 @@ def conv(x: Tensor, channels: int, kernel: int, **how: object) -> Tensor:
     if x.dim() not in kinds or x.shape[-1] + 2 * how.get("padding", 0) < kernel * how.get("dilation", 1):
         return x
     return kinds[x.dim()](x.shape[1], channels, kernel, device="meta", dtype=x.dtype, **how)(x)
+
+
+def row(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, device="meta", dtype=x.dtype)
 
 
 def gate(shape: torch.Size) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -50,9 +50,9 @@ def ambient_modes_disabled() -> Iterator[None]:
 
 
 @contextmanager
-def _modes_preserved(model: nn.Module) -> Iterator[None]:
+def _modes_preserved(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put every module's flag of training back afterwards."""
-    training = [(module, module.training) for module in model.modules()]
+    training = [(module, module.training) for module in modules]
     try:
         yield
     finally:
@@ -66,11 +66,14 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
     That is torch's, numpy's and Python's own: a model may draw from any of them.
     """
-    devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.device.type == "cuda"})
+    modules = list(model.modules())  # once: of a deep model the list takes as long as ten of its operations
+    tensors = [tensor for module in modules for tensor in module._parameters.values() if tensor is not None]
+    devices = sorted({tensor.device.index or 0 for tensor in tensors if tensor.device.type == "cuda"})
     drawn = random.getstate(), np.random.get_state()
     try:
-        with _modes_preserved(model), torch.random.fork_rng(devices), ambient_modes_disabled(), torch.no_grad():
-            model.eval()
+        with _modes_preserved(modules), torch.random.fork_rng(devices), ambient_modes_disabled(), torch.no_grad():
+            if any(module.training for module in modules):
+                model.eval()
             yield
     finally:
         random.setstate(drawn[0])
@@ -154,7 +157,7 @@ class OwnForward:
         """
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         try:
-            with _modes_preserved(model):
+            with _modes_preserved(model.modules()):
                 return self.forward(model, self.batch)
         finally:
             for buffer, before in buffers:

@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -216,7 +217,7 @@ class TraceContext:
         if not isinstance(axis, np.ndarray):
             return None
         # Labels are handed out in order, so that the dimension they belong to is found by bisection.
-        index = int(np.searchsorted(self._first_labels, axis[0], side="right")) - 1
+        index = bisect_right(self._first_labels, axis[0]) - 1
         dim = self._dims_in_order[index] if index >= 0 else None
         inside = dim and axis[0] <= self.parameter_dims[dim][-1]
         return dim if inside else None
@@ -259,8 +260,8 @@ class TraceContext:
         Returns:
             The labels of what is left: one per column, or one per row.
         """
-        if not isinstance(axis, np.ndarray):
-            return axis
+        if not isinstance(axis, np.ndarray) or (1, len(axis))[tie] == rows:
+            return axis  # nothing is tied: one row down its columns, or rows of one
         block = axis.reshape(rows, -1)
         first = np.take(block, [0], axis=tie)
         self.labels.tie(np.broadcast_to(first, block.shape).ravel(), block.ravel())

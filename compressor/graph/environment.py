@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -47,7 +48,7 @@ def preserve_module_state(model: nn.Module, training: bool = False) -> Iterator[
         for each in saved:
             each.restore()
         for index, each in enumerate(hooks):
-            if each.keys() != installed.get(index, {}).keys():
+            if (each or index in installed) and each.keys() != installed.get(index, {}).keys():
                 each.clear()
                 each.update(installed.get(index, {}))
 
@@ -76,17 +77,13 @@ class _SavedContents:
         """Write the contents back where they changed, into the same object: others may refer to it."""
         # NOTE: By the methods of dict and list themselves: a subclass may forbid its own (diffusers' FrozenDict).
         if isinstance(self._copy, dict):
-            if not _is_same(list(self._holder.items()), list(self._copy.items())):
+            same_keys = list(self._holder) == list(self._copy)
+            if not (same_keys and all(map(operator.is_, dict.values(self._holder), self._copy.values()))):
                 dict.clear(self._holder)
                 dict.update(self._holder, self._copy)
-        elif not _is_same(list(enumerate(self._holder)), list(enumerate(self._copy))):
+        elif len(self._holder) != len(self._copy) or not all(map(operator.is_, self._holder, self._copy)):
             list.clear(self._holder)
             list.extend(self._holder, self._copy)
-
-
-def _is_same(now: list[tuple[Any, Any]], before: list[tuple[Any, Any]]) -> bool:
-    """Return whether keys are equal and values are the very same objects."""
-    return len(now) == len(before) and all(a == c and b is d for (a, b), (c, d) in zip(now, before, strict=True))
 
 
 @contextlib.contextmanager

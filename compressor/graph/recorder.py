@@ -17,6 +17,7 @@ import operator
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._modules = dict(self.model.named_modules())
         self.tensors = named_model_tensors(self._modules)
         self._owned = {id(tensor): name for name, tensor in self.tensors.items()}
-        self.context.buffers = self.tensors.keys() - {name for name, _ in self.model.named_parameters()}
+        self.context.buffers = {name for name, tensor in self.tensors.items() if not isinstance(tensor, nn.Parameter)}
         self.context.has_size_attribute = _SizeAttributes(self._modules, self.context)
 
     def run(self, example_inputs: Any, outputs: Callable[[Any], Any] | None = None, *, training: bool = False) -> None:
@@ -150,14 +151,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = kernel(*args, **kwargs) if kernel else NotImplemented
         if out is NotImplemented:
             return func(*args, **kwargs)
-        return args[0] if func._schema.is_mutable else out
+        return args[0] if _schema_of(func)[1] else out
 
     # -- which tensors have no data
 
     def _takes_part(self, tensor: Tensor, func: Any) -> bool:
         """Return whether an operation on this tensor belongs to the run, and not to the making of a constant."""
         # Integer buffers are constants (tables of positions) until something writes them: a counter must not count.
-        is_written = id(tensor) in self._owned and func._schema.is_mutable
+        is_written = id(tensor) in self._owned and _schema_of(func)[1]
         is_weight = id(tensor) in self._owned and tensor.is_floating_point()
         return self.context.is_traced(tensor) or is_weight or is_written
 
@@ -300,10 +301,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _rule_of(func: Any) -> tuple[str, Rule | None]:
     """Return the name of an operation without its overload, and its rule. In-place ones go by the plain name."""
-    name = f"{func.namespace}.{func._schema.name.partition('::')[2]}"
-    if name not in RULES and func._schema.is_mutable:
+    name, is_mutable = _schema_of(func)
+    if name not in RULES and is_mutable:
         name = name.removesuffix("_")
     return name, RULES.get(name)
+
+
+@cache
+def _schema_of(func: Any) -> tuple[str, bool]:
+    """Return the name of an operation without its overload, and whether it writes into an argument."""
+    return f"{func.namespace}.{func._schema.name.partition('::')[2]}", func._schema.is_mutable
 
 
 def _fits(axes: list[Axes], results: list[Tensor]) -> bool:

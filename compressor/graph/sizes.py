@@ -32,14 +32,14 @@ def replace_data(tensor: Tensor, data: Tensor) -> None:
 
 def sync_size_attributes(model: nn.Module) -> None:
     """Set the size attributes of known modules (`in_channels`, `num_features`, ...) to those of their tensors."""
-    for module in model.modules():
-        with torch.no_grad():
+    with torch.no_grad():
+        for module in model.modules():
             _refresh_made_weights(module)
-        for name, value in _sizes_of_tensors(module).items():
-            if vars(module).get(name) != value:
-                setattr(module, name, value)
-                if isinstance(module, nn.RNNBase):
-                    module.flatten_parameters()  # on a GPU, cuDNN wants all weights in one piece of memory
+            for name, value in _sizes_of_tensors(module).items():
+                if vars(module).get(name) != value:
+                    setattr(module, name, value)
+                    if isinstance(module, nn.RNNBase):
+                        module.flatten_parameters()  # on a GPU, cuDNN wants all weights in one piece of memory
 
 
 def restore_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
@@ -144,11 +144,13 @@ def _sizes_of_tensors(module: nn.Module) -> dict[str, Any]:
 
 def stored_weight(module: nn.Module) -> Tensor | None:
     """Return a module's weight; of one that is made of others only when it runs, the one that has its shape now."""
-    if is_parametrized(module, "weight"):
+    if "parametrizations" in module._modules and is_parametrized(module, "weight"):
         # NOTE: Not `module.weight`: to ask spectral_norm for it in training is to take a step of its power iteration.
         made_of = dict(module.get_submodule("parametrizations.weight").named_parameters(recurse=False))
         return made_of.get("original", made_of.get("original1"))
-    return next((getattr(module, name) for name in _WEIGHTS if hasattr(module, name)), None)
+    # NOTE: Where `module.weight` would look, but torch takes long to say of a module that it has none.
+    places = (module._parameters, module._buffers, vars(module))
+    return next((place[name] for name in _WEIGHTS for place in places if name in place), None)
 
 
 _WEIGHTS = ("weight_orig", "weight_v", "weight")  # as prune and spectral_norm, and weight_norm, call what they replaced
