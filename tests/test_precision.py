@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,15 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import nn
 from typer.testing import CliRunner
+from user_models import tiny
 
 import compressor
-from compressor import job, report
+from compressor import deploy, job, report
 from compressor.cli import app
 from compressor.deploy import lower_precision, open_session
 from compressor.deploy.precision import _cosines
 from compressor.errors import ArtifactError, InputError, ParityError, RangeError, UnknownNameError
-from compressor.job import Settings
+from compressor.job import Settings, exporting
 from compressor.report import tables
 
 BLOBS = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
@@ -199,11 +201,13 @@ def test_what_cannot_be_lowered_is_said(tmp_path: Path) -> None:
 def test_a_run_leaves_both_models_in_int8_and_says_what_that_cost(tmp_path: Path) -> None:
     given = {"model": "user_models:tiny", "epochs": 2, "criterion": "l1", "finetune-epochs": 1, "sparsity": 0.3}
     more = {"compensate": "mean", "precision": "int8", "tolerance": 0.1, "out": str(tmp_path / "run")}
+    more["qat-epochs"] = 3  # of which there is no need
     made = job.run(Settings.from_options({**given, **more}))
     assert [each.file for each in made.lowered] == ["dense.int8.onnx", "model.int8.onnx"]
     for each, name in zip(made.lowered, ("dense", "pruned"), strict=True):
         assert each.size_bytes == (tmp_path / "run" / each.file).stat().st_size
         assert not each.missed
+        assert each.qat_epochs == 0
         assert each.accuracy == pytest.approx(getattr(made, name).accuracy, abs=0.1)
     assert "onnxruntime int8" in {timing.backend for timing in made.timings}
     rows = {row.label: row for row in tables.comparison(made)}
@@ -211,8 +215,40 @@ def test_a_run_leaves_both_models_in_int8_and_says_what_that_cost(tmp_path: Path
     assert report.read(tmp_path / "run") == made
 
 
+def test_a_model_that_misses_the_gate_is_trained_on_for_int8(tmp_path: Path, monkeypatch) -> None:
+    tried: list[tuple[Path, dict]] = []
+
+    def refuse_at_first(source: Path, target: Path, **how: object) -> deploy.PrecisionReport:
+        tried.append((source, how))
+        made = exporting.lower_on(source, target, **how)
+        if how.get("leave_whole", True):
+            return made
+        kept = target.with_suffix(".failed.onnx")
+        target.rename(kept)
+        raise ParityError("it is wrong", str(kept), "Try again")
+
+    monkeypatch.setattr("compressor.job.results.lower_on", refuse_at_first)
+    out = tmp_path / "run"
+    given = {"model": "user_models:tiny", "epochs": 1, "criterion": "l1", "finetune-epochs": 1, "sparsity": 0.3}
+    more = {"precision": "int8", "tolerance": 0.9, "qat-epochs": 2, "out": str(out)}
+    made = job.run(Settings.from_options({**given, **more}), timings=False)
+    assert [each.qat_epochs for each in made.lowered] == [2, 2]
+    stages = [json.loads(line)["stage"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert (stages.count("int8-dense"), stages.count("int8-pruned")) == (2, 2)
+    assert not list(out.glob("*.failed.onnx"))
+    assert {row.label: row.pruned for row in tables.comparison(made)}["epochs of training for int8"] == "2"
+    # The gate holds what was trained against the run's own file, which is still of the model as it was.
+    assert tried[-1][1]["reference"] == out / "model.onnx" != tried[-1][0]
+    trained = compressor.load(out / "model.safetensors", factory=partial(tiny, 10))
+    images = torch.randn(4, 3, 32, 32)
+    of_file = open_session(out / "model.onnx").run(None, {"images": images.numpy()})[0]
+    assert trained.eval()(images).detach().numpy() == pytest.approx(of_file, abs=1e-4)
+    props = [open_session(out / name).get_modelmeta().custom_metadata_map for name in ("model.onnx", "model.int8.onnx")]
+    assert props[0].items() - {("precision", "fp32")} <= props[1].items()
+
+
 def test_a_run_whose_int8_misses_the_gate_says_so(tmp_path: Path, monkeypatch) -> None:
-    def refuse(source: Path, target: Path, *rest: object) -> None:
+    def refuse(source: Path, target: Path, **rest: object) -> None:
         raise ParityError("it is wrong", str(target), "Try again")
 
     monkeypatch.setattr("compressor.job.results.lower_on", refuse)

@@ -28,6 +28,7 @@ from .place import Precision as Precision
 from .place import Target as Target
 from .precision import PrecisionReport as PrecisionReport
 from .precision import lower_precision as lower_precision
+from .precision import weight_bits as weight_bits
 from .prediction import Prediction as Prediction
 from .prediction import image_files as image_files
 from .prediction import predict as predict

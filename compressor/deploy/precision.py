@@ -72,6 +72,8 @@ def lower_precision(
     calibration: Iterable[Array] = (),
     tolerance: float = TOLERANCE,
     target: Target | None = None,
+    reference: str | Path | None = None,
+    leave_whole: bool = True,
 ) -> PrecisionReport:
     """Write a float32 ONNX file in a lower precision, and hold it against the original.
 
@@ -87,6 +89,9 @@ def lower_precision(
         calibration: images for int8; 100 to 500 are usual.
         tolerance: how much accuracy int8 may lose, a share of the images.
         target: what int8 is to run on; by default a processor like this one.
+        reference: the float32 file that the gate compares with, where `source` was trained on from it for int8;
+            by default `source`.
+        leave_whole: whether layers may be left in float32.
 
     Raises:
         InputError: no images where there must be some.
@@ -102,7 +107,7 @@ def lower_precision(
     if not 0 <= tolerance < 1:
         raise RangeError("tolerance", tolerance, "[0, 1)")
     checked = list(check)
-    judge = _Judge(precision, tolerance, source, checked)
+    judge = _Judge(precision, tolerance, Path(reference or source), checked)
     with atomic_write(path) as unproven, TemporaryDirectory() as folder:
         if precision == "fp16":
             _halve(source, unproven)
@@ -112,12 +117,12 @@ def lower_precision(
             if not images or any(labels is None for _, labels in checked):
                 raise InputError("int8 needs calibration images, and labelled images to check on: pass both")
             quantised = _Quantisation(source, images, target or _this_machine(), Path(folder))
-            found = _least_left_whole(quantised, judge, unproven)
+            found = _least_left_whole(quantised, judge, unproven, leave_whole)
         if found.refusal:
             kept = path.with_name(f"{path.stem}.failed.onnx")
             unproven.replace(kept)
             raise ParityError(found.refusal, str(kept), "Give --tolerance, or calibrate on other images")
-        _say(unproven, source, {"precision": precision, **found.said()})
+        _say(unproven, Path(reference or source), {"precision": precision, **found.said()})
     return PrecisionReport(
         path,
         path.stat().st_size,
@@ -129,6 +134,12 @@ def lower_precision(
         found.accuracy,
         found.left_whole,
     )
+
+
+def weight_bits(target: Target | None = None) -> int:
+    """Return how many bits a weight of int8 has on a target; by default on a processor like this one."""
+    # Without VNNI two products of 8 bits are summed in 16: seven bits of weight keep them from overflowing.
+    return 7 if (target or _this_machine()) == "x86" else 8
 
 
 # -- the gate
@@ -258,8 +269,7 @@ class _Quantisation:
                 _reader(self._input, self._calibration),
                 op_types_to_quantize=self._kinds,
                 per_channel=True,
-                # Without VNNI two products of 8 bits are summed in 16: seven bits of weight keep them from overflowing.
-                reduce_range=self._target == "x86",
+                reduce_range=weight_bits(self._target) == 7,
                 activation_type=quantization.QuantType.QInt8 if signed else quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
                 nodes_to_quantize=list(only) or None,
@@ -297,15 +307,15 @@ def _reader(name: str, images: Sequence[Array]) -> Any:
     return Reader()
 
 
-def _least_left_whole(quantised: _Quantisation, judge: _Judge, path: Path) -> _Judgement:
-    """Quantise all; where that misses the gate, all but the layers that hurt most. Writes `path`.
+def _least_left_whole(quantised: _Quantisation, judge: _Judge, path: Path, leave_whole: bool) -> _Judgement:
+    """Quantise all; where that misses the gate and layers may be left out, all but those that hurt most. Writes `path`.
 
     A worked example: of 20 layers those whose own quantisation moves the output most are `fc` and `conv1`. Without `fc`
     the gate is still missed, without both it is passed: these two stay in float32.
     """
     quantised.write(path)
     found = judge(path)
-    if not found.refusal:
+    if not found.refusal or not leave_whole:
         return found
     names = quantised.layers()
     worst = _worst_first(quantised, judge, list(names))

@@ -123,7 +123,9 @@ def idle_options(given: Values) -> dict[str, str]:
         "reconstruct": "--when during" if is_during(given) and given["reconstruct"] else "",
         **dict.fromkeys(relevance, "" if observing else unobserved),
         **dict.fromkeys(("target_engine", "target_batch", "target_threads"), unmeasured),
-        "tolerance": "" if given["precision"] == "int8" else f"--precision {given['precision']}",
+        **dict.fromkeys(
+            ("tolerance", "qat_epochs"), "" if given["precision"] == "int8" else f"--precision {given['precision']}"
+        ),
         **dict.fromkeys(("temperature", "teacher"), "" if given["distill"] else "--distill 0"),
         "distill": "--finetune-epochs 0" if not is_during(given) and given["finetune_epochs"] == 0 else "",
         "granularity": "" if sparse else criterion,

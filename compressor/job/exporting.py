@@ -142,6 +142,8 @@ def lower_on(
     says: ImageModel,
     tolerance: float | None = None,
     machine: Target | None = None,
+    reference: Path | None = None,
+    leave_whole: bool = True,
 ) -> PrecisionReport:
     """Bring an ONNX file to a lower precision: calibrated on the training part, checked on the validation part.
 
@@ -149,12 +151,22 @@ def lower_on(
         source, target, precision: as for `lower_precision`.
         data: images that were normalised for training as `says` has it, or will be now.
         says: what the file takes.
-        tolerance, machine: as for `lower_precision`; None leaves its default.
+        tolerance, machine, reference, leave_whole: as for `lower_precision`; None leaves its default.
     """
     given = {} if tolerance is None else {"tolerance": tolerance}
     calibration = (images for images, _ in _arrays(data.train, says, _CALIBRATION_IMAGES, shuffled=True))
     check = _arrays(data.validation, says, _CHECK_IMAGES)
-    return lower_precision(source, target, precision, check=check, calibration=calibration, target=machine, **given)
+    return lower_precision(
+        source,
+        target,
+        precision,
+        check=check,
+        calibration=calibration,
+        target=machine,
+        reference=reference,
+        leave_whole=leave_whole,
+        **given,
+    )
 
 
 def accuracy_of(path: Path, part: Split, says: ImageModel) -> float:

@@ -159,7 +159,7 @@ def _run_in(folder: Path, settings: Settings, call: _Call, ranks: Ranks) -> repo
     trained = stages.during(model) if settings.when == "during" else stages.after(model)
     made: report.Report | None = None
     if ranks.is_first:
-        made = finish(settings, data, trained, graph, stages.metrics.records, call.on_progress, call.timings, metric)
+        made = finish(settings, data, trained, graph, stages, call.on_progress, call.timings, metric)
     return cast(report.Report, ranks.object_of_the_first(made))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from compressor import report, training
 from compressor.deploy import (
     ExportReport,
     ImageModel,
+    PrecisionReport,
     describe_machine,
     export_onnx,
     fvcore_macs,
@@ -28,7 +30,7 @@ from compressor.graph import ChannelGraph
 from compressor.job.exporting import accuracy_of, lower_on
 from compressor.job.folder import MODELS, RECORDS
 from compressor.job.settings import Settings
-from compressor.job.stages import Progress, Trained
+from compressor.job.stages import Progress, Stages, Trained
 from compressor.training import Data, Evaluation, Metric, Split, evaluate
 
 CHECK_IMAGES = 128  # test images on which onnxruntime is held against PyTorch
@@ -40,7 +42,7 @@ def finish(
     data: Data,
     trained: Trained,
     graph: ChannelGraph,
-    records: Sequence[Mapping[str, Any]],
+    stages: Stages,
     on_progress: Progress,
     with_timings: bool,
     metric: Metric | None = None,
@@ -50,7 +52,7 @@ def finish(
     What only adds to it (an ONNX file, fvcore's count) may fail: then it is left out, and a note says so. The models
     are saved before.
     """
-    folder = Path(settings.out)
+    folder, records = Path(settings.out), stages.metrics.records
     models = {"dense": trained.dense.eval(), "pruned": trained.pruned.eval()}
     seen = {name: evaluate(model, data.test, device=settings.device) for name, model in models.items()}
     image_model = ImageModel(data.image_shape, data.classes, data.train.mean, data.train.std)
@@ -64,7 +66,8 @@ def finish(
     }
     exports = {name: export for name, export in tried.items() if export}
     files = {name: export.path for name, export in exports.items()}
-    lowered = [_lowered(settings, files[name], data, image_model) for name in files if settings.precision != "fp32"]
+    at_lower = files if settings.precision != "fp32" else {}
+    lowered = [_lowered(stages, name, models[name], files[name], data, image_model) for name in at_lower]
     small = {name: folder / each.file for name, each in zip(files, lowered, strict=False) if not each.missed}
     timings = _timings(settings, data, models, (files, small), on_progress, notes) if with_timings else ()
     figures = {name: _figures(settings, data, trained, name, folder, notes, seen[name]) for name in models}
@@ -166,18 +169,54 @@ def _export(
     return made
 
 
-def _lowered(settings: Settings, whole: Path, data: Data, says: ImageModel) -> report.Lowered:
-    """Bring an ONNX file to the run's precision, and measure it on the test part; a missed gate is said, not raised."""
-    target = whole.with_suffix(f".{settings.precision}.onnx")
+def _lowered(stages: Stages, name: str, model: nn.Module, whole: Path, data: Data, says: ImageModel) -> report.Lowered:
+    """Bring an ONNX file to the run's precision, and measure it on the test part; a missed gate is said, not raised.
+
+    Args:
+        stages: of the run.
+        name, model, whole: of the model, and its file in float32.
+        data, says: images, and what the file takes.
+    """
+    precision = stages.settings.precision
+    target = whole.with_suffix(f".{precision}.onnx")
     try:
-        made = lower_on(whole, target, settings.precision, data, says, settings.tolerance)
+        made, epochs = _lower(stages, name, model, whole, target, data, says)
     except ParityError as error:
         target.unlink(missing_ok=True)  # of an earlier try
-        return report.Lowered(target.name, settings.precision, math.nan, 0, math.nan, (), f"no {target.name}: {error}")
+        return report.Lowered(target.name, precision, math.nan, 0, math.nan, (), f"no {target.name}: {error}")
     accuracy = accuracy_of(target, data.test, says)
     return report.Lowered(
-        target.name, settings.precision, accuracy, made.size_bytes, made.top1_agreement, made.left_whole
+        target.name, precision, accuracy, made.size_bytes, made.top1_agreement, made.left_whole, qat_epochs=epochs
     )
+
+
+def _lower(
+    stages: Stages, name: str, model: nn.Module, whole: Path, target: Path, data: Data, says: ImageModel
+) -> tuple[PrecisionReport, int]:
+    """Return what became of a file, and for how many epochs its model was trained on for int8.
+
+    That is done where it was asked for and the gate is missed with all layers in int8, before any is left in float32.
+    """
+    settings = stages.settings
+    lower = partial(
+        lower_on, target=target, precision=settings.precision, data=data, says=says, tolerance=settings.tolerance
+    )
+    if not settings.qat_epochs:
+        return lower(whole), 0
+    try:
+        return lower(whole, leave_whole=False), 0
+    except ParityError as error:
+        Path(error.kept).unlink()
+    example = _images(data.test)[:2].to(settings.device)
+    with TemporaryDirectory() as folder:
+        trained = export_onnx(
+            stages.for_int8(model, name),
+            Path(folder) / whole.name,
+            example,
+            input_names=says.input_names,
+            output_names=says.output_names,
+        )
+        return lower(trained.path, reference=whole), settings.qat_epochs
 
 
 def _images(part: Split) -> Tensor:

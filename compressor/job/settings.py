@@ -267,6 +267,10 @@ class Settings:
     precision: Precision = option("fp32", "Run", "Of ONNX files beside those in float32: fp16, int8.")
     tolerance: float | None = option(None, "Run", "Accuracy that int8 may lose, in [0, 1).", f"{TOLERANCE}")
 
+    qat_epochs: int = option(
+        0, "Run", "Epochs of quantisation-aware training for a model that all in int8 would lose more."
+    )
+
     tensorboard: bool = option(False, "Run", "Also write what is measured while training for TensorBoard.")
     metric: str = option(
         "", "Run", "A figure of your own: package.module:function, called with a model; add :lower if less is better."
@@ -313,6 +317,7 @@ class Settings:
         allowed = {
             "recalibrate": ("0, 2, 3, 4, ...", images is None or images == 0 or images >= 2),
             "finetune_epochs": ("0, 1, 2, ...", (self.finetune_epochs or 0) >= 0),
+            "qat_epochs": ("0 to 100,000", 0 <= self.qat_epochs <= 100_000),
             "epochs": ("1, 2, 3, ...; 0 with --when after", trains),
             "rounds": (f"1 to {MOST_ROUNDS}", 1 <= self.rounds <= MOST_ROUNDS),
             "tolerance": ("[0, 1)", 0 <= (self.tolerance or 0) < 1),

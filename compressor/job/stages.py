@@ -18,7 +18,7 @@ from torch.optim import SGD, Optimizer
 from compressor._utils import Ranks, StopRequest
 from compressor.budget import Allocation, Budget, PruneResult, Threshold, cut_event
 from compressor.criteria import needs_gradients
-from compressor.deploy import LatencyCost, require_exportable
+from compressor.deploy import LatencyCost, require_exportable, weight_bits
 from compressor.errors import BudgetError, InputError
 from compressor.job.board import BOARD, Board
 from compressor.job.checks import OBSERVING, is_sparse, observes
@@ -27,11 +27,14 @@ from compressor.job.settings import Settings
 from compressor.pruning import Pruner, prune
 from compressor.sparse import SparseTraining
 from compressor.training import (
+    TRAINED_LR,
     Data,
     HookFactory,
     LossFunction,
     PlainStep,
+    QuantizationAware,
     StepHook,
+    TrainingConfig,
     recalibrate,
     require_scores,
     take_over,
@@ -141,15 +144,15 @@ class Stages:
             pruners.append(self._pruner(model, optimizer, total_steps, self.ranks))
             return _Recalibrating(pruners[-1], self._recalibrate) if self.settings.recalibrate else pruners[-1]
 
-        epochs = self.settings.epochs or 0
-        self._train(dense, "dense", epochs)
-        self._train(pruned, "pruned", epochs, make_pruner, teacher=self._teacher(dense))
+        config = self._training(self.settings.epochs)
+        self._train(dense, "dense", config)
+        self._train(pruned, "pruned", config, make_pruner, teacher=self._teacher(dense))
         return Trained(dense, pruned, pruners[-1].result())
 
     def after(self, model: nn.Module) -> Trained:
         """Train, then go two ways for equally long: with a pruned copy, and with the dense model."""
         settings = self.settings
-        self._train(model, "train", settings.epochs or 0)
+        self._train(model, "train", self._training(settings.epochs))
         dense = model
         # NOTE: The dense model gets the same treatment, or the pruned one would be ahead by BatchNorm statistics alone;
         # and before the cut, because its layers are what those of the pruned one are fitted to.
@@ -160,26 +163,35 @@ class Stages:
         made = self._prune(pruned) if self.ranks.is_first else None
         result = cast(PruneResult, self.ranks.object_of_the_first(made))
         take_over(pruned, self.ranks)
-        self._train(dense, "dense", settings.finetune_epochs or 0)
-        epochs = settings.finetune_epochs or 0
-        self._train(pruned, "pruned", epochs, events=_cut_records(result), teacher=self._teacher(dense))
+        config = self._training(settings.finetune_epochs)
+        self._train(dense, "dense", config)
+        self._train(pruned, "pruned", config, events=_cut_records(result), teacher=self._teacher(dense))
         return Trained(dense, pruned, result)
+
+    def for_int8(self, model: nn.Module, name: str) -> nn.Module:
+        """Return a copy of a finished model that was trained on with weights and inputs rounded as int8 has them."""
+        settings = self.settings
+        double = copy.deepcopy(model)
+        hook = partial(QuantizationAware, weight_bits=weight_bits())
+        usual = settings.training(settings.qat_epochs)
+        config = replace(usual, lr=TRAINED_LR * usual.lr, compile=False, ema=0.0)
+        self._train(double, f"int8-{name}", config, hook, teacher=self._teacher(model), ranks=Ranks())
+        return double.eval()
 
     def _train(
         self,
         model: nn.Module,
         stage: str,
-        epochs: int,
+        config: TrainingConfig | None,
         hook: HookFactory = PlainStep,
         events: list[dict[str, Any]] | None = None,
         teacher: nn.Module | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
-        """Train for one stage; `events` came before its first epoch. Writes the model."""
-        settings = self.settings
-        if epochs == 0:  # --finetune-epochs 0: what was cut is recorded all the same
+        """Train for one stage, if there is one; `events` came before its first epoch. Writes the model."""
+        if config is None:  # --finetune-epochs 0: what was cut is recorded all the same
             self.metrics.replace_stage({"stage": stage, **event} for event in events or ())
             return
-        config = settings.training(epochs)
         history = train(
             model,
             self.data,
@@ -192,10 +204,14 @@ class Stages:
             stop=self.stop,
             about={"network": self.network},
             teacher=teacher,
-            checkpoint_every=settings.checkpoint_every,
-            ranks=self.ranks,
+            checkpoint_every=self.settings.checkpoint_every,
+            ranks=ranks or self.ranks,
         )
         self.metrics.replace_stage({"stage": stage, **record} for record in (*(events or ()), *history.records))
+
+    def _training(self, epochs: int | None) -> TrainingConfig | None:
+        """Return how a stage of so many epochs trains; None for one without any."""
+        return self.settings.training(epochs) if epochs else None
 
     def _record(self, stage: str, record: Mapping[str, Any]) -> None:
         self.metrics.append({"stage": stage, **record})

@@ -233,6 +233,7 @@ class Lowered:
         top1_agreement: share of validation images with the class of the float32 file.
         left_whole: layers that stayed in float32.
         missed: what the gate refused it for, empty where it passed.
+        qat_epochs: for how long the model was trained on, with weights and inputs rounded, to be quantised.
     """
 
     file: str
@@ -242,6 +243,7 @@ class Lowered:
     top1_agreement: float
     left_whole: tuple[str, ...] = ()
     missed: str = ""
+    qat_epochs: int = 0
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ def _lowered_rows(report: Report) -> list[Row]:
     kind = report.lowered[0].precision
     points = 100 * (pruned.accuracy - dense.accuracy) if dense and pruned else math.nan
     accuracies = [f"{each.accuracy:.2%}" if each and not each.missed else "-" for each in (dense, pruned)]
+    epochs = [each.qat_epochs if each else 0 for each in (dense, pruned)]
     sizes = [size(each.size_bytes) if each and not each.missed else "-" for each in (dense, pruned)]
     return [
         Row(
@@ -89,6 +90,7 @@ def _lowered_rows(report: Report) -> list[Row]:
             "" if math.isnan(points) else f"{points:+.2f} points",
         ),
         Row(f"model.{kind}.onnx", sizes[0], sizes[1], ""),
+        *([Row(f"epochs of training for {kind}", str(epochs[0]), str(epochs[1]), "")] if any(epochs) else []),
     ]
 
 
