@@ -135,10 +135,12 @@ def test_metrics_are_the_records_of_the_report(finished) -> None:
 def test_latency_is_measured_in_every_place(finished) -> None:
     _, made, _ = finished
     places = {(t.model, t.backend, t.batch_size) for t in made.timings}
-    wanted = {(m, b, n) for m in ("dense", "pruned", "control") for b in ("torch", "onnxruntime") for n in (1, 32)}
+    wanted = {(m, b, n) for m in ("dense", "pruned", "control") for b in ("torch", "onnxruntime") for n in (1, 8, 32)}
     assert places == wanted
     # All models and engines took turns: as many calls of each.
-    assert len({(t.batch_size, t.n) for t in made.timings}) == 2
+    assert len({(t.batch_size, t.n) for t in made.timings}) == 3
+    assert {each.name for each in made.layer_times} == {"0", "3", "6", "11", ""}
+    assert all(each.dense_ms > 0 and each.pruned_ms > 0 for each in made.layer_times)
 
 
 def test_progress_comes_to_its_end(finished) -> None:

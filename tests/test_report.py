@@ -18,6 +18,7 @@ from compressor import report as reports
 from compressor.errors import ArtifactError, RunFolderError
 from compressor.report import relevance_picture, tables
 from compressor.report.document import ClassAccuracy, Cut, FrozenLayer, Goal, GroupRelevance, Layer, OwnMetric, Report
+from compressor.report.markdown import markdown, relevance
 
 
 @pytest.fixture
@@ -173,7 +174,7 @@ def test_page_loads_nothing_and_runs_nothing(report: Report) -> None:
 def test_page_closes_every_tag_it_opens(report: Report) -> None:
     page = Page(reports.html(report))
     assert page.open == []
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 5
 
 
 def test_page_is_small(report: Report) -> None:
@@ -238,7 +239,7 @@ def test_models_that_part_after_a_shared_stage_go_on_from_its_end(report: Report
 @pytest.mark.parametrize(
     ("empty", "gone", "stays"),
     [
-        ({"epochs": (), "cuts": ()}, ("<circle", 'class="cut"'), "64 → 32"),
+        ({"epochs": (), "cuts": (), "timings": ()}, ("<circle", 'class="cut"'), "64 → 32"),
         ({"layers": ()}, ("64 → 32",), "torch, batch 1"),
         ({"timings": ()}, ("torch, batch 1", "as fast at p50", "whisker"), "64 → 32"),
         ({"frozen": ()}, ("reaches the output",), "and why (0)"),
@@ -251,7 +252,7 @@ def test_page_leaves_out_what_is_missing_and_nothing_else(
     whole, text = (html_without_style(each) for each in (report, dataclasses.replace(report, **empty)))
     page = Page(text)
     assert page.open == []
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 5 - ("timings" in empty)  # of which there are two pictures, and the first says so
     assert all(words in whole and words not in text for words in gone)
     assert stays in text
 
@@ -283,7 +284,7 @@ def test_summary_says_when_the_target_was_missed(report: Report) -> None:
 
 
 def test_markdown_is_a_table_of_equal_rows(report: Report) -> None:
-    text = tables.markdown(dataclasses.replace(report, layers=(Layer("a|b", 4, 2),)))
+    text = markdown(dataclasses.replace(report, layers=(Layer("a|b", 4, 2),)))
     assert "a\\|b" in text
     for block in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
@@ -326,12 +327,12 @@ def test_relevance_is_drawn_channel_by_channel_on_the_scale_of_the_dummies(repor
     assert places[1] == right
     assert "conv1: 2 of 4 channels are above chance, 2 cannot be told from it" in drawn
     assert "correlation of 0.20" in drawn
-    assert tables.relevance(report) == [("conv1", "4", "2", "2", "0.91"), ("layer1.0", "2", "0", "1", "0.20")]
+    assert relevance(report) == [("conv1", "4", "2", "2", "0.91"), ("layer1.0", "2", "0", "1", "0.20")]
     assert "Relevance beside channels of no effect" in reports.html(report)
-    assert "## Relevance" in tables.markdown(report)
+    assert "## Relevance" in markdown(report)
     without = dataclasses.replace(report, relevance=())
     assert "Relevance beside" not in reports.html(without)
-    assert "## Relevance" not in tables.markdown(without)
+    assert "## Relevance" not in markdown(without)
 
 
 def test_a_group_whose_dummies_do_not_spread_is_left_empty() -> None:
@@ -366,5 +367,5 @@ def test_the_change_of_a_metric_says_whether_it_is_better(
 ) -> None:
     made = dataclasses.replace(report, metrics=(OwnMetric("iou", dense, pruned, higher),))
     assert tables.comparison(made)[1] == tables.Row("iou", f"{dense:.4g}", f"{pruned:.4g}", change)
-    assert "| iou |" in tables.markdown(made)
+    assert "| iou |" in markdown(made)
     assert "iou" in reports.html(made)

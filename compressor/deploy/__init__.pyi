@@ -8,6 +8,9 @@ from .export import require_exportable as require_exportable
 from .flops import fvcore_macs as fvcore_macs
 from .latency_cost import LatencyCost as LatencyCost
 from .latency_table import LatencyTable as LatencyTable
+from .layer_profile import REST as REST
+from .layer_profile import layer_times as layer_times
+from .layer_profile import onnx_layers as onnx_layers
 from .machine import describe_machine as describe_machine
 from .machine import versions as versions
 from .metadata import ImageModel as ImageModel

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from compressor._utils import atomic_write
+from compressor.deploy.layer_profile import onnx_layers
 from compressor.deploy.place import PRECISIONS, TARGETS, TOLERANCE, Precision, Target
 from compressor.deploy.session import open_file
 from compressor.errors import ArtifactError, InputError, ParityError, RangeError, UnknownNameError
@@ -32,7 +33,6 @@ from compressor.errors import ArtifactError, InputError, ParityError, RangeError
 LEAST_COSINE = 0.9999  # between the outputs of float16 and those of float32
 LEAST_AGREEMENT = 0.99  # of their top-1 classes
 _RANKED_IMAGES = 64  # on which layers are tried one at a time
-_WITH_WEIGHTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 Array = np.ndarray[Any, Any]
 Labelled = tuple[Array, Array | None]  # `(B, ...)` as the file takes them, and `(B,)` class indices
@@ -278,19 +278,6 @@ class _Quantisation:
                 calibration_cache_path=str(self.folder / "ranges.json"),
             )
 
-    def layers(self) -> dict[str, str]:
-        """Return the nodes that have weights: their names in the file, and what the model calls them."""
-        import onnx
-
-        graph = onnx.load(self.source, load_external_data=False).graph
-        stored = {each.name for each in graph.initializer}
-        found = {}
-        for node in graph.node:
-            weights = [name for name in node.input if name in stored]
-            if node.op_type in _WITH_WEIGHTS and weights:
-                found[node.name] = weights[0].removesuffix(".weight") or node.name
-        return found
-
 
 def _reader(name: str, images: Sequence[Array]) -> Any:
     """Return calibration images as onnxruntime reads them."""
@@ -317,7 +304,7 @@ def _least_left_whole(quantised: _Quantisation, judge: _Judge, path: Path, leave
     found = judge(path)
     if not found.refusal or not leave_whole:
         return found
-    names = quantised.layers()
+    names = {layer.node: layer.name for layer in onnx_layers(quantised.source)}
     worst = _worst_first(quantised, judge, list(names))
     for count in (1 << power for power in range(len(worst).bit_length())):
         if count > len(worst) / 2:

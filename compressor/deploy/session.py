@@ -10,13 +10,14 @@ import torch
 from compressor.errors import ArtifactError, InputError
 
 
-def open_session(path: Path, device: str = "cpu", *, threads: int = 1, tf32: bool = True) -> Any:
+def open_session(path: Path, device: str = "cpu", *, threads: int = 1, tf32: bool = True, profile: str = "") -> Any:
     """Open an ONNX file in onnxruntime on exactly this device.
 
     Args:
         path: the ONNX file.
         device: "cpu", "cuda" or "cuda:N".
         threads: CPU threads of one operation.
+        profile: how the file begins that `session.end_profiling()` writes and names; empty: none.
         tf32: whether a GPU may round the factors of float32 products to 10 bits, as PyTorch's convolutions do.
 
     Returns:
@@ -33,6 +34,8 @@ def open_session(path: Path, device: str = "cpu", *, threads: int = 1, tf32: boo
     options.log_severity_level = 3  # errors only; it writes to stderr, past Python's logging
     # Idle threads must not spin between two calls: they would slow down whatever is measured in turn.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.enable_profiling = bool(profile)
+    options.profile_file_prefix = profile
     provider = _provider(torch.device(device), tf32)
     # enable_fallback=0: else a GPU that fails is exchanged for the CPU, and a latency is reported of the wrong device.
     session = onnxruntime.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)

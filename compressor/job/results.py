@@ -22,6 +22,8 @@ from compressor.deploy import (
     export_onnx,
     fvcore_macs,
     latency,
+    layer_times,
+    onnx_layers,
     save,
     versions,
 )
@@ -33,6 +35,7 @@ from compressor.job.settings import Settings
 from compressor.job.stages import Progress, Stages, Trained
 from compressor.training import Data, Evaluation, Metric, Split, evaluate
 
+BATCH_SIZES = (1, 8, 32)  # at which both models are timed
 CHECK_IMAGES = 128  # test images on which onnxruntime is held against PyTorch
 FILES = {"dense": "dense", "pruned": "model"}  # names of the files, without their endings
 
@@ -90,6 +93,7 @@ def finish(
         classes=_classes(data, seen),
         metrics=_metrics(metric, models),
         relevance=_relevance(records, settings),
+        layer_times=_layer_times(settings, data, files) if with_timings else (),
         **figures,
     )
     report.write(made, folder)
@@ -282,7 +286,12 @@ def _timings(
 ) -> tuple[report.Timing, ...]:
     """Time both models in turns, in PyTorch and onnxruntime; a note says so where the latter cannot use the device."""
     compare = partial(
-        latency.compare, models, data.image_shape, device=settings.device, threads=torch.get_num_threads()
+        latency.compare,
+        models,
+        data.image_shape,
+        batch_sizes=BATCH_SIZES,
+        device=settings.device,
+        threads=torch.get_num_threads(),
     )
     on_progress("latency", 0, 1)
     try:
@@ -297,6 +306,20 @@ def _timings(
         report.Timing(name, place.backend, place.device, place.batch_size, times.samples_ms)
         for place in measured.comparisons
         for name, times in {**place.latencies, "control": place.control}.items()
+    )
+
+
+def _layer_times(settings: Settings, data: Data, files: Mapping[str, Path]) -> tuple[report.LayerTime, ...]:
+    """Profile both ONNX files on the CPU, one image at once; nothing where one is missing, or the run is for a GPU."""
+    if len(files) < len(FILES) or settings.device != "cpu":
+        return ()
+    times = layer_times(files, torch.zeros(1, *data.image_shape), threads=torch.get_num_threads())
+    dense, pruned = times["dense"], times["pruned"]
+    shapes = {name: {each.name: each.shape for each in onnx_layers(path)} for name, path in files.items()}
+    return tuple(
+        report.LayerTime(name, dense[name], pruned[name], shapes["dense"].get(name, ()), shapes["pruned"].get(name, ()))
+        for name in dense
+        if name in pruned
     )
 
 

@@ -9,6 +9,7 @@ from .document import FrozenLayer as FrozenLayer
 from .document import Goal as Goal
 from .document import GroupRelevance as GroupRelevance
 from .document import Layer as Layer
+from .document import LayerTime as LayerTime
 from .document import Lowered as Lowered
 from .document import OwnMetric as OwnMetric
 from .document import Parity as Parity

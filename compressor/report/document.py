@@ -247,6 +247,23 @@ class Lowered:
 
 
 @dataclass(frozen=True)
+class LayerTime:
+    """One layer of both models in onnxruntime, one image at once.
+
+    Attributes:
+        name: of the layer; empty for everything that belongs to none.
+        dense_ms, pruned_ms: medians, as onnxruntime's profile has them.
+        dense, pruned: shapes of its weight, `(D, C / groups, ...)` of convolutions; empty without a layer.
+    """
+
+    name: str
+    dense_ms: float
+    pruned_ms: float
+    dense: tuple[int, ...] = ()
+    pruned: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Report:
     """One run, complete: everything that the tables, the pictures and the page show.
 
@@ -267,6 +284,7 @@ class Report:
         classes: the accuracy of each, of those that have test images.
         metrics: the user's own figures.
         relevance: of every group, where relevance chose during training.
+        layer_times: where the time goes in onnxruntime, on a CPU.
     """
 
     name: str
@@ -289,3 +307,4 @@ class Report:
     classes: tuple[ClassAccuracy, ...] = ()
     metrics: tuple[OwnMetric, ...] = ()
     relevance: tuple[GroupRelevance, ...] = ()
+    layer_times: tuple[LayerTime, ...] = ()

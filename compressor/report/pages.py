@@ -9,9 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from compressor.errors import RunFolderError
-from compressor.report import pictures, relevance_picture, tables
+from compressor.report import layer_rows, pictures, relevance_picture, tables, throughput_picture
 from compressor.report.document import Report
 from compressor.report.files import filled_in, write_texts
+from compressor.report.markdown import markdown
 from compressor.report.model_card import NAME, is_users_own, model_card
 from compressor.report.serialization import from_json, to_json
 
@@ -24,7 +25,7 @@ def write(report: Report, folder: Path) -> None:
 
 def render(report: Report, folder: Path) -> list[Path]:
     """Write `report.html`, `report.md` and the model card into `folder` and return their paths."""
-    pages = {folder / "report.html": html(report), folder / "report.md": tables.markdown(report)}
+    pages = {folder / "report.html": html(report), folder / "report.md": markdown(report)}
     if not is_users_own(folder / NAME):
         pages[folder / NAME] = model_card(report)
     write_texts(pages)
@@ -52,6 +53,8 @@ def html(report: Report) -> str:
         "page.html.j2",
         report=report,
         comparison=tables.comparison(report),
+        layer_head=layer_rows.HEAD,
+        layer_rows=layer_rows.layer_rows(report.layer_times),
         class_head=tables.CLASS_HEAD,
         classes=tables.classes(report),
         fastest=_speed_tiles(report),
@@ -61,6 +64,7 @@ def html(report: Report) -> str:
             "channels": pictures.channels(report.layers),
             "training": pictures.training(report),
             "latency": pictures.latency(report.timings),
+            "throughput": throughput_picture.throughput(report.timings),
             "relevance": relevance_picture.relevance(report.relevance),
         },
     )

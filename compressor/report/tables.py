@@ -161,41 +161,6 @@ def summary(report: Report) -> str:
     )
 
 
-def markdown(report: Report) -> str:
-    """Return the report as Markdown: the summary, the comparison, channels, files, machine, the command."""
-    channels = [(layer.name, str(layer.before), str(layer.after), kept(layer)) for layer in report.layers]
-    files = [(name, size(bytes_)) for name, bytes_ in report.files.items()]
-    machine = [(key, str(value)) for key, value in report.machine.items()]
-    parts = [
-        f"# {report.name}",
-        summary(report) + ".",
-        grid(("", "dense", "pruned", "change"), [(r.label, r.dense, r.pruned, r.change) for r in comparison(report)]),
-        "## Channels",
-        grid(("group", "before", "after", "kept"), channels),
-        *(["## Relevance", grid(RELEVANCE_HEAD, relevance(report))] if report.relevance else []),
-        *(["## Classes", grid(CLASS_HEAD, classes(report))] if report.classes else []),
-        *(["## Notes", "\n".join(f"- {note}" for note in report.notes)] if report.notes else []),
-        "## Files",
-        grid(("file", "size"), files),
-        "## Machine",
-        grid(("", ""), machine),
-        "## Again",
-        f"```\n{report.command}\n```",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-RELEVANCE_HEAD = ("group", "channels", "above chance", "undecided", "reliability")
-
-
-def relevance(report: Report) -> list[tuple[str, ...]]:
-    """Return a row for every group that relevance observed, as it was before the last cut."""
-    return [
-        (each.name, str(len(each.is_above)), str(sum(each.is_above)), str(each.undecided), f"{each.reliability:.2f}")
-        for each in report.relevance
-    ]
-
-
 def grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table; the first column is left-aligned, the others right-aligned; `|` is escaped."""
     align = [":--", *["--:"] * (len(head) - 1)]
