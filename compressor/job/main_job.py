@@ -39,6 +39,7 @@ from compressor.training import (
     models,
     published_weights,
     require_scores,
+    require_synchronizable,
 )
 
 
@@ -92,6 +93,8 @@ def run(
     folder = Path(settings.out)
     call = _Call(resume, on_progress, on_record, stop, dense_from, timings)
     with launched(settings.device) as ranks:
+        if settings.sync_batchnorm:
+            require_synchronizable(ranks, settings.device)
         if ranks.size > 1:
             _require_shared(settings)
         if not ranks.is_first:

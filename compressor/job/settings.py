@@ -203,6 +203,9 @@ class Settings:
     channels_last: bool = from_config(
         TrainingConfig, "channels_last", "Training", "Keep images in channels-last order, which GPUs prefer."
     )
+    sync_batchnorm: bool = from_config(
+        TrainingConfig, "sync_batchnorm", "Training", "With torchrun: BatchNorm over the images of all processes."
+    )
     compile: bool = from_config(TrainingConfig, "compile", "Training", "Run training steps through torch.compile.")
     temperature: float | None = left_open(TrainingConfig, "temperature", "Training", "Of the soft targets.")
     teacher: str = option("", "Training", "A .safetensors file of compress with the teacher.", "the dense model")

@@ -29,6 +29,7 @@ from .models import ModelSpec as ModelSpec
 from .optimizers import learning_rate as learning_rate
 from .published import published_weights as published_weights
 from .quantization import QuantizationAware as QuantizationAware
+from .sync_norms import require_synchronizable as require_synchronizable
 from .user_code import first_line as first_line
 from .weights import fit_weights as fit_weights
 from .weights import load_weights as load_weights

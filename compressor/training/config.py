@@ -46,6 +46,7 @@ class TrainingConfig:
         balanced: draw training images so that every class comes equally often, rare ones again and again.
         amp: compute in bfloat16 where torch.autocast allows.
         channels_last: keep images and weights in channels-last memory order, which GPUs prefer.
+        sync_batchnorm: let BatchNorm look at the images of all ranks together, on GPUs.
         compile: run the training steps through torch.compile; compiled anew after every cut.
         seed: of the order of the images, the augmentation, and torch's global generator (dropout).
         device: where to train.
@@ -76,6 +77,7 @@ class TrainingConfig:
     balanced: bool = False
     amp: bool = False
     channels_last: bool = False
+    sync_batchnorm: bool = False
     compile: bool = False
     seed: int = 0
     device: str = "cpu"

@@ -33,6 +33,7 @@ from compressor.training.evaluation import evaluate, in_mode, running_statistics
 from compressor.training.history import History
 from compressor.training.hooks import HookFactory, LossFunction, PlainStep
 from compressor.training.optimizers import learning_rate, make_optimizer
+from compressor.training.sync_norms import synchronized_norms
 
 logger = logging.getLogger(__name__)
 
@@ -120,17 +121,18 @@ def train(
         # Of whichever rank: one that stops alone leaves the others waiting in the next step.
         return ranks.any([stop.signal is not None])[0]
 
-    while run.epoch < config.epochs:
-        with stop.deferred():
-            for _ in run.train_epoch():
-                if is_stopping():
-                    break
-                if checkpoint_every and run.step % checkpoint_every == 0:
-                    write()
-            write()
-            stops = is_stopping()
-        if stops:
-            raise KeyboardInterrupt
+    with synchronized_norms(model, ranks) if config.sync_batchnorm else nullcontext():
+        while run.epoch < config.epochs:
+            with stop.deferred():
+                for _ in run.train_epoch():
+                    if is_stopping():
+                        break
+                    if checkpoint_every and run.step % checkpoint_every == 0:
+                        write()
+                write()
+                stops = is_stopping()
+            if stops:
+                raise KeyboardInterrupt
     run.finish()
     return History(tuple(run.records))
 
