@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import compressor
 from compressor.errors import InputError
 from compressor.pruning import Pruner
-from compressor.relevance import RelevanceConfig
+from compressor.relevance import Relevance, RelevanceConfig
 
 READ_NO_LOSSES = ["gate", "soft"]
 
@@ -166,20 +166,71 @@ def test_a_loss_that_is_not_finite_says_nothing() -> None:
 class Windows(nn.Module):
     """Quarters of images go through a layer of their own, four for each image: dimension 0 is not the batch there."""
 
-    def __init__(self) -> None:
+    def __init__(self, order: str) -> None:
         super().__init__()
+        self.order = order
         self.stem, self.inner = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
         self.local, self.head = nn.Conv2d(12, 10, 1), nn.Linear(10, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.relu(self.inner(F.relu(self.stem(x))))
-        windows = torch.cat([part for half in h.chunk(2, 2) for part in half.chunk(2, 3)])
-        return self.head(F.relu(self.local(windows)).mean((2, 3)).view(4, len(x), -1).mean(0))
+        quarters = [part for half in h.chunk(2, 2) for part in half.chunk(2, 3)]
+        if self.order == "none":  # the same without windows
+            return self.head(F.relu(self.local(h)).mean((2, 3)))
+        if self.order == "interleaved":
+            windows = torch.stack(quarters, 1).flatten(0, 1)
+            return self.head(F.relu(self.local(windows)).mean((2, 3)).view(len(x), 4, -1).mean(1))
+        if self.order == "mixed":
+            quarters[0] = quarters[0].flip(0)
+        means = F.relu(self.local(torch.cat(quarters))).mean((2, 3)).view(4, len(x), -1)
+        return self.head(torch.cat([means[:1].flip(1), means[1:]]).mean(0) if self.order == "mixed" else means.mean(0))
+
+
+@pytest.mark.parametrize("order", ["interleaved", "tiled"])
+@pytest.mark.parametrize("estimator", ["gate", "loss", "soft"])
+def test_gates_reach_every_row_of_a_sample(order: str, estimator: str) -> None:
+    scores = {}
+    for which in ("none", order):
+        torch.manual_seed(0)
+        model = Windows(which).double()
+        config = RelevanceConfig(estimator, drop=0.3, observe_every=1, warmup=0, exclude="zero")
+        relevance = Relevance(compressor.trace(model, X[:1].double()), config, seed=3)
+        for step in range(6):
+            if step == 0 and which != "none":  # the batch that shows how rows lie; the draw is not that of the others
+                state = relevance._sampler.generator.get_state()
+                relevance.loss(model, X.double(), Y, F.cross_entropy).backward()
+                relevance._sampler.generator.set_state(state)
+                relevance._pending, relevance._left_out = [], False
+                model.zero_grad()
+            relevance.loss(model, X.double(), Y, F.cross_entropy).backward()
+            relevance.step()
+            model.zero_grad()
+        scores[which] = relevance.scores()
+    assert scores["none"].keys() == scores[order].keys() == {"stem", "inner", "local"}
+    for name, expected in scores["none"].items():
+        torch.testing.assert_close(scores[order][name], expected, rtol=1e-7, atol=1e-12)
+
+
+def test_what_is_known_of_rows_is_kept_in_checkpoints_and_over_cuts() -> None:
+    torch.manual_seed(0)
+    model = Windows("tiled")
+    graph = compressor.trace(model, X[:1])
+    relevance = Relevance(graph, RelevanceConfig(drop=0.3, observe_every=1))
+    relevance.loss(model, X, Y, F.cross_entropy).backward()
+    relevance.step()
+    again = Relevance(compressor.trace(model, X[:1]), RelevanceConfig(drop=0.3, observe_every=1))
+    again.load_state_dict(relevance.state_dict())
+    assert again._gates._sites["local"].layout == "tiled"
+    keep = {"inner": torch.arange(9)}
+    compressor.cut(graph, keep)
+    relevance.narrow(keep, graph)
+    assert relevance._gates._sites["local"].layout == "tiled"
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_groups_that_no_sample_shows_stay_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(0)
-    model = Windows()
+    model = Windows("mixed")
     optimizer = sgd(model)
     pruner = Pruner(
         model, X, "relevance", compressor.Budget(0.1, "channels"), optimizer=optimizer, total_steps=STEPS,

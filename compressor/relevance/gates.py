@@ -22,6 +22,7 @@ from compressor.errors import InputError, UnknownNameError
 from compressor.graph import ChannelGraph, ConsumerInput, Group
 from compressor.relevance.config import Exclusion
 from compressor.relevance.gating import Gate, Workspace, in_backward, in_checkpoint, may_reuse_memory
+from compressor.relevance.sample_rows import Layout, row_layouts, shared_out
 from compressor.relevance.unexplained import RunningCovariances
 from compressor.surgery import channel_blocks
 
@@ -85,6 +86,7 @@ class Gates:
         self.half_life = half_life
         self.track_every = track_every
         self.unseen: dict[str, str] = {}
+        self._unknown: set[str] = set()
         self._passes = 0
         self._workspace = Workspace()
         self._kept: ExitStack | None = None
@@ -108,7 +110,8 @@ class Gates:
 
         Yields:
             The names of the modules whose input was gated, filled while the model runs. An input that is not laid out
-            as `(B, ...)` with the expected channels is left alone, and its groups are `unseen`.
+            as `(B, ...)` with the expected channels, or as several rows of each sample, is left alone, and its groups
+            are `unseen`.
         """
         # NOTE: Column 0 is the gate of every position that belongs to no gated group.
         padded = torch.cat([gates.new_ones(len(gates), 1), gates], dim=1)
@@ -128,6 +131,20 @@ class Gates:
                 self._kept = hooks.pop_all()
         # A `with` in which the model did not run, or only in evaluation mode, is no pass.
         self._passes += bool(gated_modules)
+
+    def find_samples(self) -> bool:
+        """Look, once for each input that is not laid out as a batch, whether its rows belong to samples all the same.
+
+        Returns:
+            Whether that holds for some; then nothing is `unseen` until the next pass.
+        """
+        unknown, self._unknown = self._unknown, set()
+        found = row_layouts(self._graph.model, self._graph.example_inputs, unknown) if unknown else {}
+        for name, layout in found.items():
+            self._sites[name].layout = layout
+        if any(found.values()):
+            self.unseen = {}
+        return any(found.values())
 
     @property
     def awaits_backward(self) -> bool:
@@ -150,13 +167,15 @@ class Gates:
             if not self._graph.model.training or not (batch.is_open or is_recomputed):
                 return None
             if problem := site.problem(inputs, len(batch.padded)):
+                if site.layout is None:
+                    self._unknown.add(site.name)
                 self.unseen |= dict.fromkeys(site.positions, problem)
                 return None
             h = inputs[0]
             batch.gated_modules.add(site.name)
             if not is_recomputed and (batch.tracked or not site.count):
                 site.track(h.detach(), 0.5 ** (self.track_every / self.half_life))
-            rows = batch.padded.index_select(1, site.columns(h))
+            rows = shared_out(batch.padded.index_select(1, site.columns(h)), site.layout or "", len(h))
             mean = None if self._exclude == "zero" else site.mean()
             unexplained = None
             if site.covariances and mean is not None:
@@ -192,6 +211,7 @@ class Gates:
             if name in self._sites:
                 site.total = self._sites[name].kept(keep)
                 site.count = self._sites[name].count
+                site.layout = self._sites[name].layout
                 before = self._sites[name].covariances
                 if site.covariances and before:
                     site.covariances.narrow_from(before, keep)
@@ -255,6 +275,7 @@ class _Site:
         starts: by group name, the column of its first channel (column 0 is the constant 1).
         total, count: decaying sums of the input's means `(D,)`, and of ones.
         covariances: of its channels, where they are asked for.
+        layout: how its rows belong to samples, where there are more rows than samples; None before that was looked at.
     """
 
     module: nn.Module
@@ -266,13 +287,16 @@ class _Site:
     total: Tensor = field(default_factory=lambda: torch.zeros(0))
     count: float = 0.0
     covariances: RunningCovariances | None = None
+    layout: Layout | None = None
     _columns: Tensor | None = None
 
     def problem(self, inputs: tuple[Any, ...], batch: int) -> str:
         """Return why the module's first positional input cannot be gated; nothing where it is laid out as needed."""
         h = inputs[0] if inputs else None
         least = 1 + max(int(positions.max()) for positions in self.positions.values())
-        if not isinstance(h, Tensor) or h.dim() <= -self.dim or len(h) != batch or h.size(self.dim) < least:
+        times, rest = divmod(len(h), batch) if isinstance(h, Tensor) and h.dim() else (0, 1)
+        is_batch = times > 0 and rest == 0 and (times == 1 or bool(self.layout))
+        if not isinstance(h, Tensor) or h.dim() <= -self.dim or not is_batch or h.size(self.dim) < least:
             came = f"shape {tuple(h.shape)}" if isinstance(h, Tensor) else f"{type(h).__name__} instead of a tensor"
             return (
                 f"the input of module {self.name!r} cannot be gated: its first positional argument is {came}, and a "
@@ -304,14 +328,14 @@ class _Site:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is known of the input, as plain tensors and numbers."""
-        state: dict[str, Any] = {"total": self.total, "count": self.count}
+        state: dict[str, Any] = {"total": self.total, "count": self.count, "layout": self.layout}
         if self.covariances:
             state |= {"products": dict(self.covariances.products), "rows": self.covariances.rows}
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what `state_dict()` knew."""
-        self.total, self.count = state["total"], state["count"]
+        self.total, self.count, self.layout = state["total"], state["count"], state["layout"]
         if self.covariances:
             self.covariances.products = dict(state["products"])
             self.covariances.rows, self.covariances.count = state["rows"], state["count"]

@@ -157,15 +157,18 @@ class Relevance:
     def _leave_out_unseen(self) -> None:
         """Freeze the groups that the batch did not show sample by sample, and forget it: its gates were not all there.
 
-        Boxes of all images in one dimension, windows, tokens: nobody could say whose loss a gate there would change.
+        Boxes of all images in one dimension, say: nobody could tell whose loss a gate there would change. Where rows
+        turn out to belong to samples, as those of windows do, the next batch is gated there.
         """
+        self._left_out = True
+        if self._gates.find_samples():
+            return
         if len(self._gates.unseen) == len(self._gates.sizes):
             raise InputError(f"{next(iter(self._gates.unseen.values()))}; the same holds for every group")
         for name, reason in self._gates.unseen.items():
             logger.warning("group %s stays as it is: %s", name, reason)
             self.graph.freeze([name], reason)
         self.narrow({}, self.graph)
-        self._left_out = True
 
     @torch.no_grad()
     def step(self) -> None:
