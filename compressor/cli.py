@@ -29,7 +29,15 @@ from typer.core import TyperGroup
 from compressor import deploy, graph, job, report, training
 from compressor._utils import StopRequest, atomic_write
 from compressor.errors import CompressorError, InputError, UnknownNameError
-from compressor.job import NumberOrAuto, Settings, as_number, as_written, option_kinds, read_toml
+from compressor.job import (
+    NumberOrAuto,
+    Settings,
+    WholeOrAuto,
+    as_written,
+    numbers_or_auto,
+    option_kinds,
+    read_toml,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,7 +142,7 @@ def _parameter(item: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     usual = "" if shown == "" else f" Default: {shown}."
     name += f"/--no-{name[2:]}" if kind is bool and item.default is not False else ""
     kind = list[str] if item.name == "sparsity" else kind  # one number, and PATTERN=NUMBER as often as one likes
-    kind = str if kind == NumberOrAuto else kind
+    kind = str if kind in (NumberOrAuto, WholeOrAuto) else kind
     typed = typer.Option(name, help=help_["help"] + usual, rich_help_panel=help_["panel"])
     return inspect.Parameter(
         item.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, typed]
@@ -166,7 +174,7 @@ def compress(
     """Make a network smaller: train, prune, export, measure, report. The result is a run folder."""
     given = {name.replace("_", "-"): value for name, value in typed.items() if value not in (None, [])}
     given |= {"sparsity": as_written(given["sparsity"])} if "sparsity" in given else {}
-    given |= {"lr": as_number(given["lr"])} if "lr" in given else {}
+    given = numbers_or_auto(given, option_kinds())
     if ctx.invoked_subcommand:
         if _ranks() > 1:
             raise InputError(f"torchrun is for the main job: start compress {ctx.invoked_subcommand} without it")
@@ -388,7 +396,7 @@ def compare(
 ) -> None:
     """Compare criteria: a grid of runs, each in a folder of its own, ended by a figure and a table."""
     options = {name.replace("_", "-"): value for name, value in typed.items() if value not in (None, [])}
-    options |= {"lr": as_number(options["lr"])} if "lr" in options else {}
+    options = numbers_or_auto(options, option_kinds())
     numbers = _numbers("sparsity", sparsity)
     first, _, last = shard.partition("/")
     if not (first.isdigit() and last.isdigit()):

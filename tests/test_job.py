@@ -20,7 +20,7 @@ from user_models import plain, tiny
 
 from compressor import job, report
 from compressor._utils import StopRequest
-from compressor.deploy import describe, latency, load, open_session, save
+from compressor.deploy import LatencyTable, describe, latency, load, open_session, save
 from compressor.errors import BudgetError, CompressorError, ExportError, InputError, RunFolderError
 from compressor.job import Settings, results, stages
 from compressor.job import folder as folders
@@ -130,6 +130,16 @@ def test_metrics_are_the_records_of_the_report(finished) -> None:
     lines = [json.loads(line) for line in (Path(settings.out) / "metrics.jsonl").read_text().splitlines()]
     assert [line for line in lines if "event" not in line] == [vars(epoch) for epoch in made.epochs]
     assert sum(line.get("event") == "cut" for line in lines) == len(made.cuts)
+
+
+def test_rounding_to_what_pays_here(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(LatencyTable, "step", 12)
+    given = {**AFTER, "round-to": "auto", "target-batch": 4, "epochs": 1, "finetune-epochs": 0, "reconstruct": False}
+    settings = Settings.from_options({**given, "out": str(tmp_path / "run")})
+    assert settings.target_engine == "onnxruntime"
+    made = job.run(settings, timings=False)
+    assert {layer.after % 12 for layer in made.layers if layer.after < layer.before} == {0}
+    assert folders.resumed({"out": str(tmp_path / "run")}) == settings
 
 
 def test_latency_is_measured_in_every_place(finished) -> None:

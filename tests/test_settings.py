@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from compressor.budget import Limits
 from compressor.errors import CompressorError, InputError, RangeError, UnknownNameError
-from compressor.job import NumberOrAuto, Settings, as_number, option_kinds, read_toml
+from compressor.job import NumberOrAuto, Settings, WholeOrAuto, numbers_or_auto, option_kinds, read_toml
 
 whole = st.integers(min_value=2, max_value=10_000)
 part = st.floats(min_value=0, max_value=0.999)
@@ -28,6 +28,7 @@ some = st.one_of(
         epochs=whole,
         finetune_epochs=st.none() | whole,
         lr=st.floats(min_value=1e-9, max_value=1e9) | st.just("auto"),
+        round_to=st.integers(1, 64) | st.just("auto"),
         ema=st.sampled_from([0.0, 0.99]),
         weights=st.sampled_from(["", "default"]),
         data=st.just("cifar10"),
@@ -63,8 +64,8 @@ def typed(words: list[str]) -> dict[str, object]:
         name = word.removeprefix("--")
         if kinds.get(name.removeprefix("no-")) is bool:
             found[name.removeprefix("no-")] = not name.startswith("no-")
-        elif kinds[name] == NumberOrAuto:
-            found[name] = as_number(next(remaining))
+        elif kinds[name] in (NumberOrAuto, WholeOrAuto):
+            found |= numbers_or_auto({name: next(remaining)}, kinds)
         elif kinds[name] == list[str]:
             found[name] = [*found.get(name, []), next(remaining)]
         else:

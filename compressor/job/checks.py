@@ -106,7 +106,8 @@ def idle_options(given: Values) -> dict[str, str]:
     weights = "--granularity weight" if sparse and given["granularity"] != "channel" else ""
     relevance = ("relevance_estimator", "exclude", "drop", "observe_every", "confidence", "dummies", "warmup")
     threshold = "--threshold" if given["threshold"] is not None else ""
-    unmeasured = "" if given["measure"] == "latency" else f"--measure {given['measure']}"
+    is_timed = given["measure"] == "latency" or given["round_to"] == "auto"
+    unmeasured = "" if is_timed else f"--measure {given['measure']}"
     return {
         "threshold": criterion if sparse else "",
         "measure": threshold or weights,

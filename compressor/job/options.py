@@ -18,8 +18,10 @@ from typing import Any, Literal
 from compressor.errors import InputError
 
 NumberOrAuto = float | Literal["auto"]
+WholeOrAuto = int | Literal["auto"]
 _KINDS: dict[Any, str] = {
     NumberOrAuto: 'a number, or "auto"',
+    WholeOrAuto: 'a whole number, or "auto"',
     str: "text in quotes",
     int: "a whole number",
     float: "a number",
@@ -82,8 +84,9 @@ def as_typed(name: str) -> str:
 
 def _kind(hint: Any) -> Any:
     """Return the type of one value: without None, a tuple as a list, a choice of texts as a text."""
-    if hint == NumberOrAuto | None:
-        return NumberOrAuto
+    for kind in (NumberOrAuto, WholeOrAuto):
+        if hint == kind | None:
+            return kind
     if typing.get_origin(hint) is tuple:
         return list[str]
     if typing.get_origin(hint) is Literal:
@@ -103,6 +106,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, list) and all(isinstance(each, str) for each in value)
     if kind == NumberOrAuto:
         return value == "auto" or _fits(value, float)
+    if kind == WholeOrAuto:
+        return value == "auto" or _fits(value, int)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
@@ -142,6 +147,17 @@ def as_number(word: Any) -> Any:
         return float(word) if isinstance(word, str) else word
     except ValueError:
         return word
+
+
+def numbers_or_auto(given: Mapping[str, Any], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    """Return typed options whose words may be numbers, with the numbers as such."""
+    read = dict(given)
+    for name, word in given.items():
+        if kinds.get(name) == NumberOrAuto:
+            read[name] = as_number(word)
+        elif kinds.get(name) == WholeOrAuto and isinstance(word, str) and word.removeprefix("-").isdecimal():
+            read[name] = int(word)
+    return read
 
 
 # -- as text

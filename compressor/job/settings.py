@@ -43,6 +43,7 @@ from compressor.job.device import require_bfloat16, require_compiler, usable_dev
 from compressor.job.options import (
     NumberOrAuto,
     Origin,
+    WholeOrAuto,
     as_typed,
     as_words,
     from_config,
@@ -108,8 +109,11 @@ class Settings:
         "a masked layer: erk, uniform, or global (magnitude).",
         "relevance with --criterion relevance --when after, erk for set and rigl, else uniform",
     )
-    round_to: int | None = from_config(
-        SelectionOptions, "round_to", "How much", "Round channel counts to multiples of this.", _USUAL_ROUNDING
+    round_to: WholeOrAuto | None = option(
+        None,
+        "How much",
+        "Round channel counts to multiples of this; auto: what pays where the network is to run, measured.",
+        _USUAL_ROUNDING,
     )
     keep: tuple[str, ...] = option((), "How much", "Groups that stay whole, by PATTERN; may be repeated.", "none")
     only: tuple[str, ...] = option((), "How much", "The groups that may lose channels; may be repeated.", "all")
@@ -356,9 +360,10 @@ class Settings:
 
     def selection(self) -> SelectionOptions:
         """Return how channels are chosen."""
+        round_to = None if self.round_to == "auto" else self.round_to
         if is_sparse(self.criterion):
-            return SelectionOptions(round_to=self.round_to)
-        return SelectionOptions(cast(Allocation, self.allocate or SelectionOptions.allocate), self.round_to)
+            return SelectionOptions(round_to=round_to)
+        return SelectionOptions(cast(Allocation, self.allocate or SelectionOptions.allocate), round_to)
 
     def training(self, epochs: int | None = None) -> TrainingConfig:
         """Return how one stage trains, for so many epochs."""
@@ -484,7 +489,7 @@ class Settings:
             opened["reconstruct"] = not during and self.compensate in (None, "linear")
         if self.recalibrate is None:
             opened["recalibrate"] = 0 if during else RECALIBRATION_IMAGES
-        if self.measure == "latency":
+        if self.measure == "latency" or self.round_to == "auto":
             place = self.latency().place
             opened |= {name: getattr(place, at.name) for name, at in _origins().items() if at.config is Place}
         if observes(vars(self)):

@@ -87,9 +87,13 @@ class Stages:
     on_record: Callable[[Mapping[str, Any]], None] = lambda record: None
 
     def __post_init__(self) -> None:
-        """Open the records."""
+        """Open the records, and time what is to be measured before anything else runs."""
         board = Board(self.folder / BOARD) if self.settings.tensorboard and self.ranks.is_first else None
         self.metrics = Metrics(self.folder / "metrics.jsonl" if self.ranks.is_first else None, board)
+        self._round_to = self.settings.selection().round_to
+        if self.settings.round_to == "auto":
+            step = self.settings.latency().table.step if self.ranks.is_first else None
+            self._round_to = self.ranks.object_of_the_first(step)
 
     def preflight(self, model: nn.Module) -> None:
         """Find out on copies whether the pruning can work, before the training whose end would tell; on one rank.
@@ -239,7 +243,7 @@ class Stages:
             config=settings.sparse(),
             schedule=settings.schedule() if settings.criterion == "magnitude" else None,
             prune_every=settings.prune_every or (self._epoch_steps() if settings.criterion == "set" else None),
-            round_to=settings.round_to if settings.granularity == "channel" else None,
+            round_to=self._round_to if settings.granularity == "channel" else None,
             limits=settings.limits() if settings.granularity == "channel" else None,
             seed=settings.seed,
         )
@@ -260,7 +264,7 @@ class Stages:
             total_steps=total_steps,
             prune_every=settings.prune_every,
             allocate=None if settings.threshold is not None else settings.selection().allocate,
-            round_to=settings.round_to,
+            round_to=self._round_to,
             limits=settings.limits(),
             compensate=settings.compensate,
             calibration=self._inputs(CALIBRATION_IMAGES) if settings.compensate == "linear" else None,
@@ -308,7 +312,7 @@ class Stages:
             goal,
             rounds=rounds,
             allocate=None if settings.threshold is not None else allocate,
-            round_to=settings.round_to,
+            round_to=self._round_to,
             seed=settings.seed,
             limits=settings.limits(),
             calibration=pairs if reads_losses else [inputs for inputs, _ in pairs],
