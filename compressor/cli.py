@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. This is the only module that prints or exits.
+"""The command line: parse, call, print. This and `console` are the only modules that print.
 
 `compress` with options runs the main job, `compress compare` many of them; `compress inspect`, `export`, `predict`,
 `benchmark` and `report` are its parts. Every error that compressor raises on purpose becomes one message on stderr and
@@ -11,16 +11,14 @@ import dataclasses
 import importlib.metadata
 import inspect
 import json
-import logging
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 from typer.core import TyperGroup
@@ -28,6 +26,7 @@ from typer.core import TyperGroup
 # NOTE: Rooms come as modules where their names need torch: they import it when a name is looked up, not before.
 from compressor import deploy, graph, job, report, training
 from compressor._utils import StopRequest, atomic_write
+from compressor.console import print_table, printable, progress_bars, show_inspection, show_run, show_warnings
 from compressor.errors import CompressorError, InputError, UnknownNameError
 from compressor.job import (
     NumberOrAuto,
@@ -39,12 +38,8 @@ from compressor.job import (
     read_toml,
 )
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 _INTERRUPTED = 128 + signal.SIGINT  # what shells expect of a command that a signal ended
 _TIMED_OUT = 124  # as of the command `timeout`
-_WIDTH = 120  # of tables that go into a file or a pipe
 
 
 class _Commands(TyperGroup):
@@ -67,12 +62,7 @@ class _Commands(TyperGroup):
 
 def _complain(message: object) -> None:
     who = f"compress, rank {_rank()}" if _ranks() > 1 else "compress"
-    typer.echo(f"{who}: {_printable(str(message))}", err=True)
-
-
-def _printable(text: str) -> str:
-    """Return text that does nothing to a terminal: names from files may hold escape codes."""
-    return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in text)
+    typer.echo(f"{who}: {printable(str(message))}", err=True)
 
 
 app = typer.Typer(
@@ -87,7 +77,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
-    _show_warnings()
+    show_warnings()
     try:
         app(prog_name="compress")
     except OSError as error:  # of a help page that could not be printed, say
@@ -105,22 +95,6 @@ def _flush() -> None:
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - for the rest of the process
         _complain(f"cannot write the output: {error.strerror}")
         sys.exit(1)
-
-
-def _show_warnings() -> None:
-    """Let the library's warnings appear on stderr like the messages of this module."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Printable("compress: %(message)s"))
-    handler.setLevel(logging.WARNING)
-    logging.getLogger("compressor").addHandler(handler)
-
-
-class _Printable(logging.Formatter):
-    """Formats records without control characters."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the record as a line."""
-        return _printable(super().format(record))
 
 
 def _takes_every_option(command: Callable[..., None], without: frozenset[str] = frozenset()) -> Callable[..., None]:
@@ -188,7 +162,7 @@ def compress(
     settings = job.resumed(asked, source) if resume else Settings.from_options(asked, source)
     stop = StopRequest()
     try:
-        with stop.listening(), _progress(quiet or _rank() > 0, settings.batch_size) as (on_progress, on_record):
+        with stop.listening(), progress_bars(quiet or _rank() > 0, settings.batch_size) as (on_progress, on_record):
             made = job.run(
                 settings,
                 resume=resume,
@@ -205,7 +179,7 @@ def compress(
     if _rank():
         return  # rank 0 prints, and its exit code counts
     if not quiet:
-        _show(made, Path(settings.out))
+        show_run(made, Path(settings.out))
     if not made.goal.met:
         typer.echo("compress: the asked sparsity was not reached, see the notes above", err=True)
         raise typer.Exit(1)
@@ -241,124 +215,6 @@ def _refuse_idle(command: str, names: Sequence[str]) -> None:
     if names:
         listed = ", ".join(f"--{name}" for name in names)
         raise InputError(f"{listed} before {command!r} has no effect: leave it out, or see compress {command} --help")
-
-
-@contextmanager
-def _progress(
-    quiet: bool, batch_size: int = 0
-) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[Mapping[str, Any]], None]]]:
-    """Show a bar for each piece of long work, on a terminal only.
-
-    Gives `on_progress(what, done, total)` and `on_record(record)`; what a training's last record says stands behind its
-    bar, and how many images it takes in a second.
-    """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}"),
-    )
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-        known: dict[str, dict[str, Any]] = {}
-
-        def on_progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total, said="")
-            bars.update(tasks[what], completed=done, total=total)
-
-        def on_record(record: Mapping[str, Any]) -> None:
-            task = tasks.get(job.training_of(record["stage"]))
-            if task is None:
-                return
-            latest = known.setdefault(record["stage"], {})
-            latest.update(record)
-            forms = {
-                "train_loss": "loss {:.3g}",
-                "validation_accuracy": "{:.1%} right",
-                "params": "{:,} params",
-                "macs": "{:,} MACs",  # of the last cut
-            }
-            said = [form.format(latest[name]) for name, form in forms.items() if name in latest]
-            speed = bars.tasks[task].speed or 0.0  # in steps
-            bars.update(task, said=", ".join([*said, f"{speed * batch_size:,.0f} images/s"]))
-
-        yield on_progress, on_record
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=_WIDTH)
-
-
-def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> None:
-    """Print a table; columns in `words` are left-aligned, the others right-aligned."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(head):
-        table.add_column(Text(name), justify="left" if index in words else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(_printable(cell)) for cell in row))
-    _console().print(table)
-
-
-def _show(made: report.Report, folder: Path) -> None:
-    """Print the result of a run: dense beside pruned, in one sentence, and where the files are."""
-    rows = [(row.label, row.dense, row.pruned, row.change) for row in report.tables.comparison(made)]
-    _print_table(made.name, ("", "dense", "pruned", "change"), rows)
-    typer.echo(report.tables.summary(made))
-    for note in (*made.goal.blocked, *made.notes):
-        typer.echo(f"note: {note}")
-    typer.echo("files:")
-    for name in (*made.files, "report.html", "report.md", "report.json"):
-        if (folder / name).exists():  # a finished run may have been tidied up
-            typer.echo(f"  {folder / name}")
-
-
-def _show_inspection(found: Mapping[str, Any], model: str) -> None:
-    count = report.count
-    groups = [
-        (
-            group["name"],
-            str(group["channels"]),
-            "yes" if group["exact"] else "no",
-            count(group["params_per_channel"]),
-            count(group["macs_per_channel"]),
-            _members(group, "producer"),
-            _members(group, "consumer"),
-        )
-        for group in found["groups"]
-    ]
-    head = ("group", "channels", "exact", "params each", "MACs each", "written by", "read by")
-    _print_table(f"{model}: {count(found['params'])} parameters, {count(found['macs'])} MACs", head, groups, (0, 5, 6))
-    frozen = [(each["tensor"], str(each["dim"]), str(each["count"]), each["reason"]) for each in found["frozen"]]
-    _print_table("frozen", ("tensor", "dim", "positions", "reason"), frozen, (0, 3))
-    for note in found["notes"]:
-        typer.echo(f"note: {note}")
-
-
-def _members(group: Mapping[str, Any], role: str) -> str:
-    return "\n".join(
-        member["tensor"].rpartition(".")[0] or member["tensor"] for member in group["members"] if member["role"] == role
-    )
 
 
 ModelFile = Annotated[Path, typer.Argument(help="A .safetensors file that compress saved.", metavar="FILE")]
@@ -406,7 +262,7 @@ def compare(
     again = " ".join([grid.command(), *(f"--{name}={value}" for name, (value, usual) in how.items() if value != usual)])
     stop = StopRequest()
     try:
-        with stop.listening(), _progress(quiet) as (on_progress, _):
+        with stop.listening(), progress_bars(quiet) as (on_progress, _):
             result = job.run_grid(
                 grid,
                 jobs=jobs,
@@ -419,7 +275,7 @@ def compare(
         raise typer.Exit(128 + (stop.signal or signal.SIGINT)) from None
     found = result.comparison
     if not quiet:
-        _print_table(found.name, report.comparison.HEAD, report.comparison.rows(found))
+        print_table(found.name, report.comparison.HEAD, report.comparison.rows(found))
         typer.echo(f"{report.comparison.progress(found)}: {Path(out) / 'compare.html'}")
     for name, reason in found.failed.items():
         _complain(f"{name} failed: {reason}")
@@ -468,7 +324,7 @@ def inspect_(
     if as_json:
         typer.echo(json.dumps(found, indent=1))
     else:
-        _show_inspection(found, model)
+        show_inspection(found, model)
 
 
 @app.command()
@@ -526,14 +382,14 @@ def predict(
             typer.echo(json.dumps({"image": found.image, "classes": dict(found.classes)}))
         else:
             seen = ", ".join(f"{name} {share:.1%}" for name, share in found.classes)
-            typer.echo(_printable(f"{found.image}: {seen}"))
+            typer.echo(printable(f"{found.image}: {seen}"))
 
 
 @app.command()
 def doctor() -> None:
     """Say which engines really work on this machine, and what to install for the others."""
     rows = [(each.engine, "works" if each.works else "no", each.says) for each in job.doctor.examine()]
-    _print_table("engines", ("engine", "", "version, or what is missing"), rows, (0, 1, 2))
+    print_table("engines", ("engine", "", "version, or what is missing"), rows, (0, 1, 2))
 
 
 @app.command()
@@ -564,7 +420,7 @@ def benchmark(
             f"milliseconds, batch {size}, {device}, {threads} thread{'s' * (threads > 1)}; the first file and itself "
             f"differ by {noise:.1%}"
         )
-        _print_table(title, ("file", "inputs", "p50", "p90", "p99", "calls", "as the first"), rows, (0, 1))
+        print_table(title, ("file", "inputs", "p50", "p90", "p99", "calls", "as the first"), rows, (0, 1))
 
 
 @app.command("report")

@@ -42,9 +42,9 @@ def modules() -> dict[str, Path]:
 
 
 def room(module: str) -> str:
-    """Return the room of a module: the first part of its name. The command line's two files are one room."""
+    """Return the room of a module: the first part of its name. The command line's three files are one room with `job`."""
     first = module.split(".")[0]
-    return "job" if first in ("cli", "__main__") else "_utils" if first == "errors" else first
+    return "job" if first in ("cli", "console", "__main__") else "_utils" if first == "errors" else first
 
 
 def imports(path: Path) -> Iterator[Import]:
