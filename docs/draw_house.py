@@ -42,7 +42,7 @@ def modules() -> dict[str, Path]:
 
 
 def room(module: str) -> str:
-    """Return the room of a module: the first part of its name. The command line's three files are one room with `job`."""
+    """Return the room of a module: the first part of its name. The command line belongs to `job`."""
     first = module.split(".")[0]
     return "job" if first in ("cli", "console", "__main__") else "_utils" if first == "errors" else first
 
