@@ -406,12 +406,15 @@ def benchmark(
     for size in batch_size:
         times, noise = job.saved.timed(files, size, device, threads, factory, image_size, engine)
         first = next(iter(times.values())).latency.samples_ms
+        peaks = {str(file): job.saved.memory_of(file, size, image_size, threads) for file in files}
         rows = [
             (
                 file,
                 ", ".join("x".join(map(str, shape)) or "1" for shape in each.shapes),
                 *map(report.milliseconds, (each.latency.p50_ms, each.latency.p90_ms, each.latency.p99_ms)),
                 str(each.latency.n),
+                f"{1e3 * size / each.latency.p50_ms:.4g}",
+                report.size(peak) if (peak := peaks.get(file)) and device == "cpu" else "",
                 "" if each.latency.samples_ms is first else report.verdict(first, each.latency.samples_ms, noise),
             )
             for file, each in times.items()
@@ -420,7 +423,9 @@ def benchmark(
             f"milliseconds, batch {size}, {device}, {threads} thread{'s' * (threads > 1)}; the first file and itself "
             f"differ by {noise:.1%}"
         )
-        print_table(title, ("file", "inputs", "p50", "p90", "p99", "calls", "as the first"), rows, (0, 1))
+        print_table(
+            title, ("file", "inputs", "p50", "p90", "p99", "calls", "images/s", "memory", "as the first"), rows, (0, 1)
+        )
 
 
 @app.command("report")

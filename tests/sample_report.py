@@ -13,6 +13,7 @@ from compressor.report.document import (
     Layer,
     LayerTime,
     Parity,
+    PeakMemory,
     Report,
     Timing,
 )
@@ -69,6 +70,7 @@ def sample() -> Report:
         ),
         parity=(Parity("model.onnx", 1e-6, 1e-7, 15, 1.0, ("CPUExecutionProvider",)),),
         files={"model.safetensors": 42_000},
+        memory=(PeakMemory(8, 3_000_000, 2_000_000),),
         notes=("ran on one core",),
         relevance=(
             GroupRelevance("conv1", (-0.4, 0.2, 7.5, 40.0), (False, False, True, True), 2, 0.91),

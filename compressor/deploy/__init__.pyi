@@ -13,6 +13,7 @@ from .layer_profile import layer_times as layer_times
 from .layer_profile import onnx_layers as onnx_layers
 from .machine import describe_machine as describe_machine
 from .machine import versions as versions
+from .memory import peak_memory as peak_memory
 from .metadata import ImageModel as ImageModel
 from .model_file import Description as Description
 from .onnx_inputs import example_inputs as example_inputs

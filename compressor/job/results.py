@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from compressor.deploy import (
     latency,
     layer_times,
     onnx_layers,
+    peak_memory,
     save,
     versions,
 )
@@ -94,6 +96,7 @@ def finish(
         metrics=_metrics(metric, models),
         relevance=_relevance(records, settings),
         layer_times=_layer_times(settings, data, files) if with_timings else (),
+        memory=_memory(settings, data, files, image_model) if with_timings else (),
         **figures,
     )
     report.write(made, folder)
@@ -321,6 +324,21 @@ def _layer_times(settings: Settings, data: Data, files: Mapping[str, Path]) -> t
         for name in dense
         if name in pruned
     )
+
+
+def _memory(
+    settings: Settings, data: Data, files: Mapping[str, Path], says: ImageModel
+) -> tuple[report.PeakMemory, ...]:
+    """Return what both ONNX files take on the CPU; nothing where one is missing, or the run is for a GPU."""
+    if len(files) < len(FILES) or settings.device != "cpu":
+        return ()
+    found = []
+    for size in BATCH_SIZES:
+        inputs = {says.input_names[0]: np.zeros((size, *data.image_shape), np.float32)}
+        dense, pruned = (peak_memory(files[name], inputs, torch.get_num_threads()) for name in FILES)
+        if dense and pruned:
+            found.append(report.PeakMemory(size, dense, pruned))
+    return tuple(found)
 
 
 def _goal(trained: Trained) -> report.Goal:

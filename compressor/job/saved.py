@@ -24,6 +24,7 @@ from compressor.deploy import (
     measure,
     open_file,
     openvino_runner,
+    peak_memory,
     session_runner,
     torch_runner,
 )
@@ -166,6 +167,14 @@ def timed(
         raise InputError(_TOO_MUCH.format(batch_size)) from error
     finally:
         torch.set_num_threads(before)
+
+
+def memory_of(file: Path, batch_size: int, image_size: int | None, threads: int) -> int | None:
+    """Return the bytes that an ONNX file takes in onnxruntime on the CPU; None where that cannot be told."""
+    if file.suffix != ".onnx":
+        return None
+    inputs = example_inputs(open_file(file), batch_size, image_size, name=str(file))
+    return peak_memory(file, {name: tensor.numpy() for name, tensor in inputs.items()}, threads)
 
 
 _Made = tuple[Runner, tuple[Shape, ...]]

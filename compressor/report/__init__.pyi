@@ -13,6 +13,7 @@ from .document import LayerTime as LayerTime
 from .document import Lowered as Lowered
 from .document import OwnMetric as OwnMetric
 from .document import Parity as Parity
+from .document import PeakMemory as PeakMemory
 from .document import Report as Report
 from .document import Timing as Timing
 from .graph_picture import draw_graph as draw_graph

@@ -247,6 +247,15 @@ class Lowered:
 
 
 @dataclass(frozen=True)
+class PeakMemory:
+    """By how much a process grows that loads an ONNX file into onnxruntime and runs so many images at once."""
+
+    batch_size: int
+    dense_bytes: int
+    pruned_bytes: int
+
+
+@dataclass(frozen=True)
 class LayerTime:
     """One layer of both models in onnxruntime, one image at once.
 
@@ -285,6 +294,7 @@ class Report:
         metrics: the user's own figures.
         relevance: of every group, where relevance chose during training.
         layer_times: where the time goes in onnxruntime, on a CPU.
+        memory: what onnxruntime takes, on a CPU.
     """
 
     name: str
@@ -308,3 +318,4 @@ class Report:
     metrics: tuple[OwnMetric, ...] = ()
     relevance: tuple[GroupRelevance, ...] = ()
     layer_times: tuple[LayerTime, ...] = ()
+    memory: tuple[PeakMemory, ...] = ()

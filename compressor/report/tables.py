@@ -49,7 +49,11 @@ def comparison(report: Report) -> list[Row]:
         _row("model.safetensors", dense.size_bytes, pruned.size_bytes, size),
         *_row_if_known("model.onnx", dense.onnx_size_bytes, pruned.onnx_size_bytes, size),
     ]
-    return [*rows, *_lowered_rows(report), *(_latency_row(each) for each in pairs(report.timings))]
+    memory = [
+        _row(f"memory in onnxruntime, batch {each.batch_size}", each.dense_bytes, each.pruned_bytes, size)
+        for each in report.memory
+    ]
+    return [*rows, *_lowered_rows(report), *memory, *(_latency_row(each) for each in pairs(report.timings))]
 
 
 def classes(report: Report) -> list[tuple[str, str, str, str, str]]:
