@@ -15,10 +15,10 @@ demo: $(INSTALLED)
 
 # One worker a core: tests are one-threaded, see OMP_NUM_THREADS. By files, whose tests share runs that take long.
 test: $(INSTALLED) lint
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-all: $(INSTALLED) lint
-	$(BIN)/python -m pytest -n auto --dist loadfile -m ""
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m ""
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -32,6 +32,12 @@ NOTE = (
 )
 
 
+MEMORY = (
+    "What autograd saves in a forward pass in training mode, every memory once, without weights; of one image. A "
+    "step needs as much for each image of its batch (or of one part of it, with --accumulate), the last column once."
+)
+
+
 def main(
     network: Annotated[str, typer.Option(help="resnet18, or another with a CIFAR stem.")] = "resnet18",
     batch: Annotated[int, typer.Option(help="Images in a step.")] = 128,
@@ -47,6 +53,8 @@ def main(
     config = TrainingConfig(epochs=1, batch_size=batch, augment=False, device=device, amp=amp, channels_last=amp)
     dense = models.build(network, classes=10, stem="cifar", seed=0)
     networks = {0.0: dense} | {share: without(dense, share) for share in (0.25, 0.5, 0.75)}
+    name = f"{network}-{device}-{batch}{'-amp' if amp else ''}"
+    print(write(f"training-memory-{name}", memory(networks, batch, device, amp), MEMORY))
     turns: dict[str, Callable[[], list[float]]] = {
         "bare loop": lambda: bare(copy.deepcopy(dense), data, config),
         "bare loop again": lambda: bare(copy.deepcopy(dense), data, config),
@@ -59,13 +67,13 @@ def main(
             turns[f"ours, {share:.0%} of the MACs gone"] = lambda model=model: ours(copy.deepcopy(model), data, config)
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(rounds):
-        for name in list(turns)[:: -1 if number % 2 else 1]:
-            seconds[name] += turns[name]()[unmeasured - 1 :]
-            print(number, name, [round(each, 3) for each in seconds[name][-3:]], flush=True)
+        for loop in list(turns)[:: -1 if number % 2 else 1]:
+            seconds[loop] += turns[loop]()[unmeasured - 1 :]
+            print(number, loop, [round(each, 3) for each in seconds[loop][-3:]], flush=True)
     base = median(seconds["bare loop"])
     rows: list[dict[str, Any]] = [
         {
-            "loop": name,
+            "loop": loop,
             "s a step": median(each),
             "least": min(each),
             "most": max(each),
@@ -73,13 +81,45 @@ def main(
             "images/s": batch / median(each),
             "speed over the bare loop": base / median(each),
         }
-        for name, each in seconds.items()
+        for loop, each in seconds.items()
     ]
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     said = f"{NOTE} Batches of {batch}. Peak memory of the process: {most:.0f} MiB"
     if device != "cpu":
         said += f"; of the GPU: {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
-    print(write(f"training-speed-{network}-{device}-{batch}{'-amp' if amp else ''}", rows, f"{said}."))
+    print(write(f"training-speed-{name}", rows, f"{said}."))
+
+
+def memory(networks: dict[float, nn.Module], batch: int, device: str, amp: bool) -> list[dict[str, Any]]:
+    """Return what a step keeps for its backward pass of every image, beside weights, gradients and momentum."""
+    return [
+        {
+            "MACs gone": f"{share:.0%}",
+            "kept of an image, MiB": kept(copy.deepcopy(model).to(device), batch, amp) / batch / 2**20,
+            "weights, gradients, momentum, MiB": 3 * sum(each.numel() for each in model.parameters()) * 4 / 2**20,
+        }
+        for share, model in networks.items()
+    ]
+
+
+def kept(model: nn.Module, batch: int, amp: bool) -> int:
+    """Return the bytes that autograd saves in one forward pass: every memory once, and no weights."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, int] = {}
+
+    def look(saved: torch.Tensor) -> torch.Tensor:
+        memory = saved.untyped_storage()
+        if memory.data_ptr() not in own:
+            found[memory.data_ptr()] = memory.nbytes()
+        return saved
+
+    x = torch.zeros(batch, 3, 32, 32, device=next(model.parameters()).device)
+    hooks = torch.autograd.graph.saved_tensors_hooks(look, lambda saved: saved)
+    with hooks, torch.autocast(x.device.type, torch.bfloat16, enabled=amp):
+        outputs = model.train()(x)
+    total = sum(found.values())
+    del outputs  # until here all was alive that it was made of, and no address came twice
+    return total
 
 
 def images(count: int) -> Data:

@@ -16,6 +16,18 @@ settings.register_profile("shared", deadline=None)
 settings.load_profile("shared")
 
 
+# Whole trainings, few of them in a file: begun last, they would keep one core busy while the others have nothing to do.
+SLOW_FILES = (
+    *("test_job", "test_grid", "test_ranks", "test_precision", "test_guide", "test_training", "test_ultralytics"),
+    *("test_pages_in_browser", "test_onnxruntime_web", "test_transformers", "test_lightning", "test_layer_times"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the files that take longest come first."""
+    items.sort(key=lambda item: SLOW_FILES.index(item.path.stem) if item.path.stem in SLOW_FILES else len(SLOW_FILES))
+
+
 @pytest.fixture(autouse=True)
 def _same_every_time() -> None:
     torch.set_num_threads(1)

@@ -40,7 +40,11 @@ class Residual(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18", "mobilenet_v2", "mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5"]
+    "name",
+    [
+        *("squeezenet1_1", "mobilenet_v3_small"),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("resnet18", "mobilenet_v2", "shufflenet_v2_x0_5")),
+    ],
 )
 def test_every_layer_is_found_in_the_profile(tmp_path: Path, name: str) -> None:
     model = get_model(name, num_classes=10)
