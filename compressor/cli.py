@@ -406,7 +406,6 @@ def benchmark(
     for size in batch_size:
         times, noise = job.saved.timed(files, size, device, threads, factory, image_size, engine)
         first = next(iter(times.values())).latency.samples_ms
-        peaks = {str(file): job.saved.memory_of(file, size, image_size, threads) for file in files}
         rows = [
             (
                 file,
@@ -414,7 +413,7 @@ def benchmark(
                 *map(report.milliseconds, (each.latency.p50_ms, each.latency.p90_ms, each.latency.p99_ms)),
                 str(each.latency.n),
                 f"{1e3 * size / each.latency.p50_ms:.4g}",
-                report.size(peak) if (peak := peaks.get(file)) and device == "cpu" else "",
+                "" if each.memory_bytes is None else report.size(each.memory_bytes),
                 "" if each.latency.samples_ms is first else report.verdict(first, each.latency.samples_ms, noise),
             )
             for file, each in times.items()

@@ -13,6 +13,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 import compressor
+from compressor import job
 from compressor.cli import app
 from compressor.deploy import peak_memory
 from compressor.report import tables
@@ -47,3 +48,14 @@ def test_the_tables_show_it(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, ["benchmark", str(path), "--batch-size", "4"]).stdout
     assert "images/s" in shown
     assert " MB " in shown
+
+
+def test_memory_is_that_of_the_engine_which_was_timed(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    path = exported(nn.Linear(1000, 3000), tmp_path / "it.onnx", 1000)
+    known = {}
+    for engine in ("onnxruntime", "openvino"):
+        times, _ = job.saved.timed([path], 4, "cpu", 1, "", None, [engine])
+        known[engine] = times[str(path)].memory_bytes
+    assert known["onnxruntime"] > 10 * MB
+    assert known["openvino"] is None

@@ -302,6 +302,12 @@ def test_synchronized_norms_look_at_the_whole_batch(asked: list[dict[str, Any]])
             torch.testing.assert_close(got[name], tensor, rtol=1e-9, atol=1e-12)
 
 
+def test_a_rank_alone_keeps_its_norms() -> None:
+    model = tiny(10)
+    with synchronized_norms(model, Ranks()):  # a trial of learning rates: in SyncBatchNorm it would wait for others
+        assert [type(model[index]) for index in (1, 4, 7)] == [nn.BatchNorm2d] * 3
+
+
 def test_norms_that_cannot_be_synchronized_are_refused() -> None:
     with pytest.raises(InputError, match="no effect in one process"):
         require_synchronizable(Ranks(), "cuda")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -46,9 +46,16 @@ class OnnxLayer:
 
 def onnx_layers(path: Path) -> list[OnnxLayer]:
     """Return the layers of an ONNX file in the order of its nodes."""
+    return _layers(_graph(path))
+
+
+def _graph(path: Path) -> Any:
     import onnx
 
-    graph = onnx.load(path, load_external_data=False).graph
+    return onnx.load(path, load_external_data=False).graph
+
+
+def _layers(graph: Any) -> list[OnnxLayer]:
     stored = {each.name: tuple(each.dims) for each in graph.initializer}
     found = []
     for node in graph.node:
@@ -89,23 +96,19 @@ def _by_layer(path: Path, events: list[dict[str, Any]]) -> dict[str, float]:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             samples[event["name"].removesuffix("_kernel_time")].append(event["dur"] / 1e3)
     ran = {name: median(values) for name, values in samples.items()}
-    times = {}
-    for layer, names in _names(path, ran).items():
-        times[layer] = sum(ran.pop(name) for name in names)
+    names = _names(_graph(path), ran)
+    times = {layer: sum(ran.pop(name) for name in mine) for layer, mine in names.items()}
     return {**times, REST: sum(ran.values())}
 
 
-def _names(path: Path, ran: Mapping[str, float]) -> dict[str, list[str]]:
+def _names(graph: Any, ran: Collection[str]) -> dict[str, list[str]]:
     """Return, by layer, the names under which it ran, each name once."""
-    import onnx
-
-    nodes = list(onnx.load(path, load_external_data=False).graph.node)
     readers: dict[str, list[Any]] = defaultdict(list)
-    for node in nodes:
+    for node in graph.node:
         for name in node.input:
             readers[name].append(node)
-    by_name = {node.name: node for node in nodes}
-    layers = {each.name: by_name[each.node] for each in onnx_layers(path)}
+    by_name = {node.name: node for node in graph.node}
+    layers = {each.name: by_name[each.node] for each in _layers(graph)}
     free = set(ran)
     found: dict[str, list[str]] = {}
     # What two layers flow into may run with either: it goes to the one that is not found under a name of its own.

@@ -151,14 +151,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = kernel(*args, **kwargs) if kernel else NotImplemented
         if out is NotImplemented:
             return func(*args, **kwargs)
-        return args[0] if _schema_of(func)[1] else out
+        return args[0] if _is_mutable(func) else out
 
     # -- which tensors have no data
 
     def _takes_part(self, tensor: Tensor, func: Any) -> bool:
         """Return whether an operation on this tensor belongs to the run, and not to the making of a constant."""
         # Integer buffers are constants (tables of positions) until something writes them: a counter must not count.
-        is_written = id(tensor) in self._owned and _schema_of(func)[1]
+        is_written = id(tensor) in self._owned and _is_mutable(func)
         is_weight = id(tensor) in self._owned and tensor.is_floating_point()
         return self.context.is_traced(tensor) or is_weight or is_written
 
@@ -301,16 +301,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _rule_of(func: Any) -> tuple[str, Rule | None]:
     """Return the name of an operation without its overload, and its rule. In-place ones go by the plain name."""
-    name, is_mutable = _schema_of(func)
-    if name not in RULES and is_mutable:
+    name = _name_of(func)
+    if name not in RULES and _is_mutable(func):
         name = name.removesuffix("_")
     return name, RULES.get(name)
 
 
+# Remembered, for torch takes long to tell of a schema.
 @cache
-def _schema_of(func: Any) -> tuple[str, bool]:
-    """Return the name of an operation without its overload, and whether it writes into an argument."""
-    return f"{func.namespace}.{func._schema.name.partition('::')[2]}", func._schema.is_mutable
+def _name_of(func: Any) -> str:
+    return f"{func.namespace}.{func._schema.name.partition('::')[2]}"
+
+
+@cache
+def _is_mutable(func: Any) -> bool:
+    """Return whether an operation writes into one of its arguments."""
+    return bool(func._schema.is_mutable)
 
 
 def _fits(axes: list[Axes], results: list[Tensor]) -> bool:

@@ -10,7 +10,6 @@ from .grid import run_grid as run_grid
 from .main_job import run as run
 from .options import NumberOrAuto as NumberOrAuto
 from .options import WholeOrAuto as WholeOrAuto
-from .options import as_number as as_number
 from .options import as_written as as_written
 from .options import numbers_or_auto as numbers_or_auto
 from .options import read_toml as read_toml

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -111,10 +111,16 @@ def pixels(shape: Shape, batch_size: int = 2) -> Tensor:
 
 @dataclass(frozen=True)
 class Timed:
-    """How long a model in a file takes, and for inputs of which shapes, the batch included."""
+    """How long a model in a file takes, and for inputs of which shapes, the batch included.
+
+    Attributes:
+        latency, shapes: as said.
+        memory_bytes: by how much a process grows that runs it; known of onnxruntime on a CPU.
+    """
 
     latency: Latency
     shapes: tuple[Shape, ...]
+    memory_bytes: int | None
 
 
 def timed(
@@ -154,10 +160,13 @@ def timed(
             for file in files
             for name, make in makers[file.suffix].items()
         }
-        runners = [runner for runner, _ in made.values()]
+        runners = [each.runner for each in made.values()]
         *own, control = measure(dict(enumerate([*runners, runners[0]]))).values()
-        pairs = zip(made.items(), own, strict=True)
-        timed_files = {name: Timed(times, shapes) for (name, (_, shapes)), times in pairs}
+        timed_files = {
+            # Other processes after the timing: they would disturb it.
+            name: Timed(times, each.shapes, each.memory())
+            for (name, each), times in zip(made.items(), own, strict=True)
+        }
         return timed_files, noise(own[0].samples_ms, control.samples_ms)
     except MemoryError as error:
         raise InputError(_TOO_MUCH.format(batch_size)) from error
@@ -169,34 +178,40 @@ def timed(
         torch.set_num_threads(before)
 
 
-def memory_of(file: Path, batch_size: int, image_size: int | None, threads: int) -> int | None:
-    """Return the bytes that an ONNX file takes in onnxruntime on the CPU; None where that cannot be told."""
-    if file.suffix != ".onnx":
-        return None
-    inputs = example_inputs(open_file(file), batch_size, image_size, name=str(file))
-    return peak_memory(file, {name: tensor.numpy() for name, tensor in inputs.items()}, threads)
+@dataclass(frozen=True)
+class _Made:
+    """A file that is ready to run, and what its memory is asked of, where it can be."""
 
-
-_Made = tuple[Runner, tuple[Shape, ...]]
+    runner: Runner
+    shapes: tuple[Shape, ...]
+    memory: Callable[[], int | None] = lambda: None
 
 
 def _in_torch(file: Path, batch_size: int, device: str, image_size: int | None, *, factory: str) -> _Made:
     model, shape = loaded(file, factory, image_size)
     require_memory((batch_size, *shape))
-    return torch_runner(model.to(device), example(model, shape, batch_size)), ((batch_size, *shape),)
+    return _Made(torch_runner(model.to(device), example(model, shape, batch_size)), ((batch_size, *shape),))
 
 
 def _in_onnxruntime(file: Path, batch_size: int, device: str, image_size: int | None, *, threads: int) -> _Made:
     session = open_file(file, device, threads=threads)
     inputs = example_inputs(session, batch_size, image_size, name=str(file), check=require_memory)
-    return session_runner(session, inputs, torch.device(device)), tuple(tuple(each.shape) for each in inputs.values())
+    runner, shapes = session_runner(session, inputs, torch.device(device)), _shapes(inputs)
+    if device != "cpu":
+        return _Made(runner, shapes)
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    return _Made(runner, shapes, partial(peak_memory, file, arrays, threads))
 
 
 def _in_openvino(file: Path, batch_size: int, device: str, image_size: int | None, *, threads: int) -> _Made:
     if device != "cpu":
         raise InputError(f"OpenVINO is timed on the CPU: give --device cpu, or --engine onnxruntime for {device}")
     inputs = example_inputs(open_file(file), batch_size, image_size, name=str(file), check=require_memory)
-    return openvino_runner(file, inputs, threads), tuple(tuple(each.shape) for each in inputs.values())
+    return _Made(openvino_runner(file, inputs, threads), _shapes(inputs))
+
+
+def _shapes(inputs: Mapping[str, Tensor]) -> tuple[Shape, ...]:
+    return tuple(tuple(each.shape) for each in inputs.values())
 
 
 _ONNX_ENGINES = {"onnxruntime": _in_onnxruntime, "openvino": _in_openvino}

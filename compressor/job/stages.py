@@ -91,7 +91,7 @@ class Stages:
         board = Board(self.folder / BOARD) if self.settings.tensorboard and self.ranks.is_first else None
         self.metrics = Metrics(self.folder / "metrics.jsonl" if self.ranks.is_first else None, board)
         self._round_to = self.settings.selection().round_to
-        if self.settings.round_to == "auto":
+        if self.settings.round_to == "auto":  # here, where every rank comes by: the others wait for the first one's
             step = self.settings.latency().table.step if self.ranks.is_first else None
             self._round_to = self.ranks.object_of_the_first(step)
 

@@ -18,9 +18,11 @@ def synchronized_norms(model: nn.Module, ranks: Ranks) -> Iterator[None]:
     """Let every BatchNorm be torch's SyncBatchNorm for a while; writes the model.
 
     The modules stay the same objects, so that optimizers, hooks and channel graphs need not know: `SyncBatchNorm` has
-    the attributes of a `BatchNorm2d`, and one for the group.
+    the attributes of a `BatchNorm2d`, and one for the group. A rank that trains alone (a trial of learning rates, say)
+    keeps its norms: they would wait for the others.
     """
-    changed = [(module, type(module)) for module in model.modules() if type(module) in _NORMS]
+    alone = ranks.size == 1
+    changed = [(module, type(module)) for module in model.modules() if type(module) in _NORMS and not alone]
     try:
         for module, _ in changed:
             module.__class__ = nn.SyncBatchNorm
