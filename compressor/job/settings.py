@@ -274,9 +274,7 @@ class Settings:
     precision: Precision = option("fp32", "Run", "Of ONNX files beside those in float32: fp16, int8.")
     tolerance: float | None = option(None, "Run", "Accuracy that int8 may lose, in [0, 1).", f"{TOLERANCE}")
 
-    qat_epochs: int = option(
-        0, "Run", "Epochs of quantisation-aware training for a model that all in int8 would lose more."
-    )
+    qat_epochs: int = option(0, "Run", "Epochs of quantisation-aware training, where int8 loses more than --tolerance.")
 
     tensorboard: bool = option(False, "Run", "Also write what is measured while training for TensorBoard.")
     metric: str = option(
