@@ -129,6 +129,24 @@ def test_batchnorm_says_the_same_in_the_statistics_of_what_it_reads_now() -> Non
         assert relative_error(copy.deepcopy(model).train()(x), expected) < 1e-3  # statistics of this very batch
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e-2])
+@torch.no_grad()
+def test_a_weight_does_not_grow_beyond_what_can_be_trained(scale: float) -> None:
+    """Four channels say all about the image; one of them hardly varies, and it would take weights of hundreds."""
+    whole = made(lambda: nn.Sequential(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 5, 1)))
+    whole[0][0].weight[0] *= scale
+    whole[0][0].bias[0] *= scale
+    errors = []
+    for fit in (False, True):
+        model = copy.deepcopy(whole)
+        usual = {"calibration": batches(), "compensate": "mean", "round_to": 1}
+        compressor.prune(model, batches()[0], lambda *_: torch.arange(8) % 2 == 0, 0.45, reconstruct=fit, **usual)
+        errors.append(left(model, whole, batches()))
+        assert model[0][0].out_channels == 4
+    assert errors[1] < 0.9 * errors[0]
+    assert model[0][1].weight.norm() < 4 * whole[0][1].weight[:, ::2].norm()
+
+
 def test_all_or_nothing() -> None:
     model = network()
     reference = Reference(compressor.trace(model, batches()[0]))
