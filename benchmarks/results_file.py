@@ -28,10 +28,9 @@ def write(name: str, rows: list[dict[str, Any]], notes: str = "") -> Path:
 
 
 def earlier(name: str) -> list[dict[str, Any]]:
-    """Return the rows that a machine like this one wrote under that name today, or else yesterday."""
-    for date in (BEGAN, BEGAN - datetime.timedelta(days=1)):
-        path = RESULTS / f"{date.isoformat()}-{name}.json"
-        document = json.loads(path.read_text()) if path.exists() else {}
+    """Return the rows that a machine like this one wrote under that name last: delete its file to measure anew."""
+    for path in sorted(RESULTS.glob(f"????-??-??-{name}.json"), reverse=True):
+        document = json.loads(path.read_text())
         if _alike(document.get("machine", {}), describe_machine()):
             rows: list[dict[str, Any]] = document["rows"]
             return rows

@@ -3,8 +3,8 @@
 python benchmarks/short_training.py --data cifar10 --weights FOLDER [--network resnet20] [--share 0.5] [--epochs 1] \
     [--seeds 4] [--only inner] [--methods relevance,l1,random]
 
-A seed is an order of the images, the same for every method, so that differences are paired. A cell that today's result
-file of this machine holds already is not run again.
+A seed is an order of the images, the same for every method, so that differences are paired. A cell that the latest
+result file of a machine like this one holds already is not run again.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ MOST_FEATURES = 6_000  # of one output: the solution takes the third power of it
 MOST_GROWTH = 4.0
 # Of the mean square of each input. The one that predicts held-out rows best is taken.
 _RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-# Of the mean square of all inputs, because some are always zero, or nearly so. The first that lets no weight grow too far.
+# Of the mean square of all inputs: some are always zero, or nearly so. The first that lets no weight grow too far.
 _FLOORS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _FIXED = 1e12
 _LEAST_SCALE = 0.05
