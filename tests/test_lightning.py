@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import launched
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from user_models import two_convolutions
 
 import compressor
@@ -68,13 +70,17 @@ class Manual(Classifier):
         )
 
 
-def loader(count: int = 128) -> DataLoader[Any]:
+def dataset(count: int) -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(count, 3, 16, 16, generator=generator)
     labels = torch.arange(count) % 4
     for image, label in zip(images, labels.tolist(), strict=True):
         image[label % 3, 4 * label :] += 1
-    return DataLoader(TensorDataset(images, labels), batch_size=16)
+    return TensorDataset(images, labels)
+
+
+def loader(count: int = 128) -> DataLoader[Any]:
+    return DataLoader(dataset(count), batch_size=16)
 
 
 def trainer(folder: Path, callbacks: list[Any], **more: Any) -> Any:
@@ -173,9 +179,52 @@ def test_what_would_not_prune_is_refused(
         trainer(tmp_path, [callback], **more).fit(Classifier(), loader())
 
 
-def test_several_devices_are_refused() -> None:
+def test_several_devices_by_another_strategy_are_refused() -> None:
     class Two:
         world_size = 2
 
-    with pytest.raises(InputError, match=r"2 devices train one model: say Trainer\(devices=1\)"):
+        class strategy:
+            model = None
+
+    with pytest.raises(InputError, match=r"2 devices train one model: say Trainer\(strategy=\"ddp\"\)"):
         PruningCallback(EXAMPLE).on_train_start(Two(), Classifier())
+
+
+class Plain(Classifier):
+    """Without BatchNorm, whose statistics within a step are of a process's own images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[1] = nn.Identity()
+
+
+def trained(folder: Path, images: DataLoader[Any], **devices: Any) -> dict[str, dict[str, Tensor]]:
+    """Return the weights of a training, and of one that went on from its last checkpoint."""
+    found = {}
+    for criterion in ("l1", "relevance"):
+        pl.seed_everything(0)
+        module, callback = Plain(), PruningCallback(EXAMPLE, criterion, HALF, prune_every=16)
+        keep = pl.callbacks.ModelCheckpoint(
+            folder / criterion, every_n_train_steps=40, save_top_k=-1, filename="{step}"
+        )
+        trainer(folder, [callback, keep], max_epochs=8, enable_checkpointing=True, **devices).fit(module, images)
+        assert callback.result().reached
+        found[criterion] = module.net.state_dict()
+    module, callback = Plain(), PruningCallback(EXAMPLE, criterion, HALF, prune_every=16)
+    last = folder / criterion / "step=40.ckpt"
+    trainer(folder, [callback], max_epochs=8, **devices).fit(module, images, ckpt_path=last)
+    return found | {"gone on": module.net.state_dict()}
+
+
+def half_a_batch_each(folder: Path) -> dict[str, dict[str, Tensor]]:
+    rank = int(os.environ["RANK"])
+    own = [first + place for first in range(8 * rank, 128, 16) for place in range(8)]
+    images = DataLoader(Subset(dataset(128), own), batch_size=8)
+    return trained(folder, images, strategy="ddp", devices=2, use_distributed_sampler=False)
+
+
+def test_two_processes_come_to_what_one_comes_to(tmp_path: Path) -> None:
+    alone = trained(tmp_path / "alone", loader())
+    first, second = launched(half_a_batch_each, tmp_path)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, alone, rtol=1e-2, atol=2e-3)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from launching import launched
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -185,5 +186,35 @@ def test_what_would_not_prune_is_refused(tmp_path: Path) -> None:
     loop = trainer(resnet(), tmp_path, [callback])
     loop.args._n_gpu = 2
     loop.args.use_cpu = False
-    with pytest.raises(InputError, match=r"2 devices train one model: set CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(InputError, match=r"one process trains on 2 devices: start one for each \(torchrun"):
         callback.on_train_begin(loop.args, loop.state, loop.control, model=loop.model, optimizer=None)
+
+
+def trained(folder: Path, batch: int) -> dict[str, dict[str, Tensor]]:
+    """Return the weights of a training, and of one that went on from its last checkpoint."""
+    found = {}
+    for criterion in ("l1", "relevance"):
+        torch.manual_seed(0)
+        model, place = vit(), folder / criterion
+        usual = {"per_device_train_batch_size": batch, "optim": "sgd", "learning_rate": 0.05}
+        callback = PruningCallback(EXAMPLE, criterion, HALF, prune_every=16)
+        trainer(model, place, [callback], save_strategy="steps", save_steps=40, **usual).train()
+        assert callback.result().reached
+        found[criterion] = model.state_dict()
+    model = compressor.load(place / "checkpoint-40" / "pruned.safetensors", factory=vit)
+    callback = PruningCallback(EXAMPLE, criterion, HALF, prune_every=16)
+    loop = trainer(model, place, [callback], **usual)
+    loop.train(resume_from_checkpoint=str(place / "checkpoint-40"))
+    return found | {"gone on": model.state_dict()}
+
+
+def half_a_batch_each(folder: Path) -> dict[str, dict[str, Tensor]]:
+    return trained(folder, 8)
+
+
+def test_two_processes_come_to_what_one_comes_to(tmp_path: Path) -> None:
+    alone = trained(tmp_path / "alone", 16)
+    first, second = launched(half_a_batch_each, tmp_path)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    # Gone on from a checkpoint: both have the first one's running means of channels, not each its own.
+    torch.testing.assert_close(first, alone, rtol=1e-2, atol=2e-3)

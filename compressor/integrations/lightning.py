@@ -12,12 +12,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from compressor._utils import device_of, to_device
 from compressor.budget import Budget, PruneResult, Threshold
 from compressor.criteria import Criterion
 from compressor.errors import InputError
 from compressor.graph import all_numeric_attributes, restore_shapes, set_numeric_attributes
+from compressor.integrations.wrapping import all_ranks, wrap_anew
 from compressor.pruning import Pruner
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,7 @@ class PruningCallback(Callback):
 
     A checkpoint holds the small network and where pruning stands; `fit(Module(), loader, ckpt_path="last.ckpt")` makes
     the module as narrow and goes on. What `ModelCheckpoint` and `EarlyStopping` call the best is the best since the
-    last cut.
+    last cut. Several devices train together with the strategy "ddp".
 
     Args:
         example_inputs: as for `compressor.trace`; by default the module's `example_input_array`.
@@ -42,7 +44,7 @@ class PruningCallback(Callback):
         pruner: other arguments of `compressor.Pruner`; steps are optimizer steps.
 
     Raises:
-        InputError: when training begins, with several devices, without an end or example inputs.
+        InputError: when training begins, on several devices but by "ddp", without an end or example inputs.
         BudgetError, PeriodError and others: as for `compressor.Pruner`.
     """
 
@@ -87,8 +89,10 @@ class PruningCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Trace the network, and go on where a checkpoint stands."""
         self._hooks.close()
-        if trainer.world_size > 1:
-            raise InputError(f"{trainer.world_size} devices train one model: say Trainer(devices=1)")
+        if trainer.world_size > 1 and not _wrapper(trainer):
+            raise InputError(
+                f'{trainer.world_size} devices train one model: say Trainer(strategy="ddp"), or Trainer(devices=1)'
+            )
         steps = trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             raise InputError("the training has no end: say Trainer(max_epochs=...) or Trainer(max_steps=...)")
@@ -108,8 +112,10 @@ class PruningCallback(Callback):
             self._budget,
             optimizer=trainer.optimizers,
             total_steps=int(steps),
+            process_group=all_ranks(),
             **self._options,
         )
+        self._wrap_anew(trainer)  # the pruner tried cuts
         if self._stored:
             self._pruner.load_state_dict(self._stored["pruner"])
         self._steps = trainer.global_step
@@ -131,8 +137,13 @@ class PruningCallback(Callback):
             return
         self._steps = trainer.global_step
         if self.pruner.step():
+            self._wrap_anew(trainer)
             logger.info("step %d: %d parameters are left", self._steps, self.result().params[1])
             _forget_best(trainer)
+
+    def _wrap_anew(self, trainer: Trainer) -> None:
+        if wrapper := _wrapper(trainer):
+            wrap_anew(wrapper)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave the module without hooks."""
@@ -148,6 +159,12 @@ class PruningCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what stands in a checkpoint."""
         self._stored = state_dict
+
+
+def _wrapper(trainer: Trainer) -> DistributedDataParallel | None:
+    """Return what averages gradients over devices, if there are several."""
+    model = trainer.strategy.model
+    return model if isinstance(model, DistributedDataParallel) else None
 
 
 def _itself(module: nn.Module) -> nn.Module:

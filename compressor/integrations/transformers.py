@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from compressor._utils import atomic_write
@@ -16,6 +18,7 @@ from compressor.criteria import Criterion
 from compressor.deploy import save
 from compressor.errors import InputError
 from compressor.integrations.observing import ForwardObserver
+from compressor.integrations.wrapping import all_ranks, when_wrapped, wrap_anew
 from compressor.pruning import Pruner
 
 logger = logging.getLogger(__name__)
@@ -37,7 +40,8 @@ class PruningCallback(TrainerCallback):
         model = compressor.load("out/checkpoint-500/pruned.safetensors", factory=build)
         Trainer(model, args, ..., callbacks=[callback]).train(resume_from_checkpoint="out/checkpoint-500")
 
-    The best checkpoint, `load_best_model_at_end`, is the best since the last cut.
+    The best checkpoint, `load_best_model_at_end`, is the best since the last cut. Several devices train together, one
+    process each: `torchrun --nproc-per-node 2 train.py`.
 
     Args:
         example_inputs: a dict of tensors by the names of the model's arguments, without labels.
@@ -45,8 +49,8 @@ class PruningCallback(TrainerCallback):
         pruner: its other arguments, `outputs=lambda result: result.logits` among them; steps are optimizer steps.
 
     Raises:
-        InputError: when training begins, with several devices or a compiled model, or from a checkpoint without a
-            pruner's state.
+        InputError: when training begins, with several devices in one process, sharded weights or a compiled model, or
+            from a checkpoint without a pruner's state.
         BudgetError, PeriodError and others: as for `compressor.Pruner`.
     """
 
@@ -63,6 +67,8 @@ class PruningCallback(TrainerCallback):
         self._options = pruner
         self._pruner: Pruner | None = None
         self._observer: ForwardObserver | None = None
+        self._wrapper: DistributedDataParallel | None = None
+        self._stop_looking: Callable[[], None] = _nothing
 
     @property
     def pruner(self) -> Pruner:
@@ -81,11 +87,13 @@ class PruningCallback(TrainerCallback):
         """Trace the model, and go on where a checkpoint stands."""
         self._close()  # of a training that ended in an error, which no callback is told
         model: nn.Module = kwargs["model"]
-        devices = max(args.n_gpu, args.world_size)
-        if devices > 1:
+        if args.n_gpu > 1:
             raise InputError(
-                f"{devices} devices train one model: set CUDA_VISIBLE_DEVICES=0, and train without torchrun"
+                f"one process trains on {args.n_gpu} devices: start one for each (torchrun --nproc-per-node "
+                f"{args.n_gpu} train.py), or set CUDA_VISIBLE_DEVICES=0"
             )
+        if args.fsdp or args.deepspeed:
+            raise InputError("fsdp and deepspeed keep parts of the weights on every device: train without them")
         if args.torch_compile:
             raise InputError("torch_compile=True: the network changes while it trains; train without it")
         self._pruner = Pruner(
@@ -95,6 +103,7 @@ class PruningCallback(TrainerCallback):
             self._budget,
             optimizer=getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"]),  # accelerate wraps it
             total_steps=state.max_steps,
+            process_group=all_ranks(),
             **self._options,
         )
         if state.global_step:
@@ -103,6 +112,7 @@ class PruningCallback(TrainerCallback):
         self._observer = ForwardObserver(
             self._pruner, model, lambda batch: {name: batch[name] for name in names if name in batch}
         )
+        self._stop_looking = when_wrapped(model, self._take_wrapper)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -110,12 +120,16 @@ class PruningCallback(TrainerCallback):
         """Count the step, and cut if it is time: the gradients are still there."""
         event = self.pruner.step()
         if event:
+            if self._wrapper:
+                wrap_anew(self._wrapper)
             logger.info("step %d: %d parameters are left", state.global_step + 1, self.result().params[1])
             # The best so far was a larger network, which could not be loaded into this one.
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the small network, and where pruning stands, beside the files of the checkpoint."""
+        if not state.is_world_process_zero:
+            return
         folder = _checkpoint(args, state)
         save(kwargs["model"], folder / MODEL_FILE)
         with atomic_write(folder / _STATE_FILE) as unfinished:
@@ -127,9 +141,19 @@ class PruningCallback(TrainerCallback):
         """Leave the model without hooks."""
         self._close()
 
+    def _take_wrapper(self, wrapper: DistributedDataParallel) -> None:
+        self._wrapper = wrapper
+        wrap_anew(wrapper)  # it was made before the pruner, which tried cuts
+
     def _close(self) -> None:
+        self._stop_looking()
+        self._wrapper = None
         if self._observer:
             self._observer.close()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

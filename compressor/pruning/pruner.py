@@ -287,9 +287,9 @@ class Pruner:
         for other in self._ranks.objects(norms):
             if not torch.allclose(norms, other, rtol=1e-3, atol=1e-3 * float(norms.max())):
                 raise InputError(
-                    "the ranks have different gradients: average them after backward(), or let your "
-                    "DistributedDataParallel run the model: `with pruner.observe(x) as mean: loss = "
-                    "mean(F.cross_entropy(ddp(x), y, reduction='none'))`"
+                    "the ranks have different gradients: average them after backward(), or make the "
+                    "DistributedDataParallel after the Pruner and let it run the model: `with pruner.observe(x) as "
+                    "mean: loss = mean(F.cross_entropy(ddp(x), y, reduction='none'))`"
                 )
 
     def _due(self, step: int) -> float:
