@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
+from launching import launched
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from user_models import two_convolutions
 
 import compressor
 from compressor._utils import count_samples
+from compressor.integrations.wrapping import all_ranks, wrap_anew
 
 HALF = compressor.Budget(0.4, "macs")
 
 
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_accelerate(precision: str) -> None:
+def accelerated(precision: str = "no", batch: int = 16) -> dict[str, Tensor]:
+    """Return the weights of a pruned training; every process takes batches of its own."""
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
+    torch.manual_seed(0)
     bare = two_convolutions()
+    bare[1] = nn.Identity()  # the statistics of a BatchNorm are of one process's images
     images, labels = torch.randn(64, 3, 8, 8), torch.arange(64) % 4
     dataset = torch.utils.data.TensorDataset(images, labels)
-    loader = torch.utils.data.DataLoader(dataset, batch_size=16)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=batch)
     optimizer = torch.optim.SGD(bare.parameters(), lr=0.05, momentum=0.9)
     model, wrapped, loader = accelerator.prepare(bare, optimizer, loader)
     epochs = 12
     pruner = compressor.Pruner(
-        accelerator.unwrap_model(model), images[:1], budget=HALF, optimizer=optimizer, total_steps=2 * epochs
-    )
+        accelerator.unwrap_model(model), images[:1], budget=HALF, optimizer=optimizer, total_steps=2 * epochs,
+        process_group=all_ranks(),
+    )  # fmt: skip
+    if isinstance(model, DistributedDataParallel):
+        wrap_anew(model)
     for _ in range(epochs):
         for x, y in loader:
             with accelerator.accumulate(model):
@@ -40,12 +48,29 @@ def test_accelerate(precision: str) -> None:
                     loss = F.cross_entropy(model(x), y)
                 accelerator.backward(loss)
                 wrapped.step()
-                if accelerator.sync_gradients:
-                    pruner.step()
+                if accelerator.sync_gradients and pruner.step() and isinstance(model, DistributedDataParallel):
+                    wrap_anew(model)
                 wrapped.zero_grad()
     result = pruner.result()
     assert result.reached
     assert sum(tensor.numel() for tensor in bare.parameters()) == result.params[1] < result.params[0]
+    return bare.state_dict()
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_accelerate(precision: str) -> None:
+    accelerated(precision)
+
+
+def half_a_batch_each(folder: Path) -> dict[str, Tensor]:
+    return accelerated(batch=8)
+
+
+@pytest.mark.filterwarnings("default")
+def test_two_processes_of_accelerate_come_to_what_one_comes_to(tmp_path: Path) -> None:
+    for weights in launched(half_a_batch_each, tmp_path):
+        torch.testing.assert_close(weights, accelerated(), rtol=1e-3, atol=1e-4)
 
 
 def boxes_of(batch: int, size: int) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
