@@ -98,6 +98,19 @@ def test_nothing_is_left_open() -> None:
     assert (after.compensate, after.recalibrate, after.verify) == ("linear", 2000, True)
 
 
+def test_the_model_as_it_was_teaches_the_smaller_one_where_it_is_trained_on() -> None:
+    assert (Settings(criterion="l1").distill, Settings(criterion="l1").temperature) == (0.5, 4.0)
+    assert (Settings(criterion="l1", finetune_epochs=0).distill, Settings().distill, Settings().temperature) == (
+        0.0,
+        0.0,
+        None,
+    )
+    assert Settings(criterion="l1", teacher="large.safetensors").distill == 0.5
+    assert Settings(criterion="l1", distill=0.0).temperature is None
+    with pytest.raises(InputError, match="--teacher has no effect with --distill 0"):
+        Settings(teacher="large.safetensors")
+
+
 def test_a_network_that_is_trained_already_is_trained_more_gently() -> None:
     new, trained = Settings(), Settings(weights="default")
     assert (new.epochs, new.lr) == (24, 0.05)

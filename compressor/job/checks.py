@@ -28,6 +28,12 @@ def is_sparse(criterion: str) -> bool:
     return criterion in get_args(Method)
 
 
+def has_teacher(given: Values) -> bool:
+    """Return whether the pruned model learns from another one, said so or not."""
+    share = given["distill"]
+    return bool(share) if share is not None else not is_during(given) and given["finetune_epochs"] != 0
+
+
 def has_schedule(criterion: str) -> bool:
     """Return whether more and more goes in training; the others are sparse from the beginning."""
     return criterion not in ("set", "rigl")
@@ -127,8 +133,10 @@ def idle_options(given: Values) -> dict[str, str]:
         **dict.fromkeys(
             ("tolerance", "qat_epochs"), "" if given["precision"] == "int8" else f"--precision {given['precision']}"
         ),
-        **dict.fromkeys(("temperature", "teacher"), "" if given["distill"] else "--distill 0"),
-        "distill": "--finetune-epochs 0" if not is_during(given) and given["finetune_epochs"] == 0 else "",
+        **dict.fromkeys(("temperature", "teacher"), "" if has_teacher(given) else "--distill 0"),
+        "distill": "--finetune-epochs 0"
+        if given["distill"] and not is_during(given) and given["finetune_epochs"] == 0
+        else "",
         "granularity": "" if sparse else criterion,
         "ema": criterion if sparse else "",  # an average of differently masked weights has no zeros
         **dict.fromkeys(("compensate", "recalibrate", "verify"), criterion if sparse else ""),

@@ -58,7 +58,14 @@ from compressor.job.options import (
 from compressor.relevance import EstimatorName, Exclusion, RelevanceConfig
 from compressor.sparse import Granularity, MaskAllocation, SparseConfig
 from compressor.surgery import COMPENSATIONS, Compensation
-from compressor.training import RECALIBRATION_IMAGES, TRAINED_EPOCHS, TRAINED_LR, USUAL_LR, TrainingConfig
+from compressor.training import (
+    FINETUNE_DISTILL,
+    RECALIBRATION_IMAGES,
+    TRAINED_EPOCHS,
+    TRAINED_LR,
+    USUAL_LR,
+    TrainingConfig,
+)
 
 PUBLISHED = "default"  # as --weights: those that torchvision or timm has for the model
 RunMeasure = Literal["params", "macs", "channels", "latency"]
@@ -189,11 +196,12 @@ class Settings:
     )
     mixup: float = from_config(TrainingConfig, "mixup", "Training", "Alpha of Mixup; 0: none.")
     cutmix: float = from_config(TrainingConfig, "cutmix", "Training", "Alpha of CutMix; 0: none.")
-    distill: float = from_config(
+    distill: float | None = left_open(
         TrainingConfig,
         "distill",
         "Training",
         "Share of the pruned model's loss that is a teacher's soft targets, in [0, 1].",
+        f"{FINETUNE_DISTILL:g} after training, else 0",
     )
     ema: float = from_config(
         TrainingConfig, "ema", "Training", "Decay of a moving average of the weights that is kept in the end; 0: none."
@@ -463,7 +471,6 @@ class Settings:
             "out": self.out or self._folder(),
             "lr": self.lr or self.training().lr,
             "epochs": self._usual_epochs() if self.epochs is None else self.epochs,
-            "temperature": self.training().temperature if self.distill else None,
         }
         if during and has_schedule(self.criterion):
             opened |= {"first_cut": self.schedule().begin, "last_cut": self.schedule().end}
@@ -471,6 +478,11 @@ class Settings:
             opened["finetune_epochs"] = self.finetune_epochs
             if self.finetune_epochs is None:
                 opened["finetune_epochs"] = (opened["epochs"] + 1) // 2
+        if self.distill is None:
+            # After training there is a teacher already: the model as it was.
+            opened["distill"] = FINETUNE_DISTILL if opened.get("finetune_epochs") else 0.0
+        if opened.get("distill", self.distill):
+            opened["temperature"] = self.training().temperature
         if self.threshold is None:
             opened["sparsity"] = self.budget().sparsity
         if is_sparse(self.criterion):

@@ -2,6 +2,7 @@ from . import models as models
 from .checkpoint import NEWEST as NEWEST
 from .checkpoint import PREVIOUS as PREVIOUS
 from .checkpoint import take_over as take_over
+from .config import FINETUNE_DISTILL as FINETUNE_DISTILL
 from .config import RECALIBRATION_IMAGES as RECALIBRATION_IMAGES
 from .config import TRAINED_EPOCHS as TRAINED_EPOCHS
 from .config import TRAINED_LR as TRAINED_LR

@@ -18,6 +18,7 @@ USUAL_LR = {"sgd": 0.05, "adamw": 1e-3}  # AdamW's steps do not shrink with the 
 TRAINED_LR = 0.2  # of that, where training goes on from weights
 TRAINED_EPOCHS = 8  # and a third of the epochs
 RECALIBRATION_IMAGES = 2000  # 20 batches of 100: enough to average over, far from the cost of an epoch
+FINETUNE_DISTILL = 0.5  # the teacher's share: the model as it was before the cut is there anyway
 
 
 @dataclass(frozen=True)
