@@ -10,6 +10,7 @@ import torch
 import torchvision
 from launching import launched
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from user_models import two_convolutions
@@ -129,3 +130,25 @@ def test_the_detection_references(name: str, criterion: str, size: int) -> None:
         # Boxes of all images lie in one dimension there: nobody can say whose loss a gate would change.
         assert "a batch of 16 samples first" in str(result.notes)
     assert all(torch.isfinite(loss) for loss in model(images, targets).values())
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_wrapper_that_is_made_again_stays_what_was_asked_for(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model, seen = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), []
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True, bucket_cap_mb=3)
+        wrapped.register_forward_hook(lambda *_, **words: seen.append("ran"), with_kwargs=True)
+        wrapped.register_comm_hook("mine", lambda state, bucket: seen.append(state) or allreduce_hook(None, bucket))
+        wrapped.eval()
+        compressor.cut(compressor.trace(model, torch.zeros(1, 4)), {"0": [0, 2, 5]})
+        wrap_anew(wrapped)
+        assert not wrapped.training
+        assert not wrapped.broadcast_buffers
+        assert wrapped.find_unused_parameters
+        assert wrapped.bucket_bytes_cap == 3 * 2**20
+        wrapped(torch.ones(1, 4)).sum().backward()
+        assert seen == ["ran", "mine"]
+        assert model[0].weight.grad.shape == (3, 4)
+    finally:
+        torch.distributed.destroy_process_group()

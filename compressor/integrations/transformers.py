@@ -112,7 +112,8 @@ class PruningCallback(TrainerCallback):
         self._observer = ForwardObserver(
             self._pruner, model, lambda batch: {name: batch[name] for name in names if name in batch}
         )
-        self._stop_looking = when_wrapped(model, self._take_wrapper)
+        if all_ranks():
+            self._stop_looking = when_wrapped(model, self._take_wrapper)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

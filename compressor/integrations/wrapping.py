@@ -21,7 +21,7 @@ _SETTINGS = (
     "gradient_as_bucket_view",
     "static_graph",
 )
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_comm_hooks")
+_HOOKS = tuple(name for name in vars(nn.Module()) if "_hooks" in name)
 
 
 def all_ranks() -> ProcessGroup | None:
@@ -48,10 +48,10 @@ def wrap_anew(wrapped: DistributedDataParallel) -> None:
     if not wrapped.broadcast_buffers:
         asked["broadcast_buffers"] = False
     hooks = {name: getattr(wrapped, name) for name in _HOOKS}
-    training = wrapped.training
+    exchanges, training = list(wrapped._comm_hooks), wrapped.training
     wrapped.__init__(wrapped.module, **asked)  # type: ignore[misc]
     wrapped.training = training
-    for hook, state in hooks.pop("_comm_hooks"):
+    for hook, state in exchanges:
         wrapped.register_comm_hook(state, hook)
     for name, registered in hooks.items():
         getattr(wrapped, name).update(registered)
