@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Annotated, Any
@@ -36,11 +39,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "l1 in widths by relevance": USUAL | {"criterion": "l1", "allocate": "relevance"},
     "l1 with mean alone": USUAL | {"criterion": "l1", "rounds": 1, "compensate": "mean", "reconstruct": False},
     "relevance distilled": USUAL | {"criterion": "relevance", "allocate": "relevance"},
+    "relevance while training": {"criterion": "relevance", "allocate": "relevance", "compensate": "linear"},
+    "l1 while training": {"criterion": "l1", "compensate": "linear"},
     "random weights": USUAL | {"criterion": "l1", "rounds": 1, "compensate": "none", "reconstruct": False},
     "random weights distilled": USUAL | {"criterion": "l1", "rounds": 1, "compensate": "none", "reconstruct": False},
     "random with mean alone": USUAL | {"criterion": "random", "rounds": 1, "compensate": "mean", "reconstruct": False},
 }
 DISTILLED = ("relevance distilled", "random weights distilled")  # taught by the network as it was before the cut
+GRADUAL = ("relevance while training", "l1 while training")  # cut in steps within the first half of the training
 UNTRAINED = ("random weights", "random weights distilled")  # cut from a network that was never trained
 SHARE, TEMPERATURE = 0.5, 4.0  # of the loss that is the teacher's, and of its soft targets
 NOTE = (
@@ -48,6 +54,7 @@ NOTE = (
     "decay 1e-4, flips and shifts, on the 45,000 images that are not held out for validation. `cut`: test accuracy "
     "before training. Unless said otherwise everybody has 8 rounds, linear compensation and reconstruction over "
     f"{CALIBRATION} images. Distilled: {SHARE:.0%} of the loss is the uncut network's, at temperature {TEMPERATURE:g}. "
+    "While training: the whole network learns, and is cut in ten steps within the first half of as many steps. "
     "Random weights: the same network as L1 cuts it, never trained, in one cut without compensation. Differences: "
     "paired over seeds, with a 95 % t interval."
 )
@@ -62,7 +69,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Orders of the images.")] = 4,
     only: Annotated[str, typer.Option(help="all channels, or inner: inside the blocks.")] = "all",
     methods: Annotated[str, typer.Option(help="Comma list of rows.")] = ",".join(
-        name for name in METHODS if name not in (*DISTILLED, *UNTRAINED)
+        name for name in METHODS if name not in (*DISTILLED, *GRADUAL, *UNTRAINED)
     ),
 ) -> None:
     """Measure, write, and print where the table is."""
@@ -75,14 +82,18 @@ def main(
         for method, how in METHODS.items():
             if method not in methods.split(",") or (method, seed) in done:
                 continue
-            draws = how["criterion"] == "random"
-            if draws or method not in cuts:
-                torch.manual_seed(seed)
-                start = NETWORKS[network]() if method in UNTRAINED else trained(network, weights)
-                cuts[method] = cut(start, found, share, only, seed, how)
-            model = copy.deepcopy(cuts[method])
-            row = {"method": method, "seed": seed, "cut": 100 * evaluate(model, found.test).accuracy}
-            train(model, found, epochs, seed, trained(network, weights) if method in DISTILLED else None)
+            row: dict[str, Any] = {"method": method, "seed": seed}
+            if method in GRADUAL:
+                model = trained(network, weights)
+                train(model, found, epochs, seed, make_pruner=partial(pruner, found, share, only, seed, how))
+            else:
+                if how["criterion"] == "random" or method not in cuts:
+                    torch.manual_seed(seed)
+                    start = NETWORKS[network]() if method in UNTRAINED else trained(network, weights)
+                    cuts[method] = cut(start, found, share, only, seed, how)
+                model = copy.deepcopy(cuts[method])
+                row["cut"] = 100 * evaluate(model, found.test).accuracy
+                train(model, found, epochs, seed, trained(network, weights) if method in DISTILLED else None)
             row |= {part: 100 * evaluate(model, getattr(found, part)).accuracy for part in ("validation", "test")}
             rows.append(row)
             write(f"{name}-cells", rows, NOTE)
@@ -98,27 +109,54 @@ def cut(model: nn.Module, found: Data, share: float, only: str, seed: int, how: 
     if not losses and how["compensate"] != "none":
         images = {"calibration": [x for x, _ in pairs]}
     compressor.prune(
-        model, pairs[0][0][:1], budget=compressor.Budget(share, "macs"), round_to=1, seed=seed,
-        limits=compressor.Limits(only=("layer*.conv1",) if only == "inner" else ()),
+        model, pairs[0][0][:1], budget=compressor.Budget(share, "macs"), round_to=1, seed=seed, limits=limits(only),
         **images, **how,
     )  # fmt: skip
     return model
 
 
-def train(model: nn.Module, found: Data, epochs: int, seed: int, teacher: nn.Module | None = None) -> None:
-    """Train for so many epochs, also by a teacher's answers if there is one; writes the model."""
+def limits(only: str) -> compressor.Limits:
+    """Return which groups lose channels."""
+    return compressor.Limits(only=("layer*.conv1",) if only == "inner" else ())
+
+
+def pruner(
+    found: Data, share: float, only: str, seed: int, how: dict[str, Any], model: nn.Module, optimizer: Any, steps: int
+) -> compressor.Pruner:
+    """Return what cuts a share of the MACs within the first half of a training."""
+    return compressor.Pruner(
+        model, torch.zeros(1, 3, 32, 32), budget=compressor.Budget(share, "macs"), schedule=compressor.Cubic(0.0, 0.5),
+        optimizer=optimizer, total_steps=steps, prune_every=steps // 20, round_to=1, seed=seed, limits=limits(only),
+        calibration=[x for x, _ in first_batches(found, CALIBRATION)], **how,
+    )  # fmt: skip
+
+
+def train(
+    model: nn.Module,
+    found: Data,
+    epochs: int,
+    seed: int,
+    teacher: nn.Module | None = None,
+    make_pruner: Callable[[nn.Module, Any, int], compressor.Pruner] | None = None,
+) -> None:
+    """Train for so many epochs, also by a teacher's answers, or while it is pruned; writes the model."""
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=1e-4)
     steps = epochs * (len(found.train) // BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(seed)
+    pruning = make_pruner(model, optimizer, steps) if make_pruner else None
     for _ in range(epochs):
         for x, y in found.train.batches(BATCH, shuffle=order, augment=Augmentation(), drop_last=True):
             loss_fn = F.cross_entropy
             if teacher:
                 loss_fn = distilled(loss_fn, teacher, x, weight=SHARE, temperature=TEMPERATURE)
-            loss_fn(model(x), y).backward()
+            with pruning.observe(x) if pruning else nullcontext():
+                loss = loss_fn(model(x), y)
+            loss.backward()
             optimizer.step()
+            if pruning:
+                pruning.step()
             schedule.step()
             optimizer.zero_grad()
 
@@ -131,7 +169,9 @@ def table(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for method, seen in by_method.items():
         if not seen:
             continue
-        row: dict[str, Any] = {"method": method, "n": len(seen), "cut": mean(each["cut"] for each in seen.values())}
+        row: dict[str, Any] = {"method": method, "n": len(seen)}
+        if method not in GRADUAL:
+            row["cut"] = mean(each["cut"] for each in seen.values())
         values = [each["test"] for each in seen.values()]
         row |= {"test": mean(values), "sd": stdev(values) if len(values) > 1 else ""}
         apart = [first[seed]["test"] - seen[seed]["test"] for seed in first.keys() & seen.keys()]

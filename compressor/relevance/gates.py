@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressor._utils import Ranks
 from compressor.errors import InputError, UnknownNameError
 from compressor.graph import ChannelGraph, ConsumerInput, Group
 from compressor.relevance.config import Exclusion
@@ -88,6 +89,7 @@ class Gates:
         self.unseen: dict[str, str] = {}
         self._unknown: set[str] = set()
         self._passes = 0
+        self._differ = False  # whether a pass was taken into the means since the ranks agreed on them
         self._workspace = Workspace()
         self._kept: ExitStack | None = None
         self._exclude: Exclusion = exclude
@@ -175,6 +177,7 @@ class Gates:
             batch.gated_modules.add(site.name)
             if not is_recomputed and (batch.tracked or not site.count):
                 site.track(h.detach(), 0.5 ** (self.track_every / self.half_life))
+                self._differ = True
             rows = shared_out(batch.padded.index_select(1, site.columns(h)), site.layout or "", len(h))
             mean = None if self._exclude == "zero" else site.mean()
             unexplained = None
@@ -197,6 +200,18 @@ class Gates:
         Weights whose module has not run yet are left out.
         """
         return {weight: site.mean() for site in self._sites.values() if site.count for weight in site.weights}
+
+    def agree(self, ranks: Ranks) -> None:
+        """Put the mean over the ranks in place of what this one saw of the inputs; call it after every step."""
+        if ranks.size == 1 or not self._differ:
+            return
+        own = [site for site in self._sites.values() if site.count]
+        sums = [site.total for site in own]
+        sums += [each for site in own if site.covariances for each in site.covariances.products.values()]
+        for each in sums:
+            each /= ranks.size
+        ranks.sum_(sums)
+        self._differ = False
 
     def narrowed(self, keep: Mapping[str, Tensor], graph: ChannelGraph) -> Gates:
         """Return new gates for the model after a cut, with the means of the channels that stayed.

@@ -178,6 +178,7 @@ class Relevance:
             InputError: there was no batch, or no backward pass.
         """
         self._gates.release()
+        self._gates.agree(self._ranks)
         pending = self._pending
         self._pending = []
         if not pending and self.draws and not self._left_out:
@@ -239,7 +240,7 @@ class Relevance:
 
     def means(self) -> dict[str, Tensor]:
         """Return the running mean of every consumer's input, `(D,)` by weight name: what a cut folds."""
-        return self._ranks.mean(self._gates.means())
+        return self._gates.means()
 
     def record(self) -> dict[str, Any]:
         """Return a JSON-able summary by group name.
