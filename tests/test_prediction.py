@@ -309,5 +309,5 @@ def test_a_weight_does_not_grow_beyond_what_can_be_trained(scale: float) -> None
             graph = compressor.trace(smaller, images(1))
             compressor.cut(graph, {"write": keep}, means=input_moments(graph, [images()]))
             errors.append(relative_error(smaller(images()), expected))
-            assert smaller.a.weight.norm() <= 2 * model.a.weight.norm()
+            assert smaller.a.weight.norm() <= 4 * model.a.weight.norm()
     assert errors[0] <= 1.001 * errors[1]

@@ -11,10 +11,10 @@ bias or running mean. With A = 0 that is compensation by the mean alone.
     consumer W = [[5, 1]], channel 1 goes: W[:, 0] becomes 5 + 1 * 2 = 7, and nothing was lost
 
 The best A may be one that nobody can train on from. Where a channel that stays hardly varies, the consumer's weight on
-it becomes a hundred times as large, and so does the gradient of whatever computes that channel. Weights therefore grow
-to twice their norm at most: all variances get a floor, the least one that keeps to it.
+it becomes a hundred times as large, and so does the gradient of whatever computes that channel. What is moved is
+therefore at most four times as large as what goes: all variances get a floor, the least one that keeps to it.
 
-    z_0 = 0.01 z_1, z_1 goes: A = [[100]] and W = [[1, 1]] -> [[101]]; with the floor it stays below 2.83
+    z_0 = 0.01 z_1, z_1 goes: A = [[100]] and W = [[1, 1]] -> [[101]]; with the floor W[0, 0] stays below 5
 
 One A serves every tap of a kernel (exact but for padded borders), and every pixel that a flatten laid side by side:
 a regression for each pixel would have as many times fewer samples. A grouped convolution has one A for each block.
@@ -26,8 +26,10 @@ and r go; K positions that one channel holds along D; N rows, one for each sampl
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,9 +41,9 @@ from compressor.surgery.compensation import removed_means, require_finite, watch
 
 logger = logging.getLogger(__name__)
 
-MOST_GROWTH = 2.0  # of a weight's norm
+MOST_GROWTH = 4.0
 # Parts of the largest variance in a group.
-_VARIANCE_FLOORS = (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_VARIANCE_FLOORS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 # Eigenvalues of a correlation matrix below this, times its size, are rounding: such directions predict nothing.
 _RANK_TOLERANCE = 1e-13
@@ -279,45 +281,55 @@ def compensations(graph: ChannelGraph, removed: Mapping[str, Tensor], moments: M
                 continue
             blocks = channel_blocks(graph, seen)
             assert blocks is not None
-            weight, input_dim = _tensor(graph, seen.weight).detach(), _input_dim(graph, seen.weight)
-            columns = blocks[0] % weight.shape[input_dim]
-            nothing = torch.zeros(len(blocks), len(gone), len(kept), dtype=torch.float64)
-            by_mean = Merge(columns[kept], columns[gone], nothing, len(blocks), input_dim)
-            merge = _trainable(by_mean, weight, covariance, kept, gone, moments.samples)
-            merges.setdefault(seen.weight, []).append(merge)
+            maps = torch.stack([_trainable(each, kept, gone, moments.samples) for each in covariance])
             mean = moments.means[seen.weight]
-            for positions, matrix in zip(blocks, merge.maps, strict=True):
+            for positions, matrix in zip(blocks, maps, strict=True):
                 here, there = (positions[each].to(mean.device) for each in (kept, gone))
                 constants[seen.weight][there] = mean[there] - matrix.to(mean.device) @ mean[here]
+            input_dim = _input_dim(graph, seen.weight)
+            columns = blocks[0] % _tensor(graph, seen.weight).shape[input_dim]
+            merge = Merge(columns[kept], columns[gone], maps, len(blocks), input_dim)
+            merges.setdefault(seen.weight, []).append(merge)
     if moments.covariances and fallbacks:
-        with_mean = [weight for weight in fallbacks if weight in constants]
+        by_mean = [weight for weight in fallbacks if weight in constants]
         by_nothing = [weight for weight in fallbacks if weight not in constants]
-        logger.info("by the mean alone: %s; not compensated: %s", ", ".join(with_mean), ", ".join(by_nothing))
+        logger.info("by the mean alone: %s; not compensated: %s", ", ".join(by_mean), ", ".join(by_nothing))
     return Compensations(constants, merges)
 
 
-def _trainable(by_mean: Merge, weight: Tensor, covariance: Tensor, kept: Tensor, gone: Tensor, samples: int) -> Merge:
-    """Return a merge with the best maps that leave the weight at most `MOST_GROWTH` times its norm."""
-    most = MOST_GROWTH * weight.norm()
-    largest = covariance.diagonal(dim1=1, dim2=2).max()
-    for part in _VARIANCE_FLOORS:
-        maps = torch.stack([_prediction(each, kept, gone, samples, part * largest) for each in covariance])
-        merge = replace(by_mean, maps=maps)
-        left = (weight + merge.change(weight)).index_select(by_mean.input_dim, by_mean.kept.flatten().to(weight.device))
-        if left.norm() <= most:
-            return merge
-    return by_mean
+def _trainable(covariance: Tensor, kept: Tensor, gone: Tensor, samples: int) -> Tensor:
+    """Return A, `(r, n)`: the best one whose rows have at most the norm `MOST_GROWTH`, by their root mean square."""
+    best = _prediction(covariance, kept, gone, samples)
+    if _growth(best) <= MOST_GROWTH:
+        return best
+    c = covariance.double().cpu()
+    kk, kr = c[kept][:, kept], c[kept][:, gone]
+    largest = c.diagonal().max()
+    floored = [partial(_floored, kk, kr, part * largest) for part in _VARIANCE_FLOORS]
+    at = bisect_left(floored, True, key=lambda solve: _growth(solve()) <= MOST_GROWTH)
+    return floored[at]() if at < len(floored) else torch.zeros_like(best)
 
 
-def _prediction(covariance: Tensor, kept: Tensor, gone: Tensor, samples: int, floor: Tensor) -> Tensor:
-    """Return A, `(r, n)`: the coefficients of what goes in what stays, each of which varies by `floor` more.
+def _floored(kk: Tensor, kr: Tensor, floor: Tensor) -> Tensor:
+    """Return A as if every channel that stays varied by so much more."""
+    solved: Tensor = torch.linalg.solve(kk + floor * torch.eye(len(kk), dtype=kk.dtype), kr)
+    return solved.T
+
+
+def _growth(coefficients: Tensor) -> float:
+    """Return the root mean square of the rows' norms: what `W[:, R] A` has of the norm of `W[:, R]`, roughly."""
+    return float(coefficients.square().sum(1).mean().sqrt()) if len(coefficients) else 0.0
+
+
+def _prediction(covariance: Tensor, kept: Tensor, gone: Tensor, samples: int) -> Tensor:
+    """Return A, `(r, n)`: the coefficients of what goes in what stays.
 
     The ridge is that of Hoerl, Kennard & Baldwin (1975), in units of each kept channel's deviation: `n s^2 / (N b^2)`
     with the variance s^2 that the prediction leaves and its coefficients b. It is 0 where nothing is left, so that
     copies are predicted exactly, and large where the prediction is noise.
     """
     c = covariance.double().cpu()
-    kk, rk, rr = c[kept][:, kept] + floor.cpu() * torch.eye(len(kept)), c[gone][:, kept], c[gone, gone]
+    kk, rk, rr = c[kept][:, kept], c[gone][:, kept], c[gone, gone]
     scale = kk.diagonal().clamp_min(0).sqrt()
     scale = torch.where(scale > 0, scale, 1.0)
     values, vectors = torch.linalg.eigh(kk / scale / scale.unsqueeze(1))
