@@ -8,8 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime
 import pytest
 import torch
+from conftest import relative_error
 from shapes import write_yolo_dataset
 from torch import Tensor, nn
 
@@ -221,6 +224,32 @@ def test_distillation_follows(data: Path, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["yolov8n", pytest.param("yolo11n", marks=pytest.mark.slow)])
+def test_what_ultralytics_exports_is_the_small_network(name: str, tmp_path: Path) -> None:
+    network = yolo(name, tmp_path)
+    compressor.prune(network.model, torch.zeros(1, 3, 64, 64), "l1", HALF)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = network.model.eval()(images)[0]
+    network.model.pt_path = str(tmp_path / "small.pt")  # names the file that is written
+    session = onnxruntime.InferenceSession(network.export(format="onnx", imgsz=64), providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images.numpy()})
+    assert relative_error(torch.from_numpy(found), expected) < 1e-4
+
+
+@pytest.mark.slow
+def test_quantisation_aware_training_follows(data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("modelopt")
+    network = yolo("yolov8n", tmp_path)
+    prune_while_training(network, "l1", HALF, pruner={"prune_every": 3}, **arguments(data, tmp_path, epochs=3))
+    narrow = shapes(network.model)
+    train_pruned(network, **arguments(data, tmp_path, epochs=1, name="int8", quantize=8))
+    trained = YOLO(str(tmp_path / "int8" / "weights" / "last.pt"))
+    assert {name: shape for name, shape in shapes(trained.model).items() if "quantizer" not in name} == narrow
+    file = trained.export(format="onnx", imgsz=64, quantize=8)
+    assert any(node.op_type == "QuantizeLinear" for node in onnx.load(file).graph.node)
+
+
 @pytest.mark.slow
 def test_half_a_batch_after_running_out_of_memory(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = yolo("yolov8n", tmp_path)
@@ -284,6 +313,7 @@ def test_a_loss_that_is_not_finite_after_a_cut(data: Path, tmp_path: Path) -> No
         ({"device": "0,1"}, "no callbacks to several devices"),
         ({"device": [0, 1]}, "no callbacks to several devices"),
         ({"compile": True}, "compile=True: the network changes"),
+        ({"quantize": 8}, "quantize=8: layers that round are not cut; prune first"),
         ({"time": 0.1}, "time=0.1: the network changes while it trains; train with epochs="),
     ],
 )

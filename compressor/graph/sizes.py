@@ -121,6 +121,8 @@ def _sizes_of_tensors(module: nn.Module) -> dict[str, Any]:
         return recurrent_sizes(module)
     if isinstance(module, nn.RNNCellBase):
         return {"input_size": module.weight_ih.shape[1], "hidden_size": module.weight_hh.shape[1]}
+    if hasattr(type(module), "forward_split"):
+        return _halves(module)
     weight = stored_weight(module)
     if isinstance(module, nn.modules.batchnorm._NormBase):
         known = module.running_mean if module.running_mean is not None else weight
@@ -140,6 +142,17 @@ def _sizes_of_tensors(module: nn.Module) -> dict[str, Any]:
     if isinstance(module, nn.Embedding):
         return {"embedding_dim": weight.shape[1]}
     return {}
+
+
+def _halves(module: nn.Module) -> dict[str, int]:
+    """Return the width of what a block of Ultralytics splits in two.
+
+    It halves what `cv1` gives by `chunk` as it runs, and by its number `c` in `forward_split`, which it exports:
+    no run that a cut is held against would read it.
+    """
+    first = getattr(getattr(module, "cv1", None), "conv", None)
+    weight = stored_weight(first) if isinstance(first, nn.Conv2d) else None
+    return {"c": len(weight) // 2} if weight is not None and isinstance(vars(module).get("c"), int) else {}
 
 
 def stored_weight(module: nn.Module) -> Tensor | None:

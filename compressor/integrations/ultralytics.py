@@ -60,8 +60,8 @@ def prune_while_training(
         What was removed, in all.
 
     Raises:
-        InputError: several devices, a compiled network, a limit of time instead of epochs; a pruned network and data
-            with another number of classes; `resume` from a training without pruning.
+        InputError: several devices, a compiled network, `quantize=8`, a limit of time instead of epochs; a pruned
+            network and data with another number of classes; `resume` from a training without pruning.
         TrainingError: the loss is not finite, and `last.pt` is from before a cut, so that the trainer cannot go back.
         BudgetError, PeriodError and others: as for `compressor.Pruner`.
     """
@@ -69,6 +69,8 @@ def prune_while_training(
     for name, instead in (("compile", "without it"), ("time", "with epochs=")):
         if train.get(name):
             raise InputError(f"{name}={train[name]!r}: the network changes while it trains; train {instead}")
+    if str(train.get("quantize")) in ("8", "int8"):
+        raise InputError("quantize=8: layers that round are not cut; prune first, then train_pruned(yolo, quantize=8)")
     pruning = _Pruning(criterion, budget, dict(pruner or {}))
     with _callbacks(yolo, pruning.callbacks()):
         yolo.train(**train)
