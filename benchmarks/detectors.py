@@ -1,11 +1,12 @@
 """Detectors pruned by Ultralytics' own trainer, on drawn shapes: mAP, multiply-adds, latency in ONNX Runtime.
 
 python benchmarks/detectors.py --work runs/detectors [--networks yolov8n,yolo11n] [--methods dense,relevance] \
-    [--seeds 1] [--epochs 20] [--trained] [--part train|latency]
+    [--seeds 1] [--epochs 20] [--trained] [--part train|latency|exports]
 
 With --trained, pruning begins with the dense network of the same work folder and takes half as many epochs; else it
 begins with random weights. Training needs minutes a row on one core; a row whose network is in the work folder is not
 trained again. Latencies are measured of all networks in the folder in one run, in turns: let nothing else run then.
+Part `exports`: networks with random weights, cut by half, as Ultralytics itself writes them, held against PyTorch.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ os.environ.setdefault("YOLO_OFFLINE", "true")
 
 import torch
 import typer
+from onnxruntime import InferenceSession
 from results_file import write
 from shapes import write_yolo_dataset
 from torch import nn
@@ -50,7 +52,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Trainings of each.")] = 1,
     epochs: Annotated[int, typer.Option(help="Of every training.")] = 20,
     trained: Annotated[bool, typer.Option(help="Prune the trained dense network.")] = False,
-    part: Annotated[str, typer.Option(help="train, latency, or both.")] = "both",
+    part: Annotated[str, typer.Option(help="train, latency, both of them, or exports.")] = "both",
 ) -> None:
     """Train, measure, write, and print where the tables are."""
     work.mkdir(parents=True, exist_ok=True)
@@ -68,8 +70,40 @@ def main(
                         (folder / "row.json").write_text(json.dumps(row))
         rows = [json.loads(file.read_text()) for file in sorted(work.glob("*/row.json"))]
         print(write("detectors", rows, NOTE))
+    if part == "exports":
+        print(write("detectors-exports", exports(work), NOTE_EXPORTS))
     if part in ("latency", "both"):
         print(write("detectors-latency", latencies(work), "ONNX Runtime, one thread, one image, one run in turns."))
+
+
+EXPORTED = (
+    "yolov3-tiny", "yolov5n", "yolov6n", "yolov8n", "yolov8-worldv2", "yolov9t", "yolov9c", "yolov10n", "yolo11n",
+    "yolo11n-seg", "yolo11n-pose", "yolo11n-obb", "yolo11n-cls", "yolo12n", "yolo26n", "yolo26n-seg",
+)  # fmt: skip
+NOTE_EXPORTS = (
+    "Half of the multiply-adds gone by L1 norm, random weights, 64 pixels; `yolo.export(format='onnx')` in ONNX "
+    "Runtime against the same network in PyTorch: the norm of the difference, of that of the output."
+)
+
+
+def exports(work: Path) -> list[dict[str, Any]]:
+    """Return a row for each network that Ultralytics exports after a cut."""
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 64, 64)
+    rows = []
+    for name in EXPORTED:
+        yolo = YOLO(f"{name}.yaml")
+        yolo.model.pt_path = str(work / f"{name}.pt")  # names the file that is written
+        result = compressor.prune(yolo.model, torch.zeros(1, 3, 64, 64), "l1", compressor.Budget(SHARE, "macs"))
+        with torch.no_grad():
+            expected = yolo.model.eval()(images)
+        while not isinstance(expected, torch.Tensor):
+            expected = expected[0]
+        session = InferenceSession(yolo.export(format="onnx", imgsz=64), providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        apart = float((found - expected).norm() / expected.norm())
+        rows.append({"network": name, "MACs left": result.macs[1] / result.macs[0], "relative difference": apart})
+    return rows
 
 
 def name_of(network: str, method: str, seed: int) -> str:

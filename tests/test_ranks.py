@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from launching import RANKS, launched
 from torch import Tensor, nn
-from torch.distributed import destroy_process_group, group, init_process_group
+from torch.distributed import get_rank, group, init_process_group
 from torch.distributed.nn.functional import all_reduce
-from torch.multiprocessing import spawn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from user_models import tiny
@@ -24,7 +23,7 @@ from compressor.relevance import RelevanceConfig
 from compressor.training import TrainingConfig, load_data, require_synchronizable, train
 from compressor.training.sync_norms import synchronized_norms
 
-RANKS, BATCH, STEPS = 2, 32, 50
+BATCH, STEPS = 32, 50
 CASES: dict[str, dict[str, Any]] = {
     **{
         # Excluded channels become zero, not their mean: in its forward pass a rank knows only its own.
@@ -84,30 +83,20 @@ def pruned(case: str, rank: int, ranks: int, **more: Any) -> dict[str, Any]:
     return {"losses": losses, "weights": {name: each.detach() for name, each in model.named_parameters()}}
 
 
-def as_rank(rank: int, work: Callable[[int], Any], folder: Path) -> None:
-    init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=RANKS)
-    torch.save(work(rank), folder / f"{rank}.pt")
-    destroy_process_group()
-
-
-def on_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
-    spawn(as_rank, (work, folder), RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
-
-
 def every_case(rank: int) -> dict[str, Any]:
     return {case: pruned(case, rank, RANKS) for case in CASES}
 
 
-def everything(rank: int) -> dict[str, Any]:
+def everything(folder: Path) -> dict[str, Any]:
     """Of one pair of processes all that the tests ask for: they take long to start."""
     works = (every_case, different_widths, loss_of_the_bare_model, one_of_each, loops, synchronized_step)
-    return {work.__name__: work(rank) for work in works}
+    init_process_group("gloo")
+    return {work.__name__: work(get_rank()) for work in works}
 
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return on_ranks(everything, tmp_path_factory.mktemp("ranks"))
+    return launched(everything, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class PruningCallback(TrainerCallback):
         self._pruner: Pruner | None = None
         self._observer: ForwardObserver | None = None
         self._wrapper: DistributedDataParallel | None = None
-        self._stop_looking: Callable[[], None] = _nothing
+        self._hooks = ExitStack()
 
     @property
     def pruner(self) -> Pruner:
@@ -113,7 +113,7 @@ class PruningCallback(TrainerCallback):
             self._pruner, model, lambda batch: {name: batch[name] for name in names if name in batch}
         )
         if all_ranks():
-            self._stop_looking = when_wrapped(model, self._take_wrapper)
+            self._hooks.callback(when_wrapped(model, self._take_wrapper))
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -147,14 +147,10 @@ class PruningCallback(TrainerCallback):
         wrap_anew(wrapper)  # it was made before the pruner, which tried cuts
 
     def _close(self) -> None:
-        self._stop_looking()
+        self._hooks.close()
         self._wrapper = None
         if self._observer:
             self._observer.close()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -29,9 +29,14 @@ def is_sparse(criterion: str) -> bool:
 
 
 def has_teacher(given: Values) -> bool:
-    """Return whether the pruned model learns from another one, said so or not."""
-    share = given["distill"]
-    return bool(share) if share is not None else not is_during(given) and given["finetune_epochs"] != 0
+    """Return whether the pruned model learns from another one, said so or not.
+
+    After training there is one already, the model as it was, if there is any training after it.
+    """
+    if given["distill"] is not None:
+        return bool(given["distill"])
+    epochs = given["epochs"] if given["finetune_epochs"] is None else given["finetune_epochs"]
+    return not is_during(given) and epochs != 0
 
 
 def has_schedule(criterion: str) -> bool:

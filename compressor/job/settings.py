@@ -33,6 +33,7 @@ from compressor.job.board import require_tensorboard
 from compressor.job.checks import (
     OBSERVING,
     has_schedule,
+    has_teacher,
     is_during,
     is_sparse,
     observes,
@@ -479,8 +480,7 @@ class Settings:
             if self.finetune_epochs is None:
                 opened["finetune_epochs"] = (opened["epochs"] + 1) // 2
         if self.distill is None:
-            # After training there is a teacher already: the model as it was.
-            opened["distill"] = FINETUNE_DISTILL if opened.get("finetune_epochs") else 0.0
+            opened["distill"] = FINETUNE_DISTILL if has_teacher(vars(self)) else 0.0
         if opened.get("distill", self.distill):
             opened["temperature"] = self.training().temperature
         if self.threshold is None:

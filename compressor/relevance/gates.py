@@ -205,12 +205,12 @@ class Gates:
         """Put the mean over the ranks in place of what this one saw of the inputs; call it after every step."""
         if ranks.size == 1 or not self._differ:
             return
-        own = [site for site in self._sites.values() if site.count]
-        sums = [site.total for site in own]
-        sums += [each for site in own if site.covariances for each in site.covariances.products.values()]
-        for each in sums:
-            each /= ranks.size
-        ranks.sum_(sums)
+        seen = {name: site for name, site in self._sites.items() if site.count}
+        totals = ranks.mean({name: site.total for name, site in seen.items()})
+        for name, site in seen.items():
+            site.total = totals[name]
+            if site.covariances:
+                site.covariances.products = ranks.mean(site.covariances.products)
         self._differ = False
 
     def narrowed(self, keep: Mapping[str, Tensor], graph: ChannelGraph) -> Gates:

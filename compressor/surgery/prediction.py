@@ -26,10 +26,8 @@ and r go; K positions that one channel holds along D; N rows, one for each sampl
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +39,7 @@ from compressor.surgery.compensation import removed_means, require_finite, watch
 
 logger = logging.getLogger(__name__)
 
-MOST_GROWTH = 4.0
+MOST_GROWTH = 4.0  # of what is moved, against what goes
 # Parts of the largest variance in a group.
 _VARIANCE_FLOORS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -303,17 +301,14 @@ def _trainable(covariance: Tensor, kept: Tensor, gone: Tensor, samples: int) -> 
     if _growth(best) <= MOST_GROWTH:
         return best
     c = covariance.double().cpu()
-    kk, kr = c[kept][:, kept], c[kept][:, gone]
-    largest = c.diagonal().max()
-    floored = [partial(_floored, kk, kr, part * largest) for part in _VARIANCE_FLOORS]
-    at = bisect_left(floored, True, key=lambda solve: _growth(solve()) <= MOST_GROWTH)
-    return floored[at]() if at < len(floored) else torch.zeros_like(best)
-
-
-def _floored(kk: Tensor, kr: Tensor, floor: Tensor) -> Tensor:
-    """Return A as if every channel that stays varied by so much more."""
-    solved: Tensor = torch.linalg.solve(kk + floor * torch.eye(len(kk), dtype=kk.dtype), kr)
-    return solved.T
+    values, vectors = torch.linalg.eigh(c[kept][:, kept])
+    across = c[gone][:, kept] @ vectors  # (r, n)
+    for part in _VARIANCE_FLOORS:
+        solved = across / (values.clamp_min(0) + part * c.diagonal().max())
+        if _growth(solved) <= MOST_GROWTH:
+            found: Tensor = solved @ vectors.T
+            return found
+    return torch.zeros_like(best)
 
 
 def _growth(coefficients: Tensor) -> float:

@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, cast
@@ -32,16 +30,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from compressor._utils import device_of, eval_mode, run_model, to_device
+from compressor._utils import eval_mode
 from compressor.errors import InputError
 from compressor.graph import ChannelGraph, Offset, Table
+from compressor.surgery.layer_inputs import BatchNorm, Layer, fittable_layers, seen_by
 
 logger = logging.getLogger(__name__)
 
 MOST_ROWS = 65_536  # for one layer: more say little about a few hundred weights
-MOST_FEATURES = 6_000  # of one output: the solution takes the third power of it
 # A fitted weight has at most so many times the norm that it had. A ResNet-20 without 70 % of its MACs needs 3.6. A
 # classifier at 12 times, fitted to fewer rows than it has inputs, learnt nothing any more: its gradients were as large.
 MOST_GROWTH = 4.0
@@ -52,9 +49,6 @@ _FLOORS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _FIXED = 1e12
 _LEAST_SCALE = 0.05
 _HELD_OUT = 5  # one sample in so many
-
-BatchNorm = nn.modules.batchnorm._BatchNorm
-_FITTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 class Reference:
@@ -109,7 +103,7 @@ def reconstruct(graph: ChannelGraph, reference: Reference, batches: Sequence[Any
     fitted = []
     try:
         with eval_mode(model), eval_mode(reference.model):
-            for layer in _layers(model, batches[0]):
+            for layer in fittable_layers(model, batches[0]):
                 if _fit(graph, reference, layer, batches):
                     fitted.append(layer.name)
     except BaseException:
@@ -117,120 +111,6 @@ def reconstruct(graph: ChannelGraph, reference: Reference, batches: Sequence[Any
             tensor.copy_(values)
         raise
     return fitted
-
-
-@dataclass
-class _Layer:
-    """A layer that can be fitted.
-
-    Attributes:
-        name: of the module.
-        norm: the BatchNorm that reads its output, if one does.
-        is_added: whether the output, or that of its BatchNorm, is added to another tensor (a residual connection).
-    """
-
-    name: str
-    norm: str | None = None
-    is_added: bool = False
-
-
-def _layers(model: nn.Module, batch: Any) -> list[_Layer]:
-    """Return the layers that can be fitted, in the order in which they run."""
-    uses = Counter(id(parameter) for module in model.modules() for parameter in module._parameters.values())
-    names = {
-        module: name
-        for name, module in model.named_modules()
-        if type(module) in _FITTED and (weight := module._parameters.get("weight")) is not None
-        if uses[id(weight)] == 1 and weight[0].numel() <= MOST_FEATURES
-    }
-    norms = {module: name for name, module in model.named_modules() if isinstance(module, BatchNorm)}
-    found: dict[str, _Layer] = {}
-    runs: Counter[str] = Counter()
-    outputs: list[tuple[Tensor, _Layer]] = []
-
-    def look(module: nn.Module, inputs: Any, output: Any) -> None:
-        if module in names:
-            runs[names[module]] += 1
-            outputs.append((output, found.setdefault(names[module], _Layer(names[module]))))
-        for layer in [layer for each, layer in outputs if each is inputs[0]] if module in norms else ():
-            layer.norm = norms[cast(BatchNorm, module)]
-            outputs.append((output, layer))
-
-    def added(tensor: Tensor, other: Tensor) -> None:
-        for layer in (layer for each, layer in outputs if each is tensor):
-            layer.is_added = True
-
-    with ExitStack() as hooks:
-        for module in (*names, *norms):
-            hooks.callback(module.register_forward_hook(look).remove)
-        hooks.enter_context(_Additions(added))
-        run_model(model, to_device(batch, device_of(model)))
-    return [layer for name, layer in found.items() if runs[name] == 1]
-
-
-class _Additions(TorchFunctionMode):
-    """Inside this `with`, every addition of two tensors of one shape is reported, for both of them, before it is made.
-
-    Before, because `out += x` leaves nothing of what `out` was.
-    """
-
-    _NAMES = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
-
-    def __init__(self, report: Callable[[Tensor, Tensor], None]) -> None:
-        super().__init__()
-        self._report = report
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Look, and let the function do what it does."""
-        if getattr(func, "__name__", "") in self._NAMES and len(args) > 1:
-            one, other = args[:2]
-            if isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape and not kwargs:
-                self._report(one, other)
-                self._report(other, one)
-        return func(*args, **(kwargs or {}))
-
-
-class _Reached(Exception):
-    """Raised where a layer has run: what comes after it need not."""
-
-
-@dataclass
-class _Seen:
-    """What a layer reads and returns, and what is added to that, or to what BatchNorm makes of it."""
-
-    read: Any = None
-    returned: Any = None
-    sum_with: Tensor | None = None
-
-
-def _seen(model: nn.Module, layer: _Layer, batch: Any) -> _Seen | None:
-    """Run a model as far as one layer; None where it takes no single tensor."""
-    seen = _Seen()
-    outputs: list[Any] = []
-
-    def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if module is here:
-            # A copy, because an addition in place may overwrite it.
-            seen.read, seen.returned = inputs[0] if inputs else None, output.clone() if layer.is_added else output
-        outputs.append(output)
-        if not layer.is_added:
-            raise _Reached
-
-    def added(tensor: Tensor, other: Tensor) -> None:
-        if any(each is tensor for each in outputs):
-            seen.sum_with = other
-            raise _Reached
-
-    here = model.get_submodule(layer.name)
-    with ExitStack() as hooks:
-        hooks.callback(here.register_forward_hook(look).remove)
-        if layer.is_added:
-            if layer.norm:
-                hooks.callback(model.get_submodule(layer.norm).register_forward_hook(look).remove)
-            hooks.enter_context(_Additions(added))
-        hooks.enter_context(suppress(_Reached))
-        run_model(model, to_device(batch, device_of(model)))
-    return seen if isinstance(seen.read, Tensor) and isinstance(seen.returned, Tensor) else None
 
 
 @dataclass
@@ -277,7 +157,7 @@ class _Sums:
         return None
 
 
-def _fit(graph: ChannelGraph, reference: Reference, layer: _Layer, batches: Sequence[Any]) -> bool:
+def _fit(graph: ChannelGraph, reference: Reference, layer: Layer, batches: Sequence[Any]) -> bool:
     """Fit one layer; return whether its weights are new."""
     weight, offset = _tensor(graph.model, f"{layer.name}.weight"), _offset(graph, layer.name)
     sums = _observe(graph, reference, layer, offset, batches)
@@ -307,7 +187,7 @@ def _fit(graph: ChannelGraph, reference: Reference, layer: _Layer, batches: Sequ
 
 
 def _observe(
-    graph: ChannelGraph, reference: Reference, layer: _Layer, offset: Offset | None, batches: Sequence[Any]
+    graph: ChannelGraph, reference: Reference, layer: Layer, offset: Offset | None, batches: Sequence[Any]
 ) -> tuple[_Sums, _Sums] | None:
     """Return sums over some rows of all batches, and over those held out; None where the two models do not meet."""
     module = graph.model.get_submodule(layer.name)
@@ -317,7 +197,7 @@ def _observe(
     generator = torch.Generator().manual_seed(0)
     found: tuple[list[_Sums], list[_Sums]] = ([], [])
     for batch in batches:
-        now, then = _seen(graph.model, layer, batch), _seen(reference.model, layer, batch)
+        now, then = seen_by(graph.model, layer, batch), seen_by(reference.model, layer, batch)
         if now is None or then is None:
             return None
         at = positions.to(then.returned.device)
