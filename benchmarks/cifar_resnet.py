@@ -74,9 +74,9 @@ def trained(name: str, weights: Path) -> nn.Module:
     return model.eval()
 
 
-def data(source: str) -> Data:
-    """Return CIFAR-10, normalised as the weights expect it."""
-    found = load_data(source, seed=0)
+def data(source: str, held_out: float = 0.1) -> Data:
+    """Return CIFAR-10, normalised as the weights expect it, with a share of the training images for validation."""
+    found = load_data(source, seed=0, validation=held_out)
     mean, std = (tuple(255 * each for each in values) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return found.normalised(mean, std)
 

@@ -158,7 +158,7 @@ def on_gpu(name: str, device: str = "cuda") -> list[dict[str, Any]]:
         }
         ways = {"torch": {label: torch_runner(model, x) for label, model in ready.items()}}
         if device != "cpu":
-            ways["graph"] = {label: graph_runner(model, x) for label, model in ready.items()}
+            ways["graph"] = {label: torch_runner(model, x, as_graph=True) for label, model in ready.items()}
         for way, runners in ways.items():
             times = measure(runners, runs=100, min_runs=20, budget_s=3)
             for label, (_, macs) in models_.items():
@@ -167,24 +167,6 @@ def on_gpu(name: str, device: str = "cuda") -> list[dict[str, Any]]:
                 row |= {"p50 ms": times[label].p50_ms, "as fast": fast, "realised": fast * macs / 100}
                 rows.append({**row, "n": times[label].n})
     return rows
-
-
-def graph_runner(model: nn.Module, x: torch.Tensor) -> Any:
-    """Return what replays the model's kernels on these images as one CUDA graph, and waits for them."""
-    stream = torch.cuda.Stream()
-    with torch.inference_mode(), torch.cuda.stream(stream):
-        for _ in range(3):  # a capture must not choose algorithms
-            model(x)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            model(x)
-
-    def run() -> None:
-        graph.replay()
-        torch.cuda.synchronize()
-
-    return run
 
 
 ACCURACY = (

@@ -1,7 +1,7 @@
 """Cut a trained ResNet at once and train it for an epoch or a few: what fine-tuning leaves of a cut's differences.
 
 python benchmarks/short_training.py --data cifar10 --weights FOLDER [--network resnet20] [--share 0.5] [--epochs 1] \
-    [--seeds 4] [--only inner] [--methods relevance,l1,random]
+    [--seeds 4] [--only inner] [--methods relevance,l1,random] [--held-out 0.1]
 
 A seed is an order of the images, the same for every method, so that differences are paired. A cell that the latest
 result file of a machine like this one holds already is not run again.
@@ -51,7 +51,7 @@ UNTRAINED = ("random weights", "random weights distilled")  # cut from a network
 SHARE, TEMPERATURE = 0.5, 4.0  # of the loss that is the teacher's, and of its soft targets
 NOTE = (
     f"Accuracy in percent; SGD, momentum 0.9, batches of {BATCH}, learning rate {LR} falling to 0 (cosine), weight "
-    "decay 1e-4, flips and shifts, on the 45,000 images that are not held out for validation. `cut`: test accuracy "
+    "decay 1e-4, flips and shifts, on the training images that are not held out for validation. `cut`: test accuracy "
     "before training. Unless said otherwise everybody has 8 rounds, linear compensation and reconstruction over "
     f"{CALIBRATION} images. Distilled: {SHARE:.0%} of the loss is the uncut network's, at temperature {TEMPERATURE:g}. "
     "While training: the whole network learns, and is cut in ten steps within the first half of as many steps. "
@@ -68,13 +68,14 @@ def main(
     epochs: Annotated[int, typer.Option(help="Of training after the cut.")] = 1,
     seeds: Annotated[int, typer.Option(help="Orders of the images.")] = 4,
     only: Annotated[str, typer.Option(help="all channels, or inner: inside the blocks.")] = "all",
+    held_out: Annotated[float, typer.Option(help="Of the 50,000 training images, for validation.")] = 0.1,
     methods: Annotated[str, typer.Option(help="Comma list of rows.")] = ",".join(
         name for name in METHODS if name not in (*DISTILLED, *GRADUAL, *UNTRAINED)
     ),
 ) -> None:
     """Measure, write, and print where the table is."""
-    found = data(source)
-    name = f"short-{network}-{share:g}-{only}-{epochs}"
+    found = data(source, held_out)
+    name = f"short-{network}-{share:g}-{only}-{epochs}" + ("" if held_out == 0.1 else f"-held-out-{held_out:g}")
     rows = earlier(f"{name}-cells")
     done = {(row["method"], row["seed"]) for row in rows}
     cuts: dict[str, nn.Module] = {}

@@ -17,7 +17,7 @@ from torchvision import models
 
 import compressor
 from compressor.budget import Budget, CostModel, PruningProgress
-from compressor.deploy import LatencyCost, LatencyTable, Place, fragments, latency_cost
+from compressor.deploy import LatencyCost, LatencyTable, Place, fragments, latency_cost, torch_runner
 from compressor.deploy.fragments import fragment
 from compressor.deploy.latency_table import CLOCKS, Widest
 from compressor.deploy.layers import Follower, Kind, fused_layers
@@ -135,7 +135,7 @@ def test_every_engine_times_every_kind_of_layer(engine: str) -> None:
         pytest.importorskip("openvino")
     kinds = {layer.kind for name in ("resnet18", "mobilenet_v3_small") for layer in fused_layers(graph_of(name))[0]}
     by_shape = {(kind.operator, kind.groups == 0, kind.followers): kind for kind in kinds}
-    took = {kind: CLOCKS[engine](kind, 16, 16, 1, 1) for kind in by_shape.values()}
+    took = {kind: CLOCKS[engine](kind, 16, 16, Place()) for kind in by_shape.values()}
     # OpenVINO may compute a layer together with what stands before it, and counts whole microseconds.
     assert all(each > 0 for kind, each in took.items() if engine != "openvino" or kind.map[0] > 16)
 
@@ -170,9 +170,11 @@ class Clock:
     def __init__(self) -> None:
         self.calls = 0
 
-    def __call__(self, kind: Kind, inputs: int, outputs: int, batch: int, threads: int) -> float:
+    def __call__(self, kind: Kind, inputs: int, outputs: int, place: Place) -> float:
         self.calls += 1
-        return float(batch * np.prod(kind.map) * self.up(inputs) * (1 if kind.has_one_width else self.up(outputs)))
+        return float(
+            place.batch * np.prod(kind.map) * self.up(inputs) * (1 if kind.has_one_width else self.up(outputs))
+        )
 
     @staticmethod
     def up(width: int) -> int:
@@ -196,7 +198,7 @@ def test_between_two_steps_a_width_costs_what_the_next_one_costs(tmp_path_factor
     surface = SURFACES.setdefault("it", None) or table(tmp_path_factory.mktemp("t")).surface(Widest(THREE, 128, 96))
     SURFACES["it"] = surface
     found = surface(np.array([inputs]), np.array([outputs]))
-    assert found == pytest.approx([Clock()(THREE, inputs, outputs, 1, 1)])
+    assert found == pytest.approx([Clock()(THREE, inputs, outputs, Place())])
 
 
 SURFACES: dict = {}
@@ -246,6 +248,32 @@ def test_odd_places_are_refused() -> None:
     for wrong in ({"batch": 0}, {"threads": 0}):
         with pytest.raises(RangeError):
             Place(**wrong)
+    with pytest.raises(UnknownNameError, match=r"unknown device .tpu."):
+        Place(device="tpu")
+    for engine in ("onnxruntime", "openvino"):
+        with pytest.raises(InputError, match="in torch only"):
+            Place(engine, "cuda")
+
+
+def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(InputError, match="no usable GPU to time layers on: give cpu"):
+        LatencyTable(Place("torch", "cuda"), tmp_path)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_half_of_the_latency_on_a_gpu(tmp_path: Path) -> None:
+    graph = graph_of("resnet18")
+    cost = LatencyCost(Place("torch", "cuda", batch=64))
+    vars(cost)["table"] = LatencyTable(cost.place, tmp_path)
+    found = compressor.prune(graph.model, graph.example_inputs, "l1", Budget(0.5, cost))
+    assert found.measured is not None
+    assert abs(found.measured - 0.5) < 0.1
+
+
+def test_a_graph_of_a_model_on_the_cpu_is_refused() -> None:
+    with pytest.raises(InputError, match="a CUDA graph of a model on cpu"):
+        torch_runner(nn.Conv2d(3, 8, 3).eval(), X, as_graph=True)
 
 
 # -- the cost
@@ -261,14 +289,14 @@ def test_a_prediction_is_the_sum_over_the_layers(tmp_path: Path) -> None:
     graph, clock, latency = graph_of("resnet18"), Clock(), cost(tmp_path)
     costs = CostModel(graph)
     layers, _ = fused_layers(graph)
-    dense = sum(clock(layer.kind, *widths, 1, 1) for layer, widths in zip(layers, widths_of(graph), strict=True))
+    dense = sum(clock(layer.kind, *widths, Place()) for layer, widths in zip(layers, widths_of(graph), strict=True))
     assert costs.measure(latency, {}) == pytest.approx(dense, rel=1e-6)
     kept = {name: size // 2 for name, size in graph.sizes().items()}
     narrow = [
         tuple(each.fixed + sum(n * kept[name] for name, n in each.per_channel.items()) for each in ends)
         for ends in ((layer.inputs, layer.outputs) for layer in layers)
     ]
-    half = sum(clock(layer.kind, *widths, 1, 1) for layer, widths in zip(layers, narrow, strict=True))
+    half = sum(clock(layer.kind, *widths, Place()) for layer, widths in zip(layers, narrow, strict=True))
     assert costs.measure(latency, kept) == pytest.approx(half, rel=1e-6)
     price = costs.per_channel(latency, graph.sizes())
     assert all(each > 0 for each in price.values())

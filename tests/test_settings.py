@@ -299,6 +299,9 @@ def test_a_latency_is_asked_for_with_its_place() -> None:
         ({"target_batch": 8}, "--target-batch has no effect with --measure params"),
         ({"measure": "latency", "target_batch": 0}, "target-batch = 0 is out of range"),
         ({"measure": "latency", "target_engine": "ncnn"}, "onnxruntime"),
+        ({"measure": "latency", "target_device": "tpu"}, "unknown .*device .tpu."),
+        ({"measure": "latency", "target_device": "cuda"}, "in torch only, not in onnxruntime: give torch"),
+        ({"target_device": "cuda"}, "--target-device has no effect with --measure params"),
         ({"measure": "time"}, "latency"),
         ({"precision": "int4"}, "int8"),
         ({"tolerance": 0.1}, "--tolerance has no effect with --precision fp32"),
@@ -308,6 +311,13 @@ def test_a_latency_is_asked_for_with_its_place() -> None:
 def test_odd_places_and_precisions_are_refused(given: dict, message: str) -> None:
     with pytest.raises(CompressorError, match=message):
         Settings(**given)
+
+
+def test_a_latency_on_a_gpu_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    asked = {"measure": "latency", "target_engine": "torch", "target_device": "cuda", "when": "after"}
+    with pytest.raises(InputError, match="--target-device cuda: this machine has no usable GPU; give --target-device"):
+        Settings(criterion="l1", **asked)
 
 
 def test_bfloat16_is_refused_where_nothing_multiplies_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from .place import ENGINES as ENGINES
 from .place import PRECISIONS as PRECISIONS
 from .place import TARGETS as TARGETS
 from .place import TOLERANCE as TOLERANCE
+from .place import Device as Device
 from .place import Engine as Engine
 from .place import Place as Place
 from .place import Precision as Precision

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from compressor.deploy.layers import Follower, Kind
+from compressor.deploy.place import Place
 
 _OUTSIDE = 16  # channels before and behind: a whole block on every processor that we know
 _OPSET, _IR = 20, 9  # Gelu begins with 20
@@ -28,21 +29,20 @@ _LEAST_RUNS, _MOST_RUNS, _ENOUGH_NS = 3, 40, 20e6
 _AROUND = ("pre", "post", "side", "in", "out")
 
 
-def onnxruntime_ns(kind: Kind, inputs: int, outputs: int, batch: int, threads: int) -> float:
+def onnxruntime_ns(kind: Kind, inputs: int, outputs: int, place: Place) -> float:
     """Return the median time of one layer in ONNX Runtime on this CPU, in nanoseconds.
 
     Args:
         kind: of layer.
         inputs, outputs: its widths.
-        batch: images at once.
-        threads: of one operator.
+        place: how many images at once, and on how many threads.
     """
     import onnxruntime
 
-    model, feeds = fragment(kind, inputs, outputs, batch)
+    model, feeds = fragment(kind, inputs, outputs, place.batch)
     with TemporaryDirectory() as folder:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = place.threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.enable_profiling = True

@@ -138,7 +138,8 @@ class _Frozen:
     def __init__(self, graph: ChannelGraph, place: Place) -> None:
         inputs = tree_map(lambda tensor: _of(tensor, place.batch), graph.example_inputs)
         if place.engine == "torch":
-            self.runner = torch_runner(copy.deepcopy(graph.model).eval(), inputs)
+            model = copy.deepcopy(graph.model).eval().to(place.device)
+            self.runner = torch_runner(model, inputs, as_graph=place.device == "cuda")
             return
         with TemporaryDirectory() as folder:
             path = Path(folder) / "network.onnx"

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import platformdirs
+import torch
 from numpy.typing import NDArray
 
 from compressor._utils import atomic_write
@@ -30,6 +31,7 @@ from compressor.deploy.layers import Kind
 from compressor.deploy.machine import describe_machine
 from compressor.deploy.openvino_engine import openvino_ns, openvino_version
 from compressor.deploy.place import Engine, Place
+from compressor.errors import InputError
 
 _STEPS = (32, 16, 8, 4, 1)  # channels that a processor may compute at once, by which widths may be aligned
 _AS_GOOD = 1.15  # a step is good if a channel costs at most so much more than at the best one
@@ -39,7 +41,7 @@ _MOST_OF_GROUPED = 16  # widths of a grouped convolution that are measured
 
 FloatArray = NDArray[np.float64]
 Progress = Callable[[int, int], None]
-Clock = Callable[[Kind, int, int, int, int], float]
+Clock = Callable[[Kind, int, int, Place], float]
 CLOCKS: dict[Engine, Clock] = {"onnxruntime": onnxruntime_ns, "openvino": openvino_ns, "torch": torch_ns}
 
 
@@ -67,7 +69,10 @@ class LatencyTable:
     Args:
         place: where.
         folder: where times are kept; by default the user's cache.
-        clock: takes a kind, two widths, batch and threads, returns nanoseconds; by default that of the engine.
+        clock: takes a kind, two widths and the place, returns nanoseconds; by default that of the engine.
+
+    Raises:
+        InputError: a GPU that is not there, or an engine that is not installed.
     """
 
     def __init__(
@@ -76,6 +81,8 @@ class LatencyTable:
         folder: Path | None = None,
         clock: Clock | None = None,
     ) -> None:
+        if place.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("this machine has no usable GPU to time layers on: give cpu as the device")
         self.place = place
         self._clock = clock or CLOCKS[place.engine]
         self._path = (folder or _cache()) / f"{_name(place)}.json"
@@ -158,9 +165,7 @@ class LatencyTable:
         points = [point for point in points if _key(*point) not in self._known]
         for done, (kind, inputs, outputs) in enumerate(points):
             on_progress(done, len(points))
-            self._known[_key(kind, inputs, outputs)] = self._clock(
-                kind, inputs, outputs, self.place.batch, self.place.threads
-            )
+            self._known[_key(kind, inputs, outputs)] = self._clock(kind, inputs, outputs, self.place)
         if points:
             on_progress(len(points), len(points))
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,8 +224,9 @@ def _name(place: Place) -> str:
     """Return the name of the file for a place on this machine: other processors and versions have other times."""
     machine = describe_machine()
     version = openvino_version() if place.engine == "openvino" else machine[place.engine]
-    who = hashlib.sha256(f"{machine['cpu']} {machine['cores']} {version}".encode()).hexdigest()[:12]
-    return f"{place.engine}-{version}-cpu-batch{place.batch}-threads{place.threads}-{who}"
+    runs_on = f"{machine['cpu']} {machine['cores']}" if place.device == "cpu" else machine["gpu"]
+    who = hashlib.sha256(f"{runs_on} {version}".encode()).hexdigest()[:12]
+    return f"{place.engine}-{version}-{place.device}-batch{place.batch}-threads{place.threads}-{who}"
 
 
 def _cache() -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 from compressor._utils import named_tensors
 from compressor.deploy.fragments import enough_runs, fragment, is_around
 from compressor.deploy.layers import Kind
+from compressor.deploy.place import Place
 from compressor.deploy.timing import Runner
 from compressor.errors import ArtifactError, InputError
 
@@ -100,10 +101,10 @@ def _set(request: Any, feeds: Mapping[str, Any]) -> None:
         request.set_tensor(name, openvino.Tensor(array))
 
 
-def openvino_ns(kind: Kind, inputs: int, outputs: int, batch: int, threads: int) -> float:
+def openvino_ns(kind: Kind, inputs: int, outputs: int, place: Place) -> float:
     """Return the median time of one layer in OpenVINO on this CPU, in nanoseconds; arguments as for onnxruntime_ns."""
-    model, feeds = fragment(kind, inputs, outputs, batch)
-    request = open_openvino(model.SerializeToString(), threads, profiles=True).create_infer_request()
+    model, feeds = fragment(kind, inputs, outputs, place.batch)
+    request = open_openvino(model.SerializeToString(), place.threads, profiles=True).create_infer_request()
     _set(request, feeds)
     request.infer()
     totals: list[float] = []

@@ -143,28 +143,67 @@ def torch_threads(threads: int) -> Iterator[None]:
 # -- what can be timed
 
 
-def torch_runner(model: nn.Module, inputs: Any) -> Runner:
+def torch_runner(model: nn.Module, inputs: Any, *, as_graph: bool = False) -> Runner:
     """Return a call of the model that returns when the result is there.
 
     Args:
         model: in evaluation mode.
         inputs: a tensor, a tuple of positional or a dict of keyword arguments; they are put on the model's device.
+        as_graph: replay its kernels as one CUDA graph, see `cuda_graph`.
 
     Raises:
-        InputError: the model is in training mode; timing it would change its BatchNorm statistics.
+        InputError: the model is in training mode; timing it would change its BatchNorm statistics. A CUDA graph of a
+            model that is on no GPU.
     """
     if model.training:
         raise InputError(f"{type(model).__name__} is in training mode: call model.eval() before timing it")
     device = device_of(model)
     args, kwargs = as_arguments(to_device(inputs, device))
 
-    def run() -> object:
+    def call() -> object:
         with torch.inference_mode():
-            result = model(*args, **kwargs)
-            # CUDA returns as soon as the work is in its queue.
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            return result
+            return model(*args, **kwargs)
+
+    if as_graph:
+        if device.type != "cuda":
+            raise InputError(f"a CUDA graph of a model on {device}: put it on a GPU first, or leave as_graph out")
+        with torch.cuda.device(device):
+            return cuda_graph(call)
+
+    def run() -> object:
+        result = call()
+        # CUDA returns as soon as the work is in its queue.
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return result
+
+    return run
+
+
+def cuda_graph(call: Callable[[], object], times: int = 1) -> Runner:
+    """Return what replays the kernels of a call on the current GPU as one CUDA graph, and waits for them.
+
+    Called from Python, a small network takes as long as it takes to launch its kernels, and a pruned one as many:
+    measured on an H200, ResNet-18 at batch 1, 2.2 ms either way, of which its kernels need 0.4.
+
+    Args:
+        call: always the same work on the same memory.
+        times: how often one replay does it.
+    """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.inference_mode(), torch.cuda.stream(stream):
+        for _ in range(3):  # a capture must not choose algorithms
+            call()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(times):
+                call()
+
+    def run() -> object:
+        graph.replay()
+        torch.cuda.synchronize()
+        return graph
 
     return run
 

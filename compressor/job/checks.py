@@ -134,7 +134,7 @@ def idle_options(given: Values) -> dict[str, str]:
         "rounds": "--when during" if is_during(given) else threshold,
         "reconstruct": "--when during" if is_during(given) and given["reconstruct"] else "",
         **dict.fromkeys(relevance, "" if observing else unobserved),
-        **dict.fromkeys(("target_engine", "target_batch", "target_threads"), unmeasured),
+        **dict.fromkeys(("target_engine", "target_device", "target_batch", "target_threads"), unmeasured),
         **dict.fromkeys(
             ("tolerance", "qat_epochs"), "" if given["precision"] == "int8" else f"--precision {given['precision']}"
         ),

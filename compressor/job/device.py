@@ -8,8 +8,12 @@ from compressor.errors import InputError, UnknownNameError
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
-def usable_device(name: str) -> str:
+def usable_device(name: str, option: str = "device") -> str:
     """Return the device to compute on; `auto` becomes a GPU where there is one.
+
+    Args:
+        name: as typed.
+        option: the one that it was typed with.
 
     Raises:
         UnknownNameError, InputError: there is no such device, here or anywhere.
@@ -20,9 +24,9 @@ def usable_device(name: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     known = ["cpu", "cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     if name not in known:
-        raise UnknownNameError("device", name, [*known, "auto"])
+        raise UnknownNameError(option, name, [*known, "auto"])
     if name != "cpu" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: this machine has no usable GPU; give --device cpu")
+        raise InputError(f"--{option} {name}: this machine has no usable GPU; give --{option} cpu")
     return name
 
 

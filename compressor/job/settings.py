@@ -27,7 +27,7 @@ from compressor.budget import (
     SelectionOptions,
     Threshold,
 )
-from compressor.deploy import TOLERANCE, Engine, Place, Precision
+from compressor.deploy import TOLERANCE, Device, Engine, Place, Precision
 from compressor.errors import InputError, RangeError, UnknownNameError
 from compressor.job.board import require_tensorboard
 from compressor.job.checks import (
@@ -148,6 +148,7 @@ class Settings:
     target_engine: Engine | None = left_open(
         Place, "engine", "Latency", "What the network will run in: onnxruntime, openvino or torch."
     )
+    target_device: Device | None = left_open(Place, "device", "Latency", "cpu; or cuda, with torch.")
     target_batch: int | None = left_open(Place, "batch", "Latency", "Images at once.")
     target_threads: int | None = left_open(Place, "threads", "Latency", "CPU threads of one operator.")
 
@@ -501,6 +502,7 @@ class Settings:
             opened["recalibrate"] = 0 if during else RECALIBRATION_IMAGES
         if self.measure == "latency" or self.round_to == "auto":
             place = self.latency().place
+            usable_device(place.device, "target-device")
             opened |= {name: getattr(place, at.name) for name, at in _origins().items() if at.config is Place}
         if observes(vars(self)):
             config = self.relevance()
