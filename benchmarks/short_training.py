@@ -1,7 +1,7 @@
 """Cut a trained ResNet at once and train it for an epoch or a few: what fine-tuning leaves of a cut's differences.
 
 python benchmarks/short_training.py --data cifar10 --weights FOLDER [--network resnet20] [--share 0.5] [--epochs 1] \
-    [--seeds 4] [--only inner] [--methods relevance,l1,random] [--held-out 0.1]
+    [--seeds 4] [--only inner] [--methods relevance,l1,random] [--held-out 0.1] [--compiled]
 
 A seed is an order of the images, the same for every method, so that differences are paired. A cell that the latest
 result file of a machine like this one holds already is not run again.
@@ -69,6 +69,7 @@ def main(
     seeds: Annotated[int, typer.Option(help="Orders of the images.")] = 4,
     only: Annotated[str, typer.Option(help="all channels, or inner: inside the blocks.")] = "all",
     held_out: Annotated[float, typer.Option(help="Of the 50,000 training images, for validation.")] = 0.1,
+    compiled: Annotated[bool, typer.Option(help="Train by torch.compile, where nothing is cut meanwhile.")] = False,
     methods: Annotated[str, typer.Option(help="Comma list of rows.")] = ",".join(
         name for name in METHODS if name not in (*DISTILLED, *GRADUAL, *UNTRAINED)
     ),
@@ -94,7 +95,8 @@ def main(
                     cuts[method] = cut(start, found, share, only, seed, how)
                 model = copy.deepcopy(cuts[method])
                 row["cut"] = 100 * evaluate(model, found.test).accuracy
-                train(model, found, epochs, seed, trained(network, weights) if method in DISTILLED else None)
+                teacher = trained(network, weights) if method in DISTILLED else None
+                train(model, found, epochs, seed, teacher, compiled=compiled)
             row |= {part: 100 * evaluate(model, getattr(found, part)).accuracy for part in ("validation", "test")}
             rows.append(row)
             write(f"{name}-cells", rows, NOTE)
@@ -139,6 +141,7 @@ def train(
     seed: int,
     teacher: nn.Module | None = None,
     make_pruner: Callable[[nn.Module, Any, int], compressor.Pruner] | None = None,
+    compiled: bool = False,
 ) -> None:
     """Train for so many epochs, also by a teacher's answers, or while it is pruned; writes the model."""
     model.train()
@@ -147,13 +150,14 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(seed)
     pruning = make_pruner(model, optimizer, steps) if make_pruner else None
+    run, asked = (torch.compile(each) if compiled and each else each for each in (model, teacher))
     for _ in range(epochs):
         for x, y in found.train.batches(BATCH, shuffle=order, augment=Augmentation(), drop_last=True):
             loss_fn = F.cross_entropy
-            if teacher:
-                loss_fn = distilled(loss_fn, teacher, x, weight=SHARE, temperature=TEMPERATURE)
+            if asked:
+                loss_fn = distilled(loss_fn, asked, x, weight=SHARE, temperature=TEMPERATURE)
             with pruning.observe(x) if pruning else nullcontext():
-                loss = loss_fn(model(x), y)
+                loss = loss_fn(run(x), y)
             loss.backward()
             optimizer.step()
             if pruning:
