@@ -150,11 +150,11 @@ def train(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order = torch.Generator().manual_seed(seed)
     pruning = make_pruner(model, optimizer, steps) if make_pruner else None
-    run, asked = (torch.compile(each) if compiled and each else each for each in (model, teacher))
+    run, asked = (torch.compile(each) if compiled and each is not None else each for each in (model, teacher))
     for _ in range(epochs):
         for x, y in found.train.batches(BATCH, shuffle=order, augment=Augmentation(), drop_last=True):
             loss_fn = F.cross_entropy
-            if asked:
+            if asked is not None:
                 loss_fn = distilled(loss_fn, asked, x, weight=SHARE, temperature=TEMPERATURE)
             with pruning.observe(x) if pruning else nullcontext():
                 loss = loss_fn(run(x), y)
