@@ -89,11 +89,12 @@ def main(
                 model = trained(network, weights)
                 train(model, found, epochs, seed, make_pruner=partial(pruner, found, share, only, seed, how))
             else:
-                if how["criterion"] == "random" or method not in cuts:
+                alike = f"{how} {method in UNTRAINED}" + f" {seed}" * (how["criterion"] == "random")
+                if alike not in cuts:
                     torch.manual_seed(seed)
                     start = NETWORKS[network]() if method in UNTRAINED else trained(network, weights)
-                    cuts[method] = cut(start, found, share, only, seed, how)
-                model = copy.deepcopy(cuts[method])
+                    cuts[alike] = cut(start, found, share, only, seed, how)
+                model = copy.deepcopy(cuts[alike])
                 row["cut"] = 100 * evaluate(model, found.test).accuracy
                 teacher = trained(network, weights) if method in DISTILLED else None
                 train(model, found, epochs, seed, teacher, compiled=compiled)

@@ -191,6 +191,7 @@ def cuda_graph(call: Callable[[], object], times: int = 1) -> Runner:
         times: how often one replay does it.
     """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())  # which may still be writing what the call reads
     with torch.inference_mode(), torch.cuda.stream(stream):
         for _ in range(3):  # a capture must not choose algorithms
             call()
