@@ -39,6 +39,8 @@ from compressor.surgery.compensation import removed_means, require_finite, watch
 
 logger = logging.getLogger(__name__)
 
+_BY_MEAN = "compensated by the mean alone"  # begins a note
+
 MOST_GROWTH = 4.0  # of what is moved, against what goes
 # Parts of the largest variance in a group.
 _VARIANCE_FLOORS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -74,6 +76,8 @@ class Moments:
 def input_moments(graph: ChannelGraph, batches: Iterable[Any]) -> Moments:
     """Return mean and covariance of every consumer's input; the model is left as it was.
 
+    Consumers with too few samples for a covariance are named in the graph's notes, once.
+
     Args:
         graph: of a model, which is run in evaluation mode.
         batches: inputs that the model accepts: tensors, tuples or dicts.
@@ -86,11 +90,14 @@ def input_moments(graph: ChannelGraph, batches: Iterable[Any]) -> Moments:
     seen = {weight: each for weight, each in sums.items() if each.rows}
     means = {weight: each.mean() for weight, each in seen.items()}
     require_finite(means)
-    few = {weight: each.too_few() for weight, each in seen.items() if each.too_few()}
-    if few and len(few) == len(seen):
-        raise InputError(f"compensate='linear' {next(iter(few.values()))}, or compensate='mean'")
-    for weight, reason in few.items():
-        logger.warning("%s is compensated by the mean alone: 'linear' %s", weight, reason)
+    few = {weight: each for weight, each in seen.items() if each.needed() > each.samples}
+    if few:
+        why = max(few.values(), key=_Sums.needed).too_few()
+        if len(few) == len(seen):
+            raise InputError(f"compensate='linear' {why}, or compensate='mean'")
+        # In later rounds the channels are fewer, and so are the weights that this is true of.
+        if not any(note.startswith(_BY_MEAN) for note in graph.notes):
+            graph.note([f"{_BY_MEAN}: {', '.join(few)} ('linear' {why})"])
     covariances = {
         (weight, name): found
         for weight, each in seen.items()
@@ -173,17 +180,20 @@ class _Sums:
         self.rows += len(rows)
         self.samples += len(h)
 
-    def too_few(self) -> str:
-        """Return why a regression on so few rows would say nothing; an empty text where there are enough."""
-        widest = max((len(blocks[0]) for blocks in self.positions.values()), default=0)
+    def needed(self) -> int:
+        """Return of how many samples a regression says something: as many rows as two for each channel."""
         rows = self.rows * min((blocks[0].shape[1] for blocks in self.positions.values()), default=1)
-        if rows >= 2 * widest:
-            return ""
-        needed = -(-2 * widest * self.samples // rows)
+        return -(-2 * self._widest() * self.samples // rows)
+
+    def too_few(self) -> str:
+        """Return in words that there are less than that."""
         return (
-            f"predicts each of {widest} channels from the others, and {self.samples} samples are too few for it: give "
-            f"{needed} or more"
+            f"predicts each of {self._widest()} channels from the others, and {self.samples} samples are too few for "
+            f"it: give {self.needed()} or more"
         )
+
+    def _widest(self) -> int:
+        return max((len(blocks[0]) for blocks in self.positions.values()), default=0)
 
     def mean(self) -> Tensor:
         """Return the mean, `(D,)` float64."""
