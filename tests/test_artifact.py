@@ -350,3 +350,10 @@ def test_a_tensor_of_whole_numbers_for_weights_is_refused(tmp_path: Path) -> Non
     save(model, tmp_path / "m.safetensors")
     with pytest.raises(ArtifactError, match=r"tensor 'head\.weight' is int64 there, and float32 in the model"):
         load(tmp_path / "m.safetensors", factory=Small)
+
+
+def test_a_compiled_model_is_saved_as_what_it_is(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3))
+    save(torch.compile(model, backend="eager"), tmp_path / "a.safetensors")
+    made = load(tmp_path / "a.safetensors", factory=lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)))
+    assert all(torch.equal(one, other) for one, other in zip(made.parameters(), model.parameters(), strict=True))

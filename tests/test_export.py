@@ -447,3 +447,8 @@ def test_onnxruntime_quantises_the_file(tmp_path: Path) -> None:
     (dense,), (small,) = run(tmp_path / "m.onnx", x), run(tmp_path / "q.onnx", x)
     assert (tmp_path / "q.onnx").stat().st_size < 0.5 * (tmp_path / "m.onnx").stat().st_size
     assert (dense - small).abs().max() < 0.1 * dense.abs().max()
+
+
+def test_a_compiled_model_is_exported_as_what_it_is(tmp_path: Path) -> None:
+    model = torch.compile(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), backend="eager")
+    assert export_onnx(model, tmp_path / "a.onnx", torch.randn(2, 3, 8, 8)).path.is_file()

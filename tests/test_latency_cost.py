@@ -242,6 +242,14 @@ def test_noise_makes_no_narrower_layer_dearer(tmp_path: Path) -> None:
     assert (np.diff(times, axis=1) >= 0).all()
 
 
+@pytest.mark.parametrize(("conv", "x"), [(nn.Conv1d, torch.zeros(1, 8, 32)), (nn.Conv3d, torch.zeros(1, 8, 6, 6, 6))])
+def test_networks_of_other_dimensions_are_refused(conv: type, x: torch.Tensor) -> None:
+    model = nn.Sequential(conv(8, 16, 3), nn.ReLU(), conv(16, 2, 3), nn.Flatten(), nn.LazyLinear(5))
+    model(x)
+    with pytest.raises(InputError, match="known of networks of two-dimensional convolutions"):
+        compressor.prune(model, x, "l1", Budget(0.2, LatencyCost()))
+
+
 def test_odd_places_are_refused() -> None:
     with pytest.raises(UnknownNameError, match="onnxruntime"):
         Place("tensorflow")

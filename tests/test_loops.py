@@ -328,6 +328,43 @@ def same_zeros(model: nn.Module, average: nn.Module, training: compressor.Sparse
     assert off > 0 or training.steps < 6 or training.steps > 0.6 * STEPS
 
 
+@pytest.mark.parametrize("how", [{"ignore_index": 0}, {"weight": torch.tensor([9.0, 1.0, 0.5])}])
+def test_a_loss_keeps_its_scale_while_samples_draw(how: dict) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 3))
+    # Nothing goes, so that a gated and a plain step differ by the gates alone, and none is drawn at a rate near 0.
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    x, y = torch.randn(16, 3, 8, 8), torch.randint(3, (16, 4, 4))
+    pruner = Pruner(model, x[:1], "relevance", 0.3, optimizer=optimizer, total_steps=400)
+
+    def loss_fn(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction=reduction, **how)
+
+    expected = loss_fn(model(x), y)
+    expected.backward()
+    gradient = model[3].weight.grad.clone()
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = pruner.loss(x, y, loss_fn)
+        loss.backward()
+        assert loss.item() == pytest.approx(expected.item(), rel=0.05)
+        assert relative_error(model[3].weight.grad, gradient) < 0.2
+        pruner.step()
+
+
+def test_a_pruner_refuses_a_copy_of_another_model() -> None:
+    model = Net()
+    with pytest.raises(InputError, match=r"Linear is no copy of the model"):
+        Pruner(model, X, "l1", optimizer=sgd(model), total_steps=STEPS, copies=[nn.Linear(2, 2)])
+
+
+def test_an_average_of_a_compiled_model_is_cut_along() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    average = torch.optim.swa_utils.AveragedModel(torch.compile(model, backend="eager"))
+    compressor.prune(model, torch.zeros(1, 3, 8, 8), "l1", 0.5, copies=[average.module])
+    assert average.module._orig_mod[0].weight.shape == model[0].weight.shape
+
+
 def test_sparse_training_refuses_a_copy_of_another_model() -> None:
     model = Net()
     with pytest.raises(

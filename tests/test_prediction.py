@@ -43,6 +43,9 @@ READERS: dict[str, Callable[[], nn.Module]] = {
     "blocks": lambda: Reader(lambda m, h: m.a(torch.cat([h, h], 1)), a=nn.Conv2d(2 * SIZE, 6, 3, groups=2)),
     "Linear": lambda: Reader(lambda m, h: m.a(h.mean((2, 3))), a=nn.Linear(SIZE, 5)),
     "Linear over space": lambda: Reader(lambda m, h: m.a(h.movedim(1, -1).contiguous()), a=nn.Linear(SIZE, 5)),
+    # torch computes these as a product and a sum: their input does not lie in one piece.
+    "Linear, permuted": lambda: Reader(lambda m, h: m.a(h.movedim(1, -1)), a=nn.Linear(SIZE, 5)),
+    "Linear, patches": lambda: Reader(lambda m, h: m.a(h.flatten(2).transpose(1, 2)), a=nn.Linear(SIZE, 5)),
     "flattened": lambda: Reader(lambda m, h: m.a(h.flatten(1)), a=nn.Linear(SIZE * 36, 5)),
     "two readers": lambda: Reader(lambda m, h: m.a(h) + m.b(h), a=nn.Conv2d(SIZE, 5, 1), b=nn.Conv2d(SIZE, 5, 1)),
     "beside others": lambda: Reader(
@@ -247,6 +250,17 @@ def test_relevance_predicts_as_well_while_it_trains() -> None:
         optimizer.zero_grad()
     assert pruner.result().reached
     assert any(events)
+
+
+@pytest.mark.parametrize(("is_alone", "offsets"), [(True, {"weight"}), (False, set())])
+def test_a_bias_added_to_a_product_stands_in_for_it_alone(is_alone: bool, offsets: set[str]) -> None:
+    class Product(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x @ self.weight.t()
+            return y + self.bias if is_alone else (y + self.bias) * y
+
+    graph = compressor.trace(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), Product(8, 5)), torch.zeros(2, 3))
+    assert {name.removeprefix("2.") for name in graph.offsets if name.startswith("2.")} == offsets
 
 
 # -- what it needs

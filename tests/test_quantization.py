@@ -132,3 +132,14 @@ def test_a_model_learns_to_live_with_coarse_weights() -> None:
 def test_a_model_without_such_layers_is_refused() -> None:
     with pytest.raises(InputError, match=r"no convolution and no nn\.Linear"):
         QuantizationAware(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()), None, 0)
+
+
+def test_layers_that_share_a_weight_are_rounded_alike() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(), nn.Conv2d(3, 3, 3), nn.Flatten(), nn.Linear(48, 4))
+    model[2].weight = model[0].weight
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loss = QuantizationAware(model, optimizer, 10).loss(torch.randn(8, 3, 8, 8), torch.arange(8) % 4, F.cross_entropy)
+    loss.backward()
+    assert model[0].weight.grad.abs().sum() > 0
+    assert model[2].weight is model[0].weight

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor._utils import memory_format
+from compressor._utils import memory_format, unwrap_compiled
 from compressor.deploy import model_file
 from compressor.deploy.machine import versions
 from compressor.deploy.model_file import Description
@@ -56,6 +56,7 @@ def save(
         InputError: the spec builds another model, `extra` is not JSON, or the path cannot be written. A file that is
             there already is left alone.
     """
+    model = unwrap_compiled(model)
     spec = spec or getattr(model, "compressor_spec", None)
     if spec is None:
         logger.info("%s has no spec: loading %s will need a factory", type(model).__name__, path)

@@ -20,7 +20,16 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from compressor._utils import as_arguments, atomic_write, batch_size, device_of, eval_mode, named_tensors, to_device
+from compressor._utils import (
+    as_arguments,
+    atomic_write,
+    batch_size,
+    device_of,
+    eval_mode,
+    named_tensors,
+    to_device,
+    unwrap_compiled,
+)
 from compressor.deploy.parity import UnequalError, compare, first_line, random_like, returned_names
 from compressor.errors import ExportError, InputError, ParityError, RangeError
 
@@ -89,7 +98,7 @@ def export_onnx(
         ExportError: the model does not run, the exporter cannot follow it, or it works at one batch size only.
         ParityError: the file does not give the model's outputs. It is kept beside as `NAME.failed.onnx`.
     """
-    path = Path(path)
+    path, model = Path(path), unwrap_compiled(model)
     if opset not in OPSETS:
         raise RangeError("opset", opset, f"{OPSETS[0]} to {OPSETS[-1]}")
     examples = _examples(example_inputs, check_inputs)

@@ -67,7 +67,8 @@ class LatencyCost:
             InputError: nothing of the network is a layer that can be measured.
         """
         layers, unknown = fused_layers(graph)
-        if not layers:
+        is_convolutional = any(each.startswith("convolution ") for each in unknown)
+        if not layers or (is_convolutional and all(layer.kind.operator != "Conv" for layer in layers)):
             raise InputError(
                 "no layer of this network can be timed alone: latency is known of networks of two-dimensional "
                 f"convolutions and linear layers; give --measure macs (found {', '.join(unknown[:3]) or 'nothing'})"

@@ -70,12 +70,14 @@ class TensorInfo:
             weight and its mask) the first parameter.
         unchanged: whether it has the values of `weight`, in another order perhaps.
         produced_by: the weight whose operation made it, as long as nothing else happened to it.
+        product_of: the weight of a matrix product that made it, which may still get a bias.
     """
 
     axes: Axes
     weight: str | None = None
     unchanged: bool = False
     produced_by: str | None = None
+    product_of: str | None = None
 
 
 def _constant_axis(size: int, stride: int) -> Axis:
@@ -98,6 +100,7 @@ class TraceContext:
         layouts: by weight name, `input_dim` and `share` of such an offset, where they are not the usual ones.
         kernel_dims: parameter dimensions that are no channels at all.
         batch_norm_inputs: by weight name, its result, where a BatchNorm reads it.
+        bias_inputs: by weight name, its product, where an operation of its own adds a bias to it.
         indices: by name of a buffer of whole numbers, the axis whose positions they are.
         origins: by `id` of a tensor, where it comes from: an input, a parameter or constant, or an operation.
         notes: what the user should know, by the operation that it is about.
@@ -116,6 +119,7 @@ class TraceContext:
     layouts: dict[str, tuple[Literal[0, 1], float]] = field(default_factory=dict)
     kernel_dims: set[ParameterDim] = field(default_factory=set)
     batch_norm_inputs: dict[str, Tensor] = field(default_factory=dict)
+    bias_inputs: dict[str, Tensor] = field(default_factory=dict)
     indices: dict[str, IntArray] = field(default_factory=dict)
     origins: dict[int, Origin] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
@@ -309,11 +313,17 @@ class TraceContext:
         self.costs.append(Cost(constant, tuple(arrays)))
 
     def unshared_offsets(self) -> dict[str, Offset]:
-        """Return the offsets, less running means behind a result that something else than the BatchNorm reads too."""
-        # A bias reaches all readers of the result; a running mean the BatchNorm alone, and others would differ.
+        """Return the offsets, less those behind a result that is also read by something that they do not reach."""
+        # A bias in the operation reaches all readers of the result; a running mean the BatchNorm alone, a bias that is
+        # added afterwards the sum alone, and others would differ.
         shared = {weight for weight, result in self.batch_norm_inputs.items() if self._uses.get(id(result), 0) > 1}
+        early = {weight for weight, result in self.bias_inputs.items() if self._uses.get(id(result), 0) > 1}
         # A weight that is used twice (two modules share it, or one is called twice) has an input mean at each use.
-        once = {weight: offset for weight, offset in self.offsets.items() if self._weight_uses[weight] == 1}
+        once = {
+            weight: offset
+            for weight, offset in self.offsets.items()
+            if self._weight_uses[weight] == 1 and weight not in early
+        }
         return {weight: offset for weight, offset in once.items() if weight not in shared or offset.sign > 0}
 
     def set_offset(self, weight: str | None, offset: Offset | None) -> None:
@@ -322,6 +332,17 @@ class TraceContext:
             self._weight_uses[weight] += 1
             if offset:
                 self.offsets[weight] = offset
+
+    def remember_added_bias(self, one: Tensor, other: Tensor) -> None:
+        """Note that a sum may be that of a product and its bias.
+
+        So computes torch a Linear with a bias whose input does not lie in one piece: mm, _unsafe_view, add.
+        """
+        for product, bias in ((one, other), (other, one)):
+            weight, target = self.info(product).product_of, self.info(bias)
+            if weight and target.weight and target.unchanged and bias.shape == product.shape[-1:]:
+                self.offsets[weight] = Offset(target.weight, 1, *self.layouts.get(weight, ()))
+                self.bias_inputs[weight] = product
 
     def count_use(self, tensors: Iterable[Tensor]) -> None:
         """Count one more reader for each of these tensors."""

@@ -230,10 +230,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         is_own_weight = call.op == "aten.convolution" and context.info(inputs[1]).unchanged
         produced_by = context.weight(inputs[1]) if is_own_weight else None
         for tensor, each in zip(results, axes, strict=True):
-            context.set_labels(tensor, TensorInfo(each, weight, unchanged, produced_by))
+            context.set_labels(tensor, TensorInfo(each, weight, unchanged, produced_by, self._product_of(call)))
+        if call.op == "aten.add" and len(inputs) == 2 and kwargs.get("alpha", 1) == 1:
+            context.remember_added_bias(*inputs)
         keeps_axes = understood and len(context.labels.journal) == returned_axes
         index = self._record(call, axes, results, keeps_axes, out)
         context.origins.update({id(tensor): ("op", index, number) for number, tensor in enumerate(results)})
+
+    def _product_of(self, call: Call) -> str | None:
+        """Return the weight of a matrix product whose result this is, in its own shape."""
+        if call.op == "aten.mm":
+            factor = self.context.info(call.inputs[1])
+            return factor.weight if factor.unchanged else None
+        return self.context.info(call.inputs[0]).product_of if call.op == "aten._unsafe_view" else None
 
     def _record(self, call: Call, axes: list[Axes], results: list[Tensor], keeps_axes: bool, out: Any) -> int:
         """Write a record into the log and return its number; `keeps_axes` where the rule made no axes of its own."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor._utils import OwnForward, count_samples, device_of, eval_mode, run_model, to_device
+from compressor._utils import OwnForward, count_samples, device_of, eval_mode, run_model, to_device, unwrap_compiled
 from compressor.budget import (
     MOST_ROUNDS,
     Allocation,
@@ -120,7 +120,9 @@ def prune(
     progress = PruningProgress(graph, budget, threshold)
     shares = (limits or Limits()).shares(graph)
     generator = torch.Generator().manual_seed(seed)
-    options = CutOptions(selection, shares, all_optimizers(optimizer), list(copies), verify, threshold)
+    options = CutOptions(
+        selection, shares, all_optimizers(optimizer), [unwrap_compiled(each) for each in copies], verify, threshold
+    )
     reference = Reference(graph) if reconstruct else None
     made = None
     look = None if isinstance(budget.measure, str) else budget.measure.watch(graph)

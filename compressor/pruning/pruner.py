@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor._utils import Ranks, count_samples, run_model
+from compressor._utils import Ranks, count_samples, run_model, unwrap_compiled
 from compressor.budget import (
     USUAL_SCHEDULE,
     Allocation,
@@ -29,12 +29,12 @@ from compressor.budget import (
 )
 from compressor.criteria import Criterion, Snapshot, lookup, score
 from compressor.errors import IdleArgumentError, InputError, PeriodError, RangeError
-from compressor.graph import Group
+from compressor.graph import Group, named_model_tensors
 from compressor.pruning.one_shot import KNOWN, require_compensation
 from compressor.pruning.relevance_scores import relevance_scores
 from compressor.pruning.to_budget import CutOptions, prune_to_budget, require_reachable, traced
 from compressor.relevance import Relevance, RelevanceConfig, per_sample
-from compressor.surgery import Compensation, Moments, all_optimizers, require_followed, require_held
+from compressor.surgery import Compensation, Moments, all_optimizers, require_alike, require_followed, require_held
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -154,8 +154,15 @@ class Pruner:
         shares = (limits or Limits()).shares(self.graph)
         observing = criterion == "relevance"
         self._options = CutOptions(
-            selection, shares, all_optimizers(optimizer), list(copies), verify, threshold, observing
+            selection,
+            shares,
+            all_optimizers(optimizer),
+            [unwrap_compiled(each) for each in copies],
+            verify,
+            threshold,
+            observing,
         )
+        require_alike(named_model_tensors(dict(self.graph.model.named_modules())), self._options.copies)
         require_held(self.graph.model, self._options.optimizers)
         require_followed(self._options.optimizers)
         self._inputs = example_inputs  # of the last batch

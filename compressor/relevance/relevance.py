@@ -38,6 +38,7 @@ from compressor.relevance.reliability import split_half_reliability, warn_if_unr
 from compressor.relevance.sampling import ChannelSampler, kept_columns
 from compressor.relevance.schedule import ObservationSchedule
 
+_ROUNDING = 1e-4  # by which two means of the same losses may differ
 TRACK_EVERY = 8  # steps; on one in so many the means of the inputs are taken, which reads them all
 CONTROL_EVERY = 4  # batches under gates; on one in so many the samples also run without, a third of a step's work
 DECIDE_EVERY = 10  # batches under gates; after so many it is looked up which channels are relevant beyond doubt
@@ -129,9 +130,15 @@ class Relevance:
             with preserve_buffers_and_rng(model):
                 ungated = per_sample(loss_fn(run_model(model, inputs), targets, reduction="none"))
         with self.observe(count_samples(inputs)) as observation:
-            losses = per_sample(loss_fn(run_model(model, inputs), targets, reduction="none"))
+            outputs = run_model(model, inputs)
+            losses = per_sample(loss_fn(outputs, targets, reduction="none"))
             observation.credit(losses, ungated)
-        return losses.mean()
+        with torch.no_grad():
+            scale = loss_fn(outputs, targets) / losses.mean()
+        # With weights of classes, or targets that are ignored, a mean loss is over another number than that of samples:
+        # of 100 pixels of which 75 are ignored, over 25.
+        is_another = scale.isfinite() & ((scale - 1).abs() > _ROUNDING)
+        return losses.mean() * torch.where(is_another, scale, 1.0)
 
     @contextmanager
     def observe(self, batch_size: int) -> Iterator[Observation]:

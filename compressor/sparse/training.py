@@ -106,7 +106,9 @@ class SparseTraining:
         self._progress = PruningProgress(self.graph, self.budget)
         optimizers = all_optimizers(optimizer)
         require_followed(optimizers)
-        self.units = self._masked_units(optimizers, list(copies), round_to, limits or Limits())
+        self.units = self._masked_units(
+            optimizers, [unwrap_compiled(each) for each in copies], round_to, limits or Limits()
+        )
         self._whole = self.units.whole
         self._generator = torch.Generator().manual_seed(seed)
         self._begun = False

@@ -64,7 +64,7 @@ class QuantizationAware:
             layer.register_forward_pre_hook(partial(self._round_input, name)) for name, layer in self._layers.items()
         ]
         try:
-            return loss_fn(functional_call(self._model, weights, (inputs,)), targets)
+            return loss_fn(functional_call(self._model, weights, (inputs,), tie_weights=False), targets)
         finally:
             for hook in hooks:
                 hook.remove()

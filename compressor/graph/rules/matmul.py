@@ -129,7 +129,10 @@ def deform_conv2d(
 
 def mm(context: TraceContext, out: Tensor, a: Tensor, b: Tensor) -> Axes:
     """`a` (..., n, k) times `b` (..., k, m), with equal leading dimensions."""
-    context.set_offset(context.weight(b) or context.weight(a), None)
+    weight = context.weight(b)
+    context.set_offset(weight or context.weight(a), None)
+    if weight and _lies_as_stored(context, b):
+        context.layouts[weight] = (0, 1.0)
     return _product(context, a, b)
 
 
