@@ -284,7 +284,7 @@ def test_the_level_of_the_loss_does_not_matter(estimator: str) -> None:
             x = torch.randn(32, 4, generator=generator)
             y = x[:, :2].sum(1, keepdim=True)
             relevance.loss(
-                graph.model, x, y, lambda o, t, reduction, up=level: squared_error(o, t, reduction) + up
+                graph.model, x, y, lambda o, t, reduction="mean", up=level: squared_error(o, t, reduction) + up
             ).backward()
             relevance.step()
         found.append(relevance.scores()["0"])
