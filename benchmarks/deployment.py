@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -82,7 +82,11 @@ def main(
         return
     assert weights, "give --weights"
     rows, note = {"accuracy": (accuracy, ACCURACY), "precision": (precision, PRECISION)}[part]
-    print(write(f"deployment-{part}", rows(source, weights), note))
+    done: list[dict[str, Any]] = []
+    for row in rows(source, weights):
+        done.append(row)
+        path = write(f"deployment-{part}", done, note)
+    print(path)
 
 
 WIDTHS = (
@@ -196,23 +200,17 @@ ACCURACY = (
 )
 
 
-def accuracy(source: str, weights: Path) -> list[dict[str, Any]]:
-    """Return a row for each network and budget, by MACs and by latency."""
+def accuracy(source: str, weights: Path) -> Iterator[dict[str, Any]]:
+    """Yield a row for each network and budget, by MACs and by latency."""
     digits = load_data("digits", seed=0)
     small = build("mobilenet_v2", classes=10, seed=0)
     train(small, digits, 20, seed=0)
-    return [
-        row
-        for name, found, dense in (
-            ("mobilenet_v2, digits", digits, small.eval()),
-            ("resnet20, CIFAR-10", data(source), trained("resnet20", weights)),
-        )
-        for row in at_equal_latency(name, found, dense)
-    ]
+    yield from at_equal_latency("mobilenet_v2, digits", digits, small.eval())
+    yield from at_equal_latency("resnet20, CIFAR-10", data(source), trained("resnet20", weights))
 
 
-def at_equal_latency(name: str, found: Data, dense: nn.Module) -> list[dict[str, Any]]:
-    """Return a row for each budget of one network."""
+def at_equal_latency(name: str, found: Data, dense: nn.Module) -> Iterator[dict[str, Any]]:
+    """Yield a row for each budget of one network."""
     batches = [x for x, _ in first_batches(found, 1000)]
     x = batches[0][:1]
     rows = [{"network": name, "cut": "dense", "MACs %": 100.0, "as cut": right(dense, found)}]
@@ -240,7 +238,7 @@ def at_equal_latency(name: str, found: Data, dense: nn.Module) -> list[dict[str,
         if row["cut"] != "dense":
             train(models_[row["cut"]], found, 1, seed=0)
             row["one epoch"] = right(models_[row["cut"]], found)
-    return rows
+        yield row
 
 
 def right(model: nn.Module, found: Any) -> float:
@@ -255,14 +253,13 @@ PRECISION = (
 )
 
 
-def precision(source: str, weights: Path) -> list[dict[str, Any]]:
-    """Return a row for each network and precision."""
+def precision(source: str, weights: Path) -> Iterator[dict[str, Any]]:
+    """Yield a row for each network and precision."""
     found = data(source)
     batches = [x for x, _ in first_batches(found, 1000)]
     calibration = [x.numpy() for x, _ in first_batches(found, 300)][:3]
     check = [(x.numpy(), y.numpy()) for x, y in found.validation.batches(500)]
     test = [(x.numpy(), y.numpy()) for x, y in found.test.batches(500)]
-    rows = []
     with TemporaryDirectory() as folder:
         for network in ("resnet20", "resnet32"):
             dense = trained(network, weights)
@@ -270,13 +267,14 @@ def precision(source: str, weights: Path) -> list[dict[str, Any]]:
             half = compressor.Budget(0.5, LatencyCost(Place(batch=32)))
             compressor.prune(pruned, batches[0][:1], "l1", half, rounds=4, calibration=batches, compensate="linear")
             for label, model in (("dense", dense), ("latency -50 %", pruned)):
-                rows += in_precisions(f"{network}, {label}", model, batches[0][:32], folder, calibration, check, test)
+                yield from in_precisions(
+                    f"{network}, {label}", model, batches[0][:32], folder, calibration, check, test
+                )
         torch.manual_seed(0)
         noise = torch.randn(32, 3, 224, 224)
         model = models.resnet18().eval()
         some = [(noise.numpy(), model(noise).argmax(1).numpy())]
-        rows += in_precisions("resnet18, 224 pixels", model, noise, folder, [noise.numpy()], some, [])
-    return rows
+        yield from in_precisions("resnet18, 224 pixels", model, noise, folder, [noise.numpy()], some, [])
 
 
 def in_precisions(

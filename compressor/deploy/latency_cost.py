@@ -64,14 +64,15 @@ class LatencyCost:
         """Return what predicts the time: takes kept channels `(B, G)` in the order of the groups, returns `(B,)`.
 
         Raises:
-            InputError: nothing of the network is a layer that can be measured.
+            InputError: nothing of the network is a layer that can be measured, or no convolution of it is.
         """
         layers, unknown = fused_layers(graph)
-        is_convolutional = any(each.startswith("convolution ") for each in unknown)
-        if not layers or (is_convolutional and all(layer.kind.operator != "Conv" for layer in layers)):
+        # Of a network of Conv1d its classifier is a layer; what a cut saves is not known by that.
+        has_others = any(each.startswith("convolution ") for each in unknown)
+        if not layers or (has_others and all(layer.kind.operator != "Conv" for layer in layers)):
             raise InputError(
-                "no layer of this network can be timed alone: latency is known of networks of two-dimensional "
-                f"convolutions and linear layers; give --measure macs (found {', '.join(unknown[:3]) or 'nothing'})"
+                "no layer, or no convolution, of this network can be timed alone: latency is known of networks of "
+                f"two-dimensional convolutions and linear layers; give --measure macs (found {', '.join(unknown[:3]) or 'nothing'})"
             )
         names = list(graph.sizes())
         widest = [_widest(layer, graph.sizes()) for layer in layers]

@@ -229,8 +229,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         unchanged = len(inputs) == 1 and call.op in _REORDERS and context.info(inputs[0]).unchanged
         is_own_weight = call.op == "aten.convolution" and context.info(inputs[1]).unchanged
         produced_by = context.weight(inputs[1]) if is_own_weight else None
+        product_of = self._product_of(call)
         for tensor, each in zip(results, axes, strict=True):
-            context.set_labels(tensor, TensorInfo(each, weight, unchanged, produced_by, self._product_of(call)))
+            context.set_labels(tensor, TensorInfo(each, weight, unchanged, produced_by, product_of))
         if call.op == "aten.add" and len(inputs) == 2 and kwargs.get("alpha", 1) == 1:
             context.remember_added_bias(*inputs)
         keeps_axes = understood and len(context.labels.journal) == returned_axes
