@@ -70,9 +70,10 @@ class LatencyCost:
         # Of a network of Conv1d its classifier is a layer; what a cut saves is not known by that.
         has_others = any(each.startswith("convolution ") for each in unknown)
         if not layers or (has_others and all(layer.kind.operator != "Conv" for layer in layers)):
+            found = ", ".join(unknown[:3]) or "nothing"
             raise InputError(
                 "no layer, or no convolution, of this network can be timed alone: latency is known of networks of "
-                f"two-dimensional convolutions and linear layers; give --measure macs (found {', '.join(unknown[:3]) or 'nothing'})"
+                f"two-dimensional convolutions and linear layers; give --measure macs (found {found})"
             )
         names = list(graph.sizes())
         widest = [_widest(layer, graph.sizes()) for layer in layers]
