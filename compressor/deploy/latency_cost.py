@@ -72,7 +72,7 @@ class LatencyCost:
         if not layers or (has_others and all(layer.kind.operator != "Conv" for layer in layers)):
             found = ", ".join(unknown[:3]) or "nothing"
             raise InputError(
-                "no layer, or no convolution, of this network can be timed alone: latency is known of networks of "
+                "no layer of this network can be timed alone, or no convolution: latency is known of networks of "
                 f"two-dimensional convolutions and linear layers; give --measure macs (found {found})"
             )
         names = list(graph.sizes())
