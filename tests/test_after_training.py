@@ -25,6 +25,9 @@ def pairs(count: int = 3, size: int = 20) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+X = pairs()[0][0]
+
+
 def inputs(batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     return [x for x, _ in batches]
 
@@ -214,6 +217,13 @@ def test_a_fixed_kernel_that_reads_channels_can_be_judged() -> None:
             InputError,
             "with loss_fn, calibration is pairs",
         ),
+        ({"calibration": pairs()}, InputError, r"calibration\[0\] is a pair, and targets are read by a loss_fn alone"),
+        ({"calibration": [*inputs(pairs()), X[:0]]}, InputError, r"calibration\[3\] has no samples: leave it out"),
+        (
+            {"criterion": "relevance", "loss_fn": F.cross_entropy, "calibration": [(X[:0], torch.arange(0))]},
+            InputError,
+            r"calibration\[0\] has no samples",
+        ),
         ({"rounds": 0}, RangeError, "rounds = 0 is out of range: give rounds in 1 to 1000"),
     ],
 )
@@ -223,6 +233,24 @@ def test_what_it_needs_is_said_and_nothing_is_cut(settings: dict, error: type[Ex
     with pytest.raises(error, match=message):
         compressor.prune(model, pairs()[0][0], **settings)
     assert same(model.state_dict(), before)
+
+
+def test_inside_inference_mode_it_cuts_as_outside() -> None:
+    inside = shake(small())
+    outside = copy.deepcopy(inside)
+    settings = {"criterion": "relevance", "budget": 0.4, "calibration": pairs(), "loss_fn": F.cross_entropy}
+    with torch.inference_mode():
+        compressor.prune(inside, pairs()[0][0], **settings)
+    compressor.prune(outside, pairs()[0][0], **settings)
+    assert same(inside.state_dict(), outside.state_dict())
+    assert not any(parameter.is_inference() for parameter in inside.parameters())
+
+
+def test_a_model_made_in_inference_mode_is_refused() -> None:
+    with torch.inference_mode():
+        model = small()
+    with pytest.raises(InputError, match=r"was made inside torch.inference_mode\(\).*make or load it outside"):
+        compressor.prune(model, pairs()[0][0], "l1", 0.4)
 
 
 def test_a_loss_that_is_not_finite_is_refused() -> None:

@@ -143,6 +143,25 @@ def test_several_inputs_and_outputs(how: str, tmp_path: Path) -> None:
     assert report.top1_agreement == 1.0
 
 
+class OfBatch(nn.Module):
+    """Takes its images in a dict, as the only argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Residual()
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.inner(batch["image"])
+
+
+def test_a_dict_that_is_the_only_argument(tmp_path: Path) -> None:
+    model, x = OfBatch().eval(), torch.randn(2, 3, 8, 8)
+    export_onnx(model, tmp_path / "m.onnx", ({"image": x},))
+    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+    got = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    assert torch.allclose(model({"image": x}).detach(), torch.from_numpy(got), atol=1e-5)
+
+
 def test_opset_23_and_a_model_without_classes(tmp_path: Path) -> None:
     report = export_onnx(nn.Conv2d(3, 4, 1), tmp_path / "m.onnx", torch.randn(1, 3, 4, 4), opset=23)
     assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == report.opset == 23

@@ -250,6 +250,15 @@ def test_networks_of_other_dimensions_are_refused(conv: type, x: torch.Tensor) -
         compressor.prune(model, x, "l1", Budget(0.2, LatencyCost()))
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+def test_another_precision_is_refused(kind: torch.dtype, engine: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3)).to(kind)
+    name = str(kind).removeprefix("torch.")
+    with pytest.raises(InputError, match=rf"timed in float32, and the model is in {name}: cut model.float\(\)"):
+        compressor.prune(model, X.to(kind), "l1", Budget(0.2, LatencyCost(Place(engine))))
+
+
 def test_odd_places_are_refused() -> None:
     with pytest.raises(UnknownNameError, match="onnxruntime"):
         Place("tensorflow")

@@ -265,6 +265,22 @@ def test_a_run_that_is_taken_up_again_goes_on_as_if_nothing_had_happened(criteri
     assert resumed.result() == pruner.result()
 
 
+def own(group: compressor.Group, snapshot: compressor.Snapshot) -> Tensor:
+    return group.rows(snapshot.values).abs().sum(dim=1)
+
+
+@pytest.mark.parametrize(("before", "now"), [("l1", "relevance"), ("relevance", "l1"), ("l1", own)])
+def test_the_state_of_another_criterion_is_refused(before: str, now: str) -> None:
+    model = wide()
+    optimizer = sgd(model)
+    state = pruner_of(model, optimizer, before).state_dict()
+    pruner = pruner_of(model, optimizer, now)
+    kept = str(pruner.state_dict())
+    with pytest.raises(InputError, match=f"is of criterion '{before}', and this Pruner's is .* make it with the same"):
+        pruner.load_state_dict(state)
+    assert str(pruner.state_dict()) == kept
+
+
 def test_a_budget_that_cannot_be_reached_is_refused_at_the_first_step() -> None:
     model = wide()
     pruner = compressor.Pruner(

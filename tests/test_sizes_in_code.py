@@ -183,3 +183,22 @@ def test_results_that_fail_when_they_are_iterated_over_are_outputs_by_their_attr
     model = Returning(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))
     graph = compressor.trace(model, X.float())
     assert [group.name for group in graph.groups] == ["0"]
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_a_norm_without_weights_follows_as_one_with_weights_of_one(norm: type, tmp_path) -> None:
+    def make(has_weights: bool) -> nn.Sequential:
+        torch.manual_seed(0)
+        parts = [nn.Linear(5, 12), norm(12, elementwise_affine=has_weights), nn.Linear(12, 12), nn.ReLU()]
+        return nn.Sequential(*parts, norm((12,), elementwise_affine=has_weights), nn.Linear(12, 3)).double()
+
+    x = torch.randn(4, 5, dtype=torch.float64)
+    without, with_ones = make(False), make(True)
+    for model in (without, with_ones):
+        graph = compressor.trace(model, x)
+        compressor.cut(graph, {group.name: range(0, group.size, 1 + place) for place, group in enumerate(graph.groups)})
+        compressor.cut(graph, {graph.groups[0].name: range(7)})
+    assert (without[1].normalized_shape, without[4].normalized_shape) == ((7,), (6,))
+    assert relative_error(without(x), with_ones(x)) <= 1e-12
+    compressor.save(without, tmp_path / "m.safetensors")
+    assert torch.equal(compressor.load(tmp_path / "m.safetensors", factory=lambda: make(False))(x), without(x))

@@ -124,17 +124,33 @@ def export_onnx(
 
 
 def require_exportable(model: nn.Module, example_inputs: Any) -> None:
-    """Export a model into a folder that is thrown away, and prove it: what would fail after a training fails before.
+    """Export a model and throw the file away: what would fail after a training fails before.
+
+    Raises:
+        ExportError: it cannot be exported, or the file does not give its outputs.
+    """
+    with exported_aside(model, example_inputs):
+        pass
+
+
+@contextmanager
+def exported_aside(model: nn.Module, example_inputs: Any) -> Iterator[Path]:
+    """Export a model into a folder that is thrown away, and prove it.
+
+    Yields:
+        The file, there as long as the `with` lasts.
 
     Raises:
         ExportError: it cannot be exported, or the file does not give its outputs.
     """
     with TemporaryDirectory() as folder:
+        path = Path(folder) / "aside.onnx"
         try:
-            export_onnx(model, Path(folder) / "rehearsal.onnx", example_inputs)
+            export_onnx(model, path, example_inputs)
         except ParityError as error:
             why = f"its ONNX file would not give what it gives: {error.reason}"
             raise ExportError(type(model).__name__, why, "let it give the same twice in evaluation mode") from error
+        yield path
 
 
 def _advice(model: nn.Module) -> str:
@@ -205,6 +221,8 @@ def _write(
 def _exported(model: nn.Module, inputs: Any, names: _Names, opset: int) -> Any:
     """Return the model as torch's exporter translates it, an `onnx_ir.Model`."""
     args, kwargs = as_arguments(inputs)
+    if args and isinstance(args[-1], dict):
+        args = (*args, {})  # the exporter takes a dict at the end for keyword arguments
     batch = torch.export.Dim("batch")
     try:
         # dynamo=True: torch's older exporter traces one run, and sizes that Python computed become constants.
@@ -218,7 +236,7 @@ def _exported(model: nn.Module, inputs: Any, names: _Names, opset: int) -> Any:
                 opset_version=opset,
                 input_names=names.inputs,
                 output_names=names.outputs,
-                dynamic_shapes=tree_map(lambda _: {0: batch}, kwargs or args),
+                dynamic_shapes=tree_map(lambda _: {0: batch}, kwargs or as_arguments(inputs)[0]),
             )
     except Exception as failure:
         reason = f"torch.export does not follow it: {first_line(failure)}"

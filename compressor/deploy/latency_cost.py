@@ -10,8 +10,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeAlias
 
 import numpy as np
@@ -20,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from compressor.deploy.export import export_onnx
+from compressor.deploy.export import exported_aside
 from compressor.deploy.latency_table import LatencyTable, Progress, Widest
 from compressor.deploy.layers import Layer, fused_layers
 from compressor.deploy.openvino_engine import openvino_runner
@@ -64,8 +62,14 @@ class LatencyCost:
         """Return what predicts the time: takes kept channels `(B, G)` in the order of the groups, returns `(B,)`.
 
         Raises:
-            InputError: nothing of the network is a layer that can be measured, or no convolution of it is.
+            InputError: nothing of the network is a layer that can be measured, or no convolution of it is; or it is
+                not in single precision.
         """
+        kinds = {str(each.dtype).removeprefix("torch.") for each in graph.model.parameters()}
+        if kinds - {"float32"}:
+            raise InputError(
+                f"layers are timed in float32, and the model is in {', '.join(sorted(kinds))}: cut model.float()"
+            )
         layers, unknown = fused_layers(graph)
         # Of a network of Conv1d its classifier is a layer; what a cut saves is not known by that.
         has_others = any(each.startswith("convolution ") for each in unknown)
@@ -144,9 +148,7 @@ class _Frozen:
             model = copy.deepcopy(graph.model).eval().to(place.device)
             self.runner = torch_runner(model, inputs, as_graph=place.device == "cuda")
             return
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / "network.onnx"
-            export_onnx(graph.model, path, graph.example_inputs)
+        with exported_aside(graph.model, graph.example_inputs) as path:
             if place.engine == "openvino":
                 self.runner = openvino_runner(path, inputs, place.threads)
             else:

@@ -66,8 +66,11 @@ def set_numeric_attributes(module: nn.Module, values: Mapping[str, Any]) -> None
 
 
 def integer_attributes(module: nn.Module) -> set[int]:
-    """Return the whole numbers among the attributes of a module that is not torch's own, also those inside tuples."""
-    if is_torch_module(module):
+    """Return the whole numbers among a module's attributes that may say a size, also those inside tuples.
+
+    Torch's own modules have such only where no tensor of theirs says it: a LayerNorm without weights.
+    """
+    if is_torch_module(module) and not (isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is None):
         return set()
     found = [value if isinstance(value, tuple | list) else (value,) for value in numeric_attributes(module).values()]
     return {value for values in found for value in values if type(value) is int}

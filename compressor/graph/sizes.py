@@ -86,7 +86,7 @@ def replace_size_attributes(module: nn.Module, changed: Mapping[int, int], *, in
     size shows when the cut is verified against the recording.
 
     Args:
-        module: a module; torch's own are left alone.
+        module: a module; torch's own, but for norms without weights, are left alone.
         changed: sizes that axes had in that module's own code, and what they are now.
         in_sequences: whether numbers in tuples and lists are changed, and the others left alone. A window of (3, 3) is
             seldom the 3 heads.

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from compressor._utils import OwnForward, count_samples, device_of, eval_mode, run_model, to_device, unwrap_compiled
+from compressor._utils import (
+    OwnForward,
+    ambient_modes_disabled,
+    count_samples,
+    device_of,
+    eval_mode,
+    run_model,
+    to_device,
+    unwrap_compiled,
+)
 from compressor.budget import (
     MOST_ROUNDS,
     Allocation,
@@ -25,6 +34,7 @@ from compressor.criteria import Criterion, Snapshot, lookup, needs_gradients, sc
 from compressor.errors import IdleArgumentError, InputError, RangeError, UnknownNameError
 from compressor.graph import ChannelGraph, Group
 from compressor.pruning.aims import Aims
+from compressor.pruning.calibration import require_batches
 from compressor.pruning.relevance_scores import per_cost, with_magnitude
 from compressor.pruning.to_budget import CutOptions, prune_to_budget, traced
 from compressor.relevance import gate_relevance
@@ -32,6 +42,7 @@ from compressor.surgery import Compensation, Moments, Reference, all_optimizers,
 from compressor.surgery import reconstruct as fit_layers
 
 
+@ambient_modes_disabled()
 def prune(
     model: nn.Module,
     example_inputs: Any,
@@ -111,6 +122,7 @@ def prune(
         calibration, loss_fn = _run_by(forward, calibration, loss_fn, criterion, selection.allocate)
     pairs = _pairs(calibration, loss_fn, criterion, selection.allocate)
     batches = [inputs for inputs, _ in pairs] if loss_fn else list(calibration or ())
+    require_batches(batches, example_inputs)
     judge = None if by_itself else lookup(criterion)
     if reconstruct and not batches:
         raise InputError("reconstruct=True needs real inputs: pass calibration=[inputs, ...]")

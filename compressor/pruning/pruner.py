@@ -30,6 +30,7 @@ from compressor.budget import (
 from compressor.criteria import Criterion, Snapshot, lookup, score
 from compressor.errors import IdleArgumentError, InputError, PeriodError, RangeError
 from compressor.graph import Group, named_model_tensors
+from compressor.pruning.calibration import require_batches
 from compressor.pruning.one_shot import KNOWN, require_compensation
 from compressor.pruning.relevance_scores import relevance_scores
 from compressor.pruning.to_budget import CutOptions, prune_to_budget, require_reachable, traced
@@ -138,6 +139,7 @@ class Pruner:
                 "compressor.prune, or criterion='relevance'"
             )
         self._calibration = list(calibration or ())
+        require_batches(self._calibration, example_inputs)
         self._compensation = _chosen(compensate, self._calibration)
         self._total = _positive("total_steps", total_steps)
         self._schedule = schedule
@@ -173,6 +175,7 @@ class Pruner:
         if criterion == "relevance":
             self.relevance = Relevance(self.graph, self._config, seed=seed, ranks=self._ranks)
         self._criterion = None if criterion == "relevance" else lookup(criterion)
+        self._criterion_name = criterion if isinstance(criterion, str) else _name(criterion)
 
     def _filled_in(self, config: RelevanceConfig) -> RelevanceConfig:
         """Return the configuration with what was left open, as far as it does not depend on the batches."""
@@ -350,6 +353,7 @@ class Pruner:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the model and the optimizers: plain numbers, strings and tensors."""
         return {
+            "criterion": self._criterion_name,
             "step": self.steps,
             "prune_every": self._prune_every,
             "progress": self._progress.state_dict(),
@@ -362,8 +366,13 @@ class Pruner:
         """Go on from `state_dict()`; the model must have been narrowed to its shapes before this pruner was made.
 
         Raises:
-            InputError: it was not.
+            InputError: it was not, or the state is that of another criterion, or of no Pruner.
         """
+        if state.get("criterion") != self._criterion_name:
+            raise InputError(
+                f"the state to go on with is of criterion {state.get('criterion')!r}, and this Pruner's is "
+                f"{self._criterion_name!r}: make it with the same"
+            )
         widths = state["progress"]["sizes"]
         differs = [name for name, size in self.graph.sizes().items() if name in widths and size != widths[name]]
         if differs:
@@ -393,6 +402,11 @@ def _chosen(compensate: Compensation | None, calibration: Sequence[Any]) -> Comp
     if calibration and compensate != "linear":
         raise IdleArgumentError("calibration", f"compensate={compensate!r}")
     return compensate
+
+
+def _name(criterion: Criterion) -> str:
+    """Return what a function of one's own is called, or its class where it is an object."""
+    return str(getattr(criterion, "__qualname__", type(criterion).__qualname__))
 
 
 def _positive(name: str, value: int) -> int:

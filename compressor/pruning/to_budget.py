@@ -24,12 +24,17 @@ def traced(model: nn.Module, example_inputs: Any, outputs: Callable[[Any], Any] 
     """Return the channel graph of a model that has something to prune.
 
     Raises:
-        InputError: the model has no parameters.
+        InputError: the model has no parameters, or some that nothing can write.
         TraceError: the model does not run on the example inputs.
     """
     if next(model.parameters(), None) is None:
         raise InputError(
             f"{type(model).__name__} has no parameters, so there is nothing to prune: pass the whole model"
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise InputError(
+            f"{type(model).__name__} was made inside torch.inference_mode(), where weights stay as they are: make or "
+            "load it outside"
         )
     graph = trace(unwrap_compiled(model), example_inputs, outputs=outputs)
     couple_blocks(graph)
