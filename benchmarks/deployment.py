@@ -82,9 +82,7 @@ def main(
         return
     assert weights, "give --weights"
     rows, note = {"accuracy": (accuracy, ACCURACY), "precision": (precision, PRECISION)}[part]
-    done: list[dict[str, Any]] = []
-    for row in rows(source, weights):
-        done.append(row)
+    for done in rows(source, weights):
         path = write(f"deployment-{part}", done, note)
     print(path)
 
@@ -200,32 +198,43 @@ ACCURACY = (
 )
 
 
-def accuracy(source: str, weights: Path) -> Iterator[dict[str, Any]]:
-    """Yield a row for each network and budget, by MACs and by latency."""
+def accuracy(source: str, weights: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows so far, by network and budget: all cuts and their latencies first, because only they are timed."""
     digits = load_data("digits", seed=0)
     small = build("mobilenet_v2", classes=10, seed=0)
     train(small, digits, 20, seed=0)
-    yield from at_equal_latency("mobilenet_v2, digits", digits, small.eval())
-    yield from at_equal_latency("resnet20, CIFAR-10", data(source), trained("resnet20", weights))
+    networks = {
+        "mobilenet_v2, digits": (digits, small.eval()),
+        "resnet20, CIFAR-10": (data(source), trained("resnet20", weights)),
+    }
+    rows: list[dict[str, Any]] = []
+    cuts: list[tuple[dict[str, Any], nn.Module, Data]] = []
+    for name, (found, dense) in networks.items():
+        made = at_equal_latency(name, found, dense)
+        rows += [row for row, _ in made]
+        cuts += [(row, model, found) for row, model in made[1:]]
+        yield rows
+    for row, model, found in cuts:
+        train(model, found, 1, seed=0)
+        row["one epoch"] = right(model, found)
+        yield rows
 
 
-def at_equal_latency(name: str, found: Data, dense: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield a row for each budget of one network."""
+def at_equal_latency(name: str, found: Data, dense: nn.Module) -> list[tuple[dict[str, Any], nn.Module]]:
+    """Return one network, and it cut to each budget, with what is measured of each."""
     batches = [x for x, _ in first_batches(found, 1000)]
     x = batches[0][:1]
-    rows = [{"network": name, "cut": "dense", "MACs %": 100.0, "as cut": right(dense, found)}]
     models_: dict[str, nn.Module] = {"dense": dense}
+    macs = {"dense": 100.0}
     budgets = {f"MACs -{share:.0%}": compressor.Budget(share, "macs") for share in (0.3, 0.4, 0.5, 0.6, 0.7)}
     budgets |= {
         f"latency -{share:.0%}": compressor.Budget(share, LatencyCost(Place(batch=32))) for share in (0.2, 0.3, 0.4)
     }
     for label, budget in budgets.items():
-        model = copy.deepcopy(dense)
-        cut = compressor.prune(model, x, "l1", budget, rounds=4, calibration=batches, compensate="linear")
-        rows.append(
-            {"network": name, "cut": label, "MACs %": 100 * cut.macs[1] / cut.macs[0], "as cut": right(model, found)}
-        )
-        models_[label] = model
+        models_[label] = copy.deepcopy(dense)
+        how = {"rounds": 4, "calibration": batches, "compensate": "linear"}
+        cut = compressor.prune(models_[label], x, "l1", budget, **how)
+        macs[label] = 100 * cut.macs[1] / cut.macs[0]
     with TemporaryDirectory() as folder:
         files = {
             label: export_onnx(model, Path(folder) / f"{number}.onnx", x).path
@@ -233,12 +242,19 @@ def at_equal_latency(name: str, found: Data, dense: nn.Module) -> Iterator[dict[
         }
         runners = {label: onnx_runner(path, batches[0][:32]) for label, path in files.items()}
         times = measure(runners, runs=200, budget_s=30)
-    for row in rows:
-        row["latency %"] = 100 * times[row["cut"]].p50_ms / times["dense"].p50_ms
-        if row["cut"] != "dense":
-            train(models_[row["cut"]], found, 1, seed=0)
-            row["one epoch"] = right(models_[row["cut"]], found)
-        yield row
+    return [
+        (
+            {
+                "network": name,
+                "cut": label,
+                "MACs %": macs[label],
+                "latency %": 100 * times[label].p50_ms / times["dense"].p50_ms,
+                "as cut": right(model, found),
+            },
+            model,
+        )
+        for label, model in models_.items()
+    ]
 
 
 def right(model: nn.Module, found: Any) -> float:
@@ -253,8 +269,9 @@ PRECISION = (
 )
 
 
-def precision(source: str, weights: Path) -> Iterator[dict[str, Any]]:
-    """Yield a row for each network and precision."""
+def precision(source: str, weights: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows so far, by network and precision."""
+    rows: list[dict[str, Any]] = []
     found = data(source)
     batches = [x for x, _ in first_batches(found, 1000)]
     calibration = [x.numpy() for x, _ in first_batches(found, 300)][:3]
@@ -267,14 +284,15 @@ def precision(source: str, weights: Path) -> Iterator[dict[str, Any]]:
             half = compressor.Budget(0.5, LatencyCost(Place(batch=32)))
             compressor.prune(pruned, batches[0][:1], "l1", half, rounds=4, calibration=batches, compensate="linear")
             for label, model in (("dense", dense), ("latency -50 %", pruned)):
-                yield from in_precisions(
-                    f"{network}, {label}", model, batches[0][:32], folder, calibration, check, test
-                )
+                name = f"{network}, {label}"
+                rows += in_precisions(name, model, batches[0][:32], folder, calibration, check, test)
+                yield rows
         torch.manual_seed(0)
         noise = torch.randn(32, 3, 224, 224)
         model = models.resnet18().eval()
         some = [(noise.numpy(), model(noise).argmax(1).numpy())]
-        yield from in_precisions("resnet18, 224 pixels", model, noise, folder, [noise.numpy()], some, [])
+        rows += in_precisions("resnet18, 224 pixels", model, noise, folder, [noise.numpy()], some, [])
+        yield rows
 
 
 def in_precisions(

@@ -38,8 +38,8 @@ def earlier(name: str) -> list[dict[str, Any]]:
 
 
 def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Return whether two machines differ in the build of their kernel at most."""
-    return {**one, "os": ""} == {**other, "os": ""}
+    """Return whether two machines differ in the build of their kernel at most, in what is known of both."""
+    return bool(one) and all(one[name] == other[name] for name in one.keys() & other.keys() - {"os"})
 
 
 def _markdown(name: str, document: dict[str, Any]) -> str:

@@ -229,8 +229,8 @@ def test_a_comparison_without_sense_is_refused(asked: dict[str, Any], message: s
 
 def test_the_machine_and_the_versions_are_named() -> None:
     found = describe_machine()
-    assert list(found) == [*("cpu", "cores", "memory_gib", "gpu", "os", "python"), *_PACKAGES]
-    assert all(found[name] for name in ("cpu", "cores", "os", "python", *_PACKAGES))
+    assert list(found) == [*("cpu", "simd", "cores", "memory_gib", "gpu", "os", "python"), *_PACKAGES]
+    assert all(found[name] for name in ("cpu", "simd", "cores", "os", "python", *_PACKAGES))
     assert torch.__version__.startswith(found["torch"])
 
 

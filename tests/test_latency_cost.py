@@ -17,7 +17,7 @@ from torchvision import models
 
 import compressor
 from compressor.budget import Budget, CostModel, PruningProgress
-from compressor.deploy import LatencyCost, LatencyTable, Place, fragments, latency_cost, torch_runner
+from compressor.deploy import LatencyCost, LatencyTable, Place, fragments, latency_cost, latency_table, torch_runner
 from compressor.deploy.fragments import fragment
 from compressor.deploy.latency_table import CLOCKS, Widest
 from compressor.deploy.layers import Follower, Kind, fused_layers
@@ -231,6 +231,14 @@ def test_other_places_have_other_times(tmp_path: Path) -> None:
     for place in (Place(), Place(batch=8), Place(threads=2)):
         LatencyTable(place, tmp_path, Clock()).prepare([Widest(THREE, 16, 16)])
     assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_processors_of_one_name_have_other_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = latency_table.describe_machine()
+    for simd in ("avx2", "avx2, avx512_f"):
+        monkeypatch.setattr(latency_table, "describe_machine", lambda simd=simd: {**here, "simd": simd})
+        LatencyTable(Place(), tmp_path, Clock()).prepare([Widest(THREE, 16, 16)])
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_noise_makes_no_narrower_layer_dearer(tmp_path: Path) -> None:

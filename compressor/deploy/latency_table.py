@@ -224,7 +224,7 @@ def _name(place: Place) -> str:
     """Return the name of the file for a place on this machine: other processors and versions have other times."""
     machine = describe_machine()
     version = openvino_version() if place.engine == "openvino" else machine[place.engine]
-    runs_on = f"{machine['cpu']} {machine['cores']}" if place.device == "cpu" else machine["gpu"]
+    runs_on = f"{machine['cpu']} {machine['simd']} {machine['cores']}" if place.device == "cpu" else machine["gpu"]
     who = hashlib.sha256(f"{runs_on} {version}".encode()).hexdigest()[:12]
     return f"{place.engine}-{version}-{place.device}-batch{place.batch}-threads{place.threads}-{who}"
 
