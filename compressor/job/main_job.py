@@ -26,8 +26,9 @@ from compressor.errors import InputError
 from compressor.graph import trace
 from compressor.job import saved
 from compressor.job.folder import clear_unfinished, copy_checkpoints, locked, require_usable, resumed, start
+from compressor.job.option_table import PUBLISHED
 from compressor.job.results import finish
-from compressor.job.settings import PUBLISHED, Settings
+from compressor.job.settings import Settings
 from compressor.job.stages import DENSE_STAGES, Progress, Stages
 from compressor.training import (
     Data,
