@@ -1,4 +1,5 @@
 from .attributes import all_numeric_attributes as all_numeric_attributes
+from .attributes import is_bare_norm as is_bare_norm
 from .attributes import is_numeric as is_numeric
 from .attributes import is_torch_module as is_torch_module
 from .attributes import numeric_attributes as numeric_attributes

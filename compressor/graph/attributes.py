@@ -70,10 +70,16 @@ def integer_attributes(module: nn.Module) -> set[int]:
 
     Torch's own modules have such only where no tensor of theirs says it: a LayerNorm without weights.
     """
-    if is_torch_module(module) and not (isinstance(module, nn.LayerNorm | nn.RMSNorm) and module.weight is None):
+    if is_torch_module(module) and not is_bare_norm(module):
         return set()
     found = [value if isinstance(value, tuple | list) else (value,) for value in numeric_attributes(module).values()]
     return {value for values in found for value in values if type(value) is int}
+
+
+def is_bare_norm(module: nn.Module) -> bool:
+    """Return whether a module is a norm of torch's that knows its width, and has no weights that say it."""
+    norms = (nn.LayerNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
+    return isinstance(module, norms) and module.weight is None
 
 
 def is_numeric(value: object) -> bool:

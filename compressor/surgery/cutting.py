@@ -30,6 +30,7 @@ from compressor.graph import (
     Group,
     Mismatch,
     Recording,
+    is_bare_norm,
     is_torch_module,
     replace_size_attributes,
     sync_size_attributes,
@@ -212,6 +213,9 @@ def _verified(graph: ChannelGraph, removed: BoolArray) -> Recording:
     # twelve blocks would otherwise be verified twelve times.
     first: dict[str, tuple[Mismatch, list[int]]] = {}
     tried: Counter[str] = Counter()
+    for name in (name for name, module in modules.items() if is_bare_norm(module)):
+        # InstanceNorm only warns of another width, so that no mismatch would tell.
+        replace_size_attributes(modules[name], recording.changed_sizes_within(name, after), in_sequences=False)
     while True:
         try:
             verify_against_recording(graph, after)
