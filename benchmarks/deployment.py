@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from cifar_resnet import NETWORKS as NETWORKS_OF_CIFAR
 from cifar_resnet import data, first_batches, trained
 from results_file import write
 from short_training import train
@@ -201,10 +202,11 @@ ACCURACY = (
 def accuracy(source: str, weights: Path) -> Iterator[list[dict[str, Any]]]:
     """Yield the rows so far, by network and budget: all cuts and their latencies first, because only they are timed."""
     digits = load_data("digits", seed=0)
-    small = build("mobilenet_v2", classes=10, seed=0)
+    torch.manual_seed(0)
+    small = NETWORKS_OF_CIFAR["resnet20"]()
     train(small, digits, 20, seed=0)
     networks = {
-        "mobilenet_v2, digits": (digits, small.eval()),
+        "resnet20, digits": (digits, small.eval()),
         "resnet20, CIFAR-10": (data(source), trained("resnet20", weights)),
     }
     rows: list[dict[str, Any]] = []

@@ -257,7 +257,8 @@ def compare(
     first, _, last = shard.partition("/")
     if not (first.isdigit() and last.isdigit()):
         raise InputError(f"--shard {shard}: give I/N, 1/3 say")
-    grid = job.Grid(options, tuple(filter(None, criteria.split(","))), numbers, seeds, out)
+    names = tuple(name.strip() for name in criteria.split(",") if name.strip())
+    grid = job.Grid(options, names, numbers, seeds, out)
     how = {"jobs": (jobs, 1), "shard": (shard, "1/1"), "time-limit": (time_limit, None)}
     again = " ".join([grid.command(), *(f"--{name}={value}" for name, (value, usual) in how.items() if value != usual)])
     stop = StopRequest()
@@ -288,7 +289,7 @@ def compare(
 
 def _numbers(name: str, text: str) -> tuple[float, ...]:
     try:
-        return tuple(float(word) for word in text.split(",") if word)
+        return tuple(float(word) for word in text.split(",") if word.strip())
     except ValueError:
         raise InputError(f"--{name} {text}: give numbers, separated by commas: 0.4,0.6") from None
 
@@ -370,19 +371,26 @@ def export(
 
 @app.command()
 def predict(
-    file: Annotated[Path, typer.Argument(help="An ONNX file that compress exported.", metavar="FILE")],
+    file: Annotated[Path, typer.Argument(help="An ONNX file that compress exported, or a run folder.", metavar="FILE")],
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of them.", metavar="IMAGE...")],
     top: Annotated[int, typer.Option(min=1, help="Classes of each image.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image.")] = False,
 ) -> None:
     """Say what a file sees in images, by nothing but what it says about itself."""
-    for found in deploy.predict(file, deploy.image_files(images), top=top, device=device):
+    unreadable: list[CompressorError] = []
+    file = file / "model.onnx" if job.is_run_folder(file) else file
+    files = deploy.image_files(images)
+    for found in deploy.predict(file, files, top=top, device=device, on_unreadable=unreadable.append):
         if as_json:
             typer.echo(json.dumps({"image": found.image, "classes": dict(found.classes)}))
         else:
             seen = ", ".join(f"{name} {share:.1%}" for name, share in found.classes)
             typer.echo(printable(f"{found.image}: {seen}"))
+    for error in unreadable:
+        _complain(error)
+    if unreadable:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -394,15 +402,24 @@ def doctor() -> None:
 
 @app.command()
 def benchmark(
-    files: Annotated[list[Path], typer.Argument(help=".safetensors or .onnx files to time side by side.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders, .safetensors or .onnx files to time side by side.", metavar="FILE..."),
+    ],
     batch_size: Annotated[list[int], typer.Option(min=1, help="Images at once; may be given several times.")] = (1, 32),  # type: ignore[assignment]
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
-    engine: Annotated[list[str], typer.Option(help="For .onnx files: onnxruntime, openvino.")] = ("onnxruntime",),  # type: ignore[assignment]
+    engine: Annotated[
+        list[str],
+        typer.Option(
+            help="For .onnx files onnxruntime, openvino or tensorrt; for .safetensors files torch or torch.compile. "
+            "May be given several times. Default: onnxruntime, torch."
+        ),
+    ] = (),  # type: ignore[assignment]
     factory: Factory = "",
     image_size: ImageSize = None,
 ) -> None:
-    """Time models in turns, in one run: .safetensors files in PyTorch, .onnx files in onnxruntime or OpenVINO."""
+    """Time models in turns, in one run, in each engine that was asked for; of a run folder, dense and pruned."""
     for size in batch_size:
         times, noise = job.saved.timed(files, size, device, threads, factory, image_size, engine)
         first = next(iter(times.values())).latency.samples_ms

@@ -185,7 +185,48 @@ def test_what_cannot_be_used_is_said(run: Path, tmp_path: Path) -> None:
         with pytest.raises(error, match=message):
             list(predict(words[0], image_files(words[1:])))
         said = CliRunner().invoke(app, ["predict", *map(str, words)])
-        assert said.exit_code == 2
+        assert said.exit_code == (1 if error is DataError else 2)
+
+
+def test_one_broken_image_is_named_and_the_others_are_seen(run: Path, tmp_path: Path) -> None:
+    photos = run.parent / "data" / "test" / "blue"
+    (tmp_path / "0.png").write_bytes(b"no image")
+    (tmp_path / "1.png").write_bytes((photos / "0.png").read_bytes())
+    said = CliRunner().invoke(app, ["predict", str(run), str(tmp_path)])  # of a run folder, its pruned model
+    assert said.exit_code == 1
+    assert [line.partition(":")[0] for line in said.stdout.splitlines()] == [str(tmp_path / "1.png")]
+    assert f"cannot read image {tmp_path / '0.png'}" in said.stderr
+
+
+def broken_files(folder: Path) -> dict[str, str]:
+    """Write ONNX files with something wrong, and return what has to be said of each."""
+    compressor.export_onnx(nn.Linear(3, 2), folder / "fine.onnx", torch.zeros(2, 3))
+    (folder / "empty.onnx").touch()
+    (folder / "cut.onnx").write_bytes((folder / "fine.onnx").read_bytes()[:-40])
+    model = onnx.load(folder / "fine.onnx")
+    onnx.save(model, folder / "apart.onnx", save_as_external_data=True, location="apart.bin", size_threshold=0)
+    (folder / "apart.bin").unlink()
+    model = onnx.load(folder / "fine.onnx")
+    model.opset_import[0].version = 99
+    onnx.save(model, folder / "new.onnx")
+    return {
+        "empty": "empty.onnx is empty: export it again",
+        "cut": "cut.onnx is no ONNX file that onnxruntime can read",
+        "apart": "apart.onnx keeps weights in apart.bin, which is not beside it: put it there",
+        "new": "new.onnx is of opset 99, which onnxruntime",
+    }
+
+
+def test_what_is_wrong_with_a_file_is_said_by_every_command(tmp_path: Path) -> None:
+    image = tmp_path / "0.png"
+    image.touch()
+    for name, message in broken_files(tmp_path).items():
+        file = str(tmp_path / f"{name}.onnx")
+        for words in (["benchmark", file], ["predict", file, str(image)], ["export", file, "--precision", "int8"]):
+            said = CliRunner().invoke(app, words)
+            assert said.exit_code == 2
+            assert message in said.stderr
+            assert "::" not in said.stderr  # no words of its source code
 
 
 def test_names_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -236,6 +277,19 @@ def test_the_doctor_runs_every_engine(monkeypatch) -> None:
     assert "pip install openvino" in said.stdout
 
 
+def test_a_run_folder_is_its_two_models(run: Path) -> None:
+    said = CliRunner().invoke(app, ["benchmark", str(run), "--batch-size", "1"])
+    assert said.exit_code == 0, said.stderr
+    assert "dense.onnx" in said.stdout
+    assert "model.onnx" in said.stdout
+
+
+def test_a_saved_model_is_timed_eager_and_compiled(run: Path) -> None:
+    times, _ = job.saved.timed([run / "model.safetensors"], 1, "cpu", 1, "", None, ["torch.compile", "torch"])
+    assert [name.rpartition(" ")[2] for name in times] == ["(torch)", "(torch.compile)"]
+    assert all(each.latency.n > 0 for each in times.values())
+
+
 def test_an_engine_that_gives_something_else_does_not_work() -> None:
     tried = job.doctor._tried("odd", lambda: torch.ones(2), "install it", torch.zeros(2))
     assert (tried.works, tried.says) == (False, "runs, and gives other results (by 1.0e+00)")
@@ -248,6 +302,12 @@ def test_a_file_is_timed_in_several_engines(run: Path) -> None:
     assert said.exit_code == 0, said.stderr
     assert "(openvino)" in said.stdout
     assert "(onnxruntime)" in said.stdout
+    for engine, message in (
+        ("tensorrt", "TensorRT runs on a GPU: give the device cuda, or another engine for cpu"),
+        ("torch.compile", "--engine torch.compile runs .safetensors files, and there is none"),
+    ):
+        refused = CliRunner().invoke(app, [*words, "--engine", engine])
+        assert (refused.exit_code, message in " ".join(refused.stderr.split())) == (2, True)
     wrong = CliRunner().invoke(app, [*words, "--engine", "ncnn"])
     assert wrong.exit_code == 2
     assert "openvino" in wrong.stderr

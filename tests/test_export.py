@@ -162,6 +162,35 @@ def test_a_dict_that_is_the_only_argument(tmp_path: Path) -> None:
     assert torch.allclose(model({"image": x}).detach(), torch.from_numpy(got), atol=1e-5)
 
 
+class Norms(nn.Module):
+    """BatchNorms that no convolution stands before: behind a concatenation, at the end, and of vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(8, eps=0.1), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(torch.cat([self.first(x), x[:, :, 1:-1, 1:-1]], 1)).relu()
+        return self.last(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_no_batch_norm_is_left(kind: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Norms()
+    for _ in range(3):
+        model(3 + 2 * torch.randn(16, 3, 8, 8))  # running statistics that are not 0 and 1
+    with torch.no_grad():
+        model.norm.weight.uniform_(-1, 1)
+        model.norm.bias.uniform_(-1, 1)
+    export_onnx(model.eval().to(kind), tmp_path / "m.onnx", torch.randn(1, 3, 8, 8, dtype=kind))  # its gate compares
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    assert "BatchNormalization" not in {node.op_type for node in graph.node}
+    read = {name for node in graph.node for name in node.input}
+    assert {each.name for each in graph.initializer} <= read
+    assert [each.name for each in graph.output] == ["output"]
+
+
 def test_opset_23_and_a_model_without_classes(tmp_path: Path) -> None:
     report = export_onnx(nn.Conv2d(3, 4, 1), tmp_path / "m.onnx", torch.randn(1, 3, 4, 4), opset=23)
     assert onnx.load(tmp_path / "m.onnx").opset_import[0].version == report.opset == 23

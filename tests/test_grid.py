@@ -83,10 +83,38 @@ def test_a_grid_grows_and_a_cell_of_another_grid_is_refused_before_anything_runs
     before = times(out)
     wider = dataclasses.replace(made, criteria=("l1", "random", "l2"))
     assert len(wider.cells()) == 3
+    run_grid(dataclasses.replace(made, criteria=("l2",)), time_limit_s=0)  # what is there stays in the tables
+    found = json.loads((out / "compare.json").read_text())
+    assert [cell["criterion"] for cell in found["cells"]] == ["l1", "random"]
+    with pytest.raises(
+        RunFolderError, match=r"is the folder of a grid, and its comparison is .*compare.html: give the"
+    ):
+        report.read(out)
+    assert (found["missing"], found["format"], found["version"]) == (["l2-0.5-seed0"], "compressor-comparison", 1)
     other = dataclasses.replace(made, options={**TINY, "epochs": 2})
     with pytest.raises(RunFolderError, match=r"cell l1-0.5-seed0 was written by another grid: .*--epochs 1, not 2"):
         run_grid(other)
+    with pytest.raises(RunFolderError, match=r"cell l1-0.5-seed0 was written by another grid"):
+        run_grid(dataclasses.replace(other, criteria=("l2",)))
     assert times(out) == before
+
+
+def test_a_learning_rate_that_was_found_is_not_another_one(finished) -> None:
+    made, out = finished
+    searched = dataclasses.replace(made, options={**TINY, "lr": "auto"})
+    run_grid(searched)  # nothing to run, nothing to refuse
+    options = searched.cells()["l1-0.5-seed0"].given()
+    assert options["lr"] == "auto"
+    assert job.resumed(options).lr == job.read_toml(out / "l1-0.5-seed0" / "config.toml")["lr"]
+
+
+@pytest.mark.parametrize(("asked", "threads"), [("", 4), ("1", 1), ("9", 4), ("2,1", 4), ("0", 4)])
+def test_cells_take_no_more_threads_than_were_asked_for(asked: str, threads: int, monkeypatch) -> None:
+    from compressor.job import grid as grids
+
+    monkeypatch.setattr(grids, "describe_machine", lambda: {"cores": 4})
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert grids._threads() == threads
 
 
 def test_shards_share_all_cells_and_no_cell_twice(tmp_path: Path, monkeypatch) -> None:
@@ -222,6 +250,7 @@ def test_a_cell_whose_process_is_killed_is_a_failure_and_the_others_run(tmp_path
         ({"sparsities": (0.5, 1.5)}, RangeError, "sparsity = 1.5 is out of range"),
         ({"seeds": 0}, RangeError, "seeds = 0 is out of range"),
         ({"options": {**TINY, "drop": 0.1}}, InputError, "--drop has no effect with any of l1, random: leave it out"),
+        ({"options": {**TINY, "weights": "gone.pt"}}, InputError, "--weights gone.pt: there is no such file"),
         ({"options": {**TINY, "epoch": 3}}, UnknownNameError, "unknown option 'epoch': did you mean 'epochs'"),
         ({"options": {**TINY, "when": "after"}}, InputError, "--prune-every has no effect with any of l1, random"),
         (

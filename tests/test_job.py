@@ -164,7 +164,7 @@ def test_a_saved_model_says_what_it_needs_to_be_used(finished) -> None:
     settings, _, _ = finished
     about = describe(Path(settings.out) / "model.safetensors")
     data = datasets.load_data("digits")
-    assert about.extra["data"] == "digits"
+    assert about.extra["result"]["data"] == "digits"
     assert about.extra["classes"] == [str(n) for n in range(10)]
     assert about.extra["image_shape"] == [3, 32, 32]
     assert about.extra["mean"] == pytest.approx(data.train.mean)

@@ -389,6 +389,13 @@ def test_what_cannot_be_reached_is_said() -> None:
     assert result.blocked
 
 
+def test_much_more_than_was_asked_is_said() -> None:
+    result = compressor.prune(convolutions(), torch.zeros(1, 3, 16, 16), "l1", Budget(0.3, Fake(2.0)))
+    assert result.measured > 0.4
+    said = f"{result.measured:.1%} of the time went for the 30.0% that were asked"
+    assert [note.startswith(said) for note in result.notes if "went for" in note] == [True]
+
+
 def test_without_measuring_the_prediction_decides() -> None:
     class Exact(Fake):
         def watch(self, graph):

@@ -287,6 +287,38 @@ def test_a_run_folder_becomes_int8(run: Path, tmp_path: Path, preprocess: bool) 
     assert open_session(out).get_modelmeta().custom_metadata_map["precision"] == "int8"
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.safetensors"])
+def test_the_gate_sees_no_image_that_the_model_learnt_from(name: str, tmp_path: Path, monkeypatch) -> None:
+    given = {"model": "user_models:tiny", "epochs": 1, "criterion": "l1", "finetune-epochs": 0, "seed": 3}
+    job.run(Settings.from_options({**given, "out": str(tmp_path / "run")}), timings=False)
+    seen: list[tuple[str, int]] = []
+
+    real = exporting.load_data
+
+    def load(data: str, *, seed: int, **how: object):
+        seen.append((data, seed))
+        return real(data, seed=seed, **how)
+
+    monkeypatch.setattr(exporting, "load_data", load)
+    for data in ([], ["--data", "digits"]):
+        words = ["export", tmp_path / "run" / name, "--precision", "fp16", *data, "--out", tmp_path / "x.onnx"]
+        code, said = compress(*words, *(["--factory", "user_models:tiny"] if name.endswith("safetensors") else []))
+        assert code == 0, said
+    assert seen == [("digits", 3)] * 2
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_file_in_a_lower_precision_is_lowered_no_further(run: Path, tmp_path: Path, precision: str) -> None:
+    small = tmp_path / "small.onnx"
+    code, said = compress("export", run / "model.onnx", "--precision", precision, "--out", small)
+    assert code == 0, said
+    for other in ("fp16", "int8"):
+        code, said = compress("export", small, "--precision", other, "--out", tmp_path / "smaller.onnx")
+        assert code == 2
+        assert f"small.onnx is in {precision} already: give the file in float32" in " ".join(said.split())
+    assert not (tmp_path / "smaller.onnx").exists()
+
+
 def test_an_onnx_file_becomes_fp16_beside_itself(run: Path, tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     file.write_bytes((run / "model.onnx").read_bytes())
@@ -296,18 +328,20 @@ def test_an_onnx_file_becomes_fp16_beside_itself(run: Path, tmp_path: Path) -> N
 
 
 def test_options_that_do_nothing_or_lack_something_are_refused(run: Path, tmp_path: Path) -> None:
-    file = run / "model.safetensors"
+    file, foreign = run / "model.safetensors", tmp_path / "foreign.onnx"
+    compressor.export_onnx(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), foreign, torch.zeros(2, 1, 8, 8))
     for words, message in (
         ([file, "--precision", "int3"], "int8"),
         ([file, "--data", "digits"], "--data has no effect with --precision fp32"),
         ([file, "--tolerance", "0.1"], "--tolerance has no effect with --precision fp32"),
         ([file, "--precision", "fp16", "--target", "arm"], "--target has no effect with --precision fp16"),
+        ([file, "--precision", "fp16", "--tolerance", "0.1"], "--tolerance has no effect with --precision fp16"),
         ([run / "model.onnx"], "is an ONNX file already"),
-        ([run / "model.onnx", "--precision", "int8"], "give --data NAME"),
+        ([foreign, "--precision", "int8"], "give --data NAME"),
         ([run / "model.onnx", "--precision", "int8", "--preprocess"], "are for .safetensors files"),
         ([file, "--out", tmp_path / "x.bin"], "give one that ends in .onnx"),
     ):
         code, said = compress("export", *words)
         assert code == 2
         assert message in " ".join(said.split())
-    assert not list(tmp_path.iterdir())
+    assert list(tmp_path.iterdir()) == [foreign]

@@ -263,6 +263,80 @@ def test_a_bias_added_to_a_product_stands_in_for_it_alone(is_alone: bool, offset
     assert {name.removeprefix("2.") for name in graph.offsets if name.startswith("2.")} == offsets
 
 
+# -- consumers without a bias, a running mean, or a covariance
+
+
+OFFSETLESS: dict[str, Callable[[], nn.Module]] = {
+    "1x1": lambda: Reader(lambda m, h: m.a(h), a=nn.Conv2d(SIZE, 5, 1, bias=False)),
+    "3x3, padded": lambda: Reader(lambda m, h: m.a(h), a=nn.Conv2d(SIZE, 5, 3, padding=1, bias=False)),
+    "blocks": lambda: Reader(lambda m, h: m.a(torch.cat([h, h], 1)), a=nn.Conv2d(2 * SIZE, 6, 1, groups=2, bias=False)),
+    "transposed": lambda: Reader(lambda m, h: m.a(h), a=nn.ConvTranspose2d(SIZE, 5, 3, bias=False)),
+    "Linear": lambda: Reader(lambda m, h: m.a(h.movedim(1, -1)), a=nn.Linear(SIZE, 5, bias=False)),
+}
+
+
+@pytest.mark.parametrize("name", OFFSETLESS)
+def test_without_a_bias_behind_it_the_weights_alone_take_over(name: str) -> None:
+    model = redundant(OFFSETLESS[name])
+    with torch.no_grad():
+        model.write.bias.zero_()  # what the others determine, they determine without a constant
+    graph = compressor.trace(model, images(1) + 3)
+    moments = input_moments(graph, [images(20) + 3, images(20, seed=1) + 3])
+    assert "a.weight" not in moments.means
+    fresh = images(10, seed=2)
+    with torch.no_grad():
+        expected = model(fresh)
+        compressor.cut(graph, {"write": torch.tensor([0, 2, 4, 7])}, means=moments)
+        assert relative_error(model(fresh), expected) < 1e-10
+    assert graph.notes == ()
+
+
+def test_about_zero_is_about_zero() -> None:
+    graph = compressor.trace(redundant(OFFSETLESS["1x1"]), images(1))
+    found = input_moments(graph, [images(7), images(5, seed=1)])
+    with torch.no_grad():
+        rows = graph.model.write(torch.cat([images(7), images(5, seed=1)])).movedim(1, -1).flatten(0, -2)
+    torch.testing.assert_close(found.covariances["a.weight", "write"][0], rows.T @ rows / len(rows))
+
+
+class Tied(nn.Module):
+    """What reads the width is also what makes it: the weight of an embedding is that of the last layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.words = nn.Linear(SIZE, 11, bias=False), nn.Embedding(11, SIZE)
+        self.words.weight = self.head.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.words(x)))
+
+
+def test_a_weight_that_is_read_elsewhere_too_is_left_alone_and_named() -> None:
+    torch.manual_seed(0)
+    model, words = Tied().double(), torch.arange(44).remainder(11).view(4, 11)
+    rows = model.head.weight.detach().clone()
+    graph = compressor.trace(model, words)
+    (group,) = graph.groups
+    moments = input_moments(graph, [words])
+    compressor.cut(graph, {group.name: torch.arange(5)}, means=moments)
+    assert torch.equal(model.head.weight, rows[:, :5])
+    (note,) = graph.notes
+    assert note.startswith("not compensated: head.weight (")
+
+
+def test_attention_is_named_once() -> None:
+    torch.manual_seed(0)
+    read = nn.MultiheadAttention(SIZE, 2, batch_first=True)
+    model = Reader(lambda m, h: m.a(*3 * [h.flatten(2).transpose(1, 2)], need_weights=False)[0], a=read).double()
+    graph = compressor.trace(model, images(1))
+    for _ in range(2):
+        try:
+            input_moments(graph, [images()])
+        except InputError:
+            pytest.fail("a consumer that cannot be compensated is no reason to stop")
+    assert len([note for note in graph.notes if "compensated" in note and "a.in_proj_weight" in note]) <= 1
+
+
 # -- what it needs
 
 
@@ -301,9 +375,18 @@ def test_inputs_that_are_not_finite_are_refused() -> None:
     bad = images()
     bad[3, 0, 0, 0] = float("nan")
     with pytest.raises(
-        InputError, match=r"the input of 'a.weight' is not finite on these inputs: leave out those that"
+        InputError, match=r"the input of 'a.weight' is not finite on these inputs, or its square is not: leave out"
     ):
         input_moments(graph, [bad])
+
+
+def test_inputs_whose_squares_are_not_finite_are_refused() -> None:
+    model = redundant(READERS["1x1"]).float()
+    graph = compressor.trace(model, images(1).float())
+    with pytest.raises(
+        InputError, match=r"the input of 'a.weight' is not finite on these inputs, or its square is not"
+    ):
+        input_moments(graph, [images().float() * 1e20])
 
 
 def test_linear_without_calibration_is_refused() -> None:

@@ -69,9 +69,18 @@ def test_the_floor_keeps_some_and_the_result_says_so() -> None:
     result = compressor.prune(model, X, "l1", Threshold(1e6), round_to=1)
     assert (model[0].out_channels, model[2].out_channels) == (2, 2)
     assert [note for note in result.notes if "below the threshold" in note] == [
-        "'0' keeps 2 of 12 channels, 2 of them below the threshold",
-        "'2' keeps 2 of 20 channels, 2 of them below the threshold",
+        "'0' keeps 2 of 12 channels, its floor: some are below the threshold",
+        "'2' keeps 2 of 20 channels, its floor: some are below the threshold",
     ]
+
+
+@pytest.mark.parametrize("quantile", [0.1, 0.33, 0.5, 0.9])
+def test_in_wide_groups_nothing_goes_for_the_sake_of_rounding(quantile: float) -> None:
+    model = shake(nn.Sequential(nn.Conv2d(3, 67, 3), nn.ReLU(), nn.Conv2d(67, 4, 3)))
+    each = norms(model[0].weight)
+    value = float(each.quantile(quantile))
+    compressor.prune(model, X, "l1", Threshold(value))
+    assert model[0].out_channels == int((each >= value).sum())
 
 
 def test_counts_are_rounded_and_shares_of_single_groups_come_first() -> None:
@@ -83,7 +92,7 @@ def test_counts_are_rounded_and_shares_of_single_groups_come_first() -> None:
     assert model[2].out_channels == 12
 
 
-def train(threshold: float, criterion: str = "relevance") -> nn.Module:
+def trained(threshold: float, criterion: str = "relevance") -> compressor.Pruner:
     model = network().train()
     optimizer = SGD(model.parameters(), 0.05)
     pruner = compressor.Pruner(
@@ -97,19 +106,23 @@ def train(threshold: float, criterion: str = "relevance") -> nn.Module:
         optimizer.step()
         pruner.step()
         optimizer.zero_grad()
-    return model
+    return pruner
 
 
 def test_in_training_what_is_not_above_the_confidence_goes() -> None:
-    widths = [train(value)[2].out_channels for value in (1e-9, 0.5, 1.0)]
+    widths = [trained(value).model[2].out_channels for value in (1e-9, 0.5, 1.0)]
     assert widths[0] == 20
     assert widths[2] == 2  # nothing is above certainty, so the floor alone stays
     assert widths[2] < widths[1] < widths[0]
 
 
 def test_in_training_weights_are_looked_at_before_every_cut() -> None:
-    model = train(1e6, "l1")
-    assert (model[0].out_channels, model[2].out_channels) == (2, 2)
+    pruner = trained(1e6, "l1")
+    assert (pruner.model[0].out_channels, pruner.model[2].out_channels) == (2, 2)
+    assert [note.partition(",")[0] for note in pruner.result().notes] == [
+        "'0' keeps 2 of 12 channels",  # once, however many cuts
+        "'2' keeps 2 of 20 channels",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -24,3 +24,4 @@ from .schedules import usual_period as usual_period
 from .selection import Selection as Selection
 from .selection import select as select
 from .threshold import Threshold as Threshold
+from .threshold import usual_rounding as usual_rounding

@@ -242,7 +242,9 @@ def _blocked(
     kept = {
         each.name: f"{each.name!r} keeps {counts[each.name]} of {each.size}" for each in heaviest if each.name in counts
     }
-    rest = costs.measure(measure, dict.fromkeys(graph.sizes(), 0))
+    rest, whole = costs.measure(measure, dict.fromkeys(graph.sizes(), 0)), costs.measure(measure, {})
+    # Of a cost that is not counted, what one of its units is would have to be said.
+    left = f"{rest:,} of {whole:,} {name}" if isinstance(measure, str) else f"{rest / max(whole, 1):.0%} of the {name}"
     lines = {
         f"groups at their floor ({options.floor:.0%} of the channels{steps})": [
             line for name, line in kept.items() if name not in shares
@@ -254,7 +256,7 @@ def _blocked(
             for each in heaviest
             if each.name not in counts and shares.get(each.name) != 0
         ],
-        f"{rest:,} of {costs.measure(measure, {}):,} {name} belong to no group": [""] * bool(rest),
+        f"{left} belong to no group": [""] * bool(rest),
         "frozen": _reasons(graph),
     }
     return tuple(f"{what}: {_first(items)}".removesuffix(": ") for what, items in lines.items() if items)

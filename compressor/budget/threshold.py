@@ -62,9 +62,16 @@ class Threshold:
             width = whole.get(name, len(each))
             least = min(len(each), max(1, share_of(floor, width)))
             if stays < least:
-                kept.append(
-                    f"{name!r} keeps {least} of {len(each)} channels, {least - stays} of them below the threshold"
-                )
+                # By the whole width, so that the line is the same at every cut of a training.
+                kept.append(f"{name!r} keeps {least} of {width} channels, its floor: some are below the threshold")
             # A hair less than the count: whoever reads a share rounds what goes up.
             shares[name] = max(0.0, width - max(stays, least) - 1e-6) / width
         return shares, kept
+
+
+def usual_rounding(round_to: int | None, threshold: Threshold | None) -> int | None:
+    """Return what widths are rounded to: with a threshold, to nothing that was not asked for.
+
+    Of 64 channels 15 are below it: rounded to multiples of 8, one that is above would go with them.
+    """
+    return 1 if threshold and round_to is None else round_to

@@ -30,6 +30,7 @@ from compressor._utils import (
     to_device,
     unwrap_compiled,
 )
+from compressor.deploy.affine import replace_batch_norms
 from compressor.deploy.parity import UnequalError, compare, first_line, random_like, returned_names
 from compressor.errors import ExportError, InputError, ParityError, RangeError
 
@@ -212,6 +213,7 @@ def _write(
             raise InputError(f"{kind}_names {list(given)}: the model has {count} {kind}s, give one name for each")
     exported = _exported(model, inputs, _Names(wanted.inputs, wanted.outputs or names), opset)
     _refuse_surprises(name, exported, opset)
+    replace_batch_norms(exported)
     _forget_sources(exported)
     exported.metadata_props.clear()
     exported.metadata_props.update(metadata)

@@ -94,7 +94,7 @@ def lower_precision(
         leave_whole: whether layers may be left in float32.
 
     Raises:
-        InputError: no images where there must be some.
+        InputError: no images where there must be some, or a file that is in a lower precision already.
         RangeError, UnknownNameError: a tolerance or a name that is not allowed.
         ArtifactError: `source` cannot be read, or has several inputs.
         ParityError: the gate is missed. The file is kept beside as `NAME.failed.onnx`.
@@ -106,6 +106,8 @@ def lower_precision(
         raise UnknownNameError("target", target, TARGETS)
     if not 0 <= tolerance < 1:
         raise RangeError("tolerance", tolerance, "[0, 1)")
+    if reference is None:
+        _require_single(source)
     checked = list(check)
     judge = _Judge(precision, tolerance, Path(reference or source), checked)
     with atomic_write(path) as unproven, TemporaryDirectory() as folder:
@@ -342,6 +344,24 @@ def _this_machine() -> Target:
 
 
 # -- files
+
+
+def _require_single(path: Path) -> None:
+    """Refuse a file that is quantised or halved already."""
+    import onnx
+
+    graph = onnx.load(_readable(path), load_external_data=False).graph
+    kinds = {each.data_type for each in graph.initializer}
+    lower = "int8" if any("Quantize" in each.op_type or "QLinear" in each.op_type for each in graph.node) else ""
+    lower = lower or ("fp16" if onnx.TensorProto.FLOAT16 in kinds else "")
+    if lower:
+        raise InputError(f"{path} is in {lower} already: give the file in float32 that it was made of")
+
+
+def _readable(path: Path) -> Path:
+    """Return a path, if onnxruntime can open what lies there."""
+    open_file(path)
+    return path
 
 
 def _opened(path: Path) -> Any:

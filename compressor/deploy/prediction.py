@@ -5,7 +5,7 @@ Shape letters: B images at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from compressor._utils import IMAGE_SUFFIXES, decode
 from compressor.deploy.metadata import ImageModel
 from compressor.deploy.session import open_file
-from compressor.errors import InputError
+from compressor.errors import DataError, InputError
 
 _AT_ONCE = 32  # images
 _LUMA = np.array([0.299, 0.587, 0.114])  # of red, green and blue (ITU-R BT.601)
@@ -51,7 +51,13 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
 
 
 def predict(
-    file: Path, images: Sequence[Path], *, top: int = 1, device: str = "cpu", threads: int = 1
+    file: Path,
+    images: Sequence[Path],
+    *,
+    top: int = 1,
+    device: str = "cpu",
+    threads: int = 1,
+    on_unreadable: Callable[[DataError], None] | None = None,
 ) -> Iterator[Prediction]:
     """Run images through an ONNX file that `compress` exported, and yield what it says of each.
 
@@ -62,19 +68,29 @@ def predict(
         images: files that PIL can read.
         top: how many classes of each.
         device, threads: as for `open_session`.
+        on_unreadable: called for an image that cannot be read, which is left out then.
 
     Raises:
         ArtifactError: no such file, or one that does not say what it takes.
-        DataError: an image that cannot be read.
+        DataError: an image that cannot be read, without `on_unreadable`.
         InputError: a device that cannot be used.
     """
     session = open_file(file, device, threads=threads)
     about = ImageModel.from_props(session.get_modelmeta().custom_metadata_map, str(file))
     name = session.get_inputs()[0].name
     for some in (images[start : start + _AT_ONCE] for start in range(0, len(images), _AT_ONCE)):
-        pixels = np.stack([decode(path, about.image_shape[1:])[0] for path in some])
-        (out,) = session.run(None, {name: _as_read(pixels, about)})
-        for path, row in zip(some, out if about.takes_pixels else _softmax(out), strict=True):
+        read: dict[Path, Array] = {}
+        for path in some:
+            try:
+                read[path] = decode(path, about.image_shape[1:])[0]
+            except DataError as error:
+                if on_unreadable is None:
+                    raise
+                on_unreadable(error)
+        if not read:
+            continue
+        (out,) = session.run(None, {name: _as_read(np.stack(list(read.values())), about)})
+        for path, row in zip(read, out if about.takes_pixels else _softmax(out), strict=True):
             best = np.argsort(-row, kind="stable")[:top].tolist()
             yield Prediction(str(path), tuple((_named(about, index), float(row[index])) for index in best))
 

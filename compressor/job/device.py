@@ -30,7 +30,7 @@ def usable_device(name: str, option: str = "device") -> str:
     return name
 
 
-def require_compiler(device: str) -> None:
+def require_compiler(device: str, option: str = "compile") -> None:
     """Refuse a machine on which torch.compile cannot build anything.
 
     Raises:
@@ -43,8 +43,8 @@ def require_compiler(device: str) -> None:
     except Exception as error:  # whatever a compiler, or its absence, makes of it
         said = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"--compile: torch.compile does not work on {device} here ({type(error).__name__}: {said}); install a C++ "
-            "compiler, g++ say, or leave --compile out"
+            f"--{option}: torch.compile does not work on {device} here ({type(error).__name__}: {said}); install a C++ "
+            f"compiler, g++ say, or leave --{option} out"
         ) from error
 
 

@@ -48,12 +48,13 @@ _Engine = tuple[str, Callable[[], Tensor], str]
 
 
 def _engines(model: nn.Module, images: Tensor, file: Path) -> list[_Engine]:
-    def on_gpu() -> Tensor:
-        scores: Tensor = copy.deepcopy(model).cuda()(images.cuda())
+    def on_gpu(compiled: bool) -> Tensor:
+        moved = copy.deepcopy(model).cuda()
+        scores: Tensor = (torch.compile(moved) if compiled else moved)(images.cuda())
         return scores.cpu()
 
-    def in_onnxruntime(device: str) -> Tensor:
-        session = open_session(file, device, tf32=False)
+    def in_onnxruntime(device: str, tensorrt: bool = False) -> Tensor:
+        session = open_session(file, device, tf32=False, tensorrt=tensorrt)
         (out,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
         return torch.from_numpy(out)
 
@@ -66,9 +67,11 @@ def _engines(model: nn.Module, images: Tensor, file: Path) -> list[_Engine]:
     return [
         ("torch, cpu", lambda: model(images), "install torch"),
         ("torch.compile, cpu", lambda: torch.compile(model)(images), "install a C++ compiler (g++)"),
-        ("torch, cuda", on_gpu, f"needs {_GPU}"),
+        ("torch, cuda", lambda: on_gpu(compiled=False), f"needs {_GPU}"),
+        ("torch.compile, cuda", lambda: on_gpu(compiled=True), f"needs {_GPU}"),
         ("onnxruntime, cpu", lambda: in_onnxruntime("cpu"), "pip install onnxruntime"),
         ("onnxruntime, cuda", lambda: in_onnxruntime("cuda"), f"needs {_GPU}, and onnxruntime-gpu[cuda,cudnn]"),
+        ("onnxruntime, tensorrt", lambda: in_onnxruntime("cuda", tensorrt=True), f"needs {_GPU}; pip install tensorrt"),
         ("openvino, cpu", in_openvino, "pip install openvino"),
     ]
 

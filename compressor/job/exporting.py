@@ -20,12 +20,11 @@ from compressor.deploy import (
     WithPreprocessing,
     export_onnx,
     lower_precision,
-    open_file,
     open_session,
 )
 from compressor.errors import InputError
 from compressor.job.folder import MODELS
-from compressor.job.saved import about, example, loaded, pixels, trained_on
+from compressor.job.saved import about, example, loaded, pixels, props, trained_on
 from compressor.training import Data, Split, load_data
 
 _CALIBRATION_IMAGES = 256
@@ -78,11 +77,10 @@ def export(file: Path, out: Path | None, options: ExportOptions) -> ExportReport
     if options.precision == "fp32":
         return _in_float32(file, target, options)
     if file.suffix == ".onnx":
-        return _lowered(file, target, options, options.data)
-    data, seed = (options.data, 0) if options.data else trained_on(file)
+        return _lowered(file, target, options, trained_on(file))
     with TemporaryDirectory() as folder:
         whole = _in_float32(file, Path(folder) / "whole.onnx", options)
-        return _lowered(whole.path, target, options, data, seed)
+        return _lowered(whole.path, target, options, trained_on(file))
 
 
 def _require_effects(file: Path, options: ExportOptions) -> None:
@@ -94,8 +92,9 @@ def _require_effects(file: Path, options: ExportOptions) -> None:
     given = [name for name, is_given in only_lower.items() if is_given]
     if options.precision == "fp32" and given:
         raise InputError(f"--{given[0]} has no effect with --precision fp32: leave one of them out")
-    if options.precision == "fp16" and options.target:
-        raise InputError("--target has no effect with --precision fp16: leave one of them out")
+    for name in ("target", "tolerance"):
+        if options.precision == "fp16" and only_lower[name]:
+            raise InputError(f"--{name} has no effect with --precision fp16: leave one of them out")
     if file.suffix == ".onnx" and options.precision == "fp32":
         raise InputError(f"{file} is an ONNX file already: give --precision fp16 or int8, or a .safetensors file")
     if file.suffix == ".onnx" and (options.preprocess or options.factory or options.image_size):
@@ -123,7 +122,8 @@ def _in_float32(file: Path, target: Path, options: ExportOptions) -> ExportRepor
 # -- lower precisions
 
 
-def _lowered(source: Path, target: Path, options: ExportOptions, data: str, seed: int = 0) -> PrecisionReport:
+def _lowered(source: Path, target: Path, options: ExportOptions, learnt_on: tuple[str, int]) -> PrecisionReport:
+    data, seed = options.data or learnt_on[0], learnt_on[1]
     if not data:
         raise InputError(
             f"--precision {options.precision} is checked on images: give --data NAME, imagefolder:PATH say"
@@ -196,5 +196,5 @@ def _arrays(part: Split, says: ImageModel, images: int, *, shuffled: bool = Fals
 
 def _image_model(path: Path) -> ImageModel | None:
     """Return what an ONNX file says that it takes; None for a file of somebody else."""
-    props = open_file(path).get_modelmeta().custom_metadata_map
-    return ImageModel.from_props(props, str(path)) if "image_shape" in props else None
+    said = props(path)
+    return ImageModel.from_props(said, str(path)) if "image_shape" in said else None

@@ -58,6 +58,8 @@ def resumed(asked: Mapping[str, Any], source: str = "") -> Settings:
         raise RunFolderError(f"{out}/{_CONFIG} lacks options that every run has: it is damaged, or another program's")
     if kept is None:
         raise RunFolderError(f"{out} holds no run to go on with (no config.toml of compress): leave --resume out")
+    # What a trial found stands in the run's own options: asked for again, it is that.
+    asked = {name: value for name, value in asked.items() if (name, value) != ("lr", "auto")}
     for name, value in asked.items():
         if name not in _FREE and value != kept.get(name, value):
             why = _FIXED if name in ("epochs", "finetune-epochs") else ""

@@ -31,8 +31,9 @@ from compressor._utils import StopRequest
 from compressor.deploy import describe_machine
 from compressor.errors import CompressorError, InputError, RangeError, RunFolderError
 from compressor.job.checks import idle_options
-from compressor.job.folder import resumed
+from compressor.job.folder import is_run_folder, resumed
 from compressor.job.main_job import run
+from compressor.job.option_table import PUBLISHED
 from compressor.job.options import as_words
 from compressor.job.settings import Settings
 
@@ -78,6 +79,10 @@ class Grid:
         if idle:
             listed = ", ".join(f"--{name}" for name in sorted(idle))
             raise InputError(f"{listed} has no effect with any of {', '.join(self.criteria)}: leave it out")
+        for name in ("weights", "teacher"):
+            path = self.options.get(name)
+            if path and path != PUBLISHED and not Path(path).is_file():
+                raise InputError(f"--{name} {path}: there is no such file")
         self.cells()
 
     def _common(self) -> dict[str, Any]:
@@ -92,15 +97,38 @@ class Grid:
 
     def cells(self) -> dict[str, Settings]:
         """Return the settings of every run by its folder's name; the seed changes fastest."""
-        found = {}
-        for sparsity in self.sparsities:
-            for criterion in self.criteria:
-                idle = self._idle(criterion)
-                common = {name: value for name, value in self._common().items() if name not in idle}
-                for seed in range(self.seeds):
-                    name = f"{criterion.replace(':', '-')}-{sparsity:.12g}-seed{seed}"
-                    own = {"criterion": criterion, "sparsity": sparsity, "seed": seed, "out": f"{self.out}/{name}"}
-                    found[name] = Settings.from_options({**common, **own})
+        return dict(
+            self.cell(criterion, sparsity, seed)
+            for sparsity in self.sparsities
+            for criterion in self.criteria
+            for seed in range(self.seeds)
+        )
+
+    def cell(self, criterion: str, sparsity: float, seed: int) -> tuple[str, Settings]:
+        """Return the name of one run's folder, and its settings."""
+        idle = self._idle(criterion)
+        common = {name: value for name, value in self._common().items() if name not in idle}
+        name = f"{criterion.replace(':', '-')}-{sparsity:.12g}-seed{seed}"
+        own = {"criterion": criterion, "sparsity": sparsity, "seed": seed, "out": f"{self.out}/{name}"}
+        return name, Settings.from_options({**common, **own})
+
+    def earlier(self) -> dict[str, Settings]:
+        """Return the cells that lie in the folder already and were not asked for this time, by name.
+
+        Raises:
+            RunFolderError: one was written with other options.
+        """
+        asked, found = self.cells(), {}
+        for folder in sorted(Path(self.out).glob("*-seed*")):
+            if folder.name in asked or not is_run_folder(folder):
+                continue
+            ran = resumed({"out": str(folder)})
+            if ran.sparsity is None:
+                continue
+            name, settings = self.cell(ran.criterion, ran.sparsity, ran.seed)
+            if name == folder.name:
+                _require_same(name, settings)
+                found[name] = settings
         return found
 
     def command(self) -> str:
@@ -126,7 +154,7 @@ class GridResult:
     """What came of one call.
 
     Attributes:
-        comparison: of all cells that are finished, whoever ran them.
+        comparison: of all cells in the folder that are finished, whoever ran them and when.
         timed_out: whether the time limit ended it.
     """
 
@@ -166,9 +194,10 @@ def run_grid(
     cells = grid.cells()
     for name, settings in cells.items():
         _require_same(name, settings)
+    earlier = grid.earlier()
     Path(grid.out).mkdir(parents=True, exist_ok=True)
     queue = [name for index, name in enumerate(cells) if index % count == number - 1 and not _is_finished(cells[name])]
-    pool = _Pool(cells, max(1, (os.cpu_count() or 1) // jobs))
+    pool = _Pool(cells, max(1, _threads() // jobs))
     until = None if time_limit_s is None else time.monotonic() + time_limit_s
     timed_out = False
     try:
@@ -180,10 +209,17 @@ def run_grid(
             while queue and len(pool.running) < jobs:
                 pool.start(queue.pop(0))
             if pool.ended(0.5 if until is None else min(0.5, max(0.0, until - time.monotonic()))):
-                _write(grid, cells)
+                _write(grid, cells, earlier)
     finally:
         pool.stop()
-    return GridResult(_write(grid, cells), timed_out)
+    return GridResult(_write(grid, cells, earlier), timed_out)
+
+
+def _threads() -> int:
+    """Return how many threads the cells may have together: as many as cores, or as OMP_NUM_THREADS says."""
+    cores = int(describe_machine()["cores"])
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return min(cores, int(asked)) if asked.isdecimal() and int(asked) > 0 else cores
 
 
 def _require_same(name: str, settings: Settings) -> None:
@@ -278,13 +314,14 @@ def _run_cell(options: dict[str, Any], dense_from: str, threads: int) -> None:
         os.setsid()  # Ctrl-C in the terminal is for the grid, which then asks its cells to stop
     Thread(target=_stop_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    settings = Settings.from_options(options)
+    has_begun = (Path(options["out"]) / "config.toml").exists()
+    settings = resumed(options) if has_begun else Settings.from_options(options)
     stop = StopRequest()
     try:
         with stop.listening():
             run(
                 settings,
-                resume=(Path(settings.out) / "config.toml").exists(),
+                resume=has_begun,
                 stop=stop,
                 dense_from=Path(dense_from) if dense_from else None,
                 timings=False,
@@ -313,9 +350,10 @@ def _say(settings: Settings, error: Exception) -> None:
     raise SystemExit(_FAILED) from error
 
 
-def _write(grid: Grid, cells: Mapping[str, Settings]) -> report.comparison.Comparison:
-    """Write what is known of a grid by now."""
-    finished = {name for name, settings in cells.items() if _is_finished(settings)}
+def _write(grid: Grid, cells: Mapping[str, Settings], earlier: Mapping[str, Settings]) -> report.comparison.Comparison:
+    """Write what is known by now of a grid, and of the cells that earlier ones left in its folder."""
+    every = {**cells, **earlier}
+    finished = {name for name, settings in every.items() if _is_finished(settings)}
     failed = {
         name: _failure(settings).read_text(encoding="utf-8").strip()
         for name, settings in cells.items()
@@ -326,7 +364,7 @@ def _write(grid: Grid, cells: Mapping[str, Settings]) -> report.comparison.Compa
         command=grid.command(),
         cells=tuple(
             report.comparison.Cell.from_report(report.read(Path(settings.out)))
-            for name, settings in cells.items()
+            for name, settings in every.items()
             if name in finished
         ),
         failed=failed,

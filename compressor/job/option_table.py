@@ -26,7 +26,9 @@ from compressor.training import (
 
 PUBLISHED = "default"  # as --weights: those that torchvision or timm has for the model
 RunMeasure = Literal["params", "macs", "channels", "latency"]
-_USUAL_ROUNDING = f"{ALIGNED} in groups of {LARGE} channels or more, else 1; by the table with --measure latency"
+_USUAL_ROUNDING = (
+    f"{ALIGNED} in groups of {LARGE} channels or more, else 1; 1 with --threshold; by the table with --measure latency"
+)
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,7 @@ def _said(settings: Settings, data: Data, trained: Trained, name: str, accuracy:
     return {
         "model": settings.model,
         "data": data.name,
+        "seed": settings.seed,
         "accuracy": accuracy,
         "params": result.params[index],
         "macs": result.macs[index],
@@ -140,7 +141,7 @@ def _said(settings: Settings, data: Data, trained: Trained, name: str, accuracy:
 def _extra(settings: Settings, image_model: ImageModel, data: Data, said: dict[str, Any]) -> dict[str, Any]:
     """Return what a model file keeps beside the model: what `compress export` needs, and what is known of it."""
     kept = {name: list(getattr(image_model, name)) for name in ("classes", "image_shape", "mean", "std")}
-    return {"data": data.name, "seed": settings.seed, **kept, "result": said}
+    return {**kept, "result": said}
 
 
 def _export(

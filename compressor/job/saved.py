@@ -30,7 +30,7 @@ from compressor.deploy import (
 )
 from compressor.errors import ArtifactError, InputError, UnknownNameError
 from compressor.job.capacity import require_memory, require_threads
-from compressor.job.device import usable_device
+from compressor.job.device import require_compiler, usable_device
 from compressor.training import models
 
 Shape = tuple[int, ...]  # of one image, (C, H, W)
@@ -63,9 +63,13 @@ def about(
 
 
 def trained_on(path: Path) -> tuple[str, int]:
-    """Return the data set that a file's model was trained on, empty if it does not say, and the seed that split it."""
-    extra = _extra(path, describe(path))
-    return extra.data, extra.seed
+    """Return the data set that a file's model was trained on, empty if it does not say, and the seed that split it.
+
+    With another seed the validation part would hold images that it learnt from.
+    """
+    known = _extra(path, describe(path)).result if path.suffix == ".safetensors" else props(path)
+    seed = str(known.get("seed", 0))
+    return str(known.get("data", "")), int(seed) if seed.isdecimal() else 0
 
 
 def loaded(path: Path, factory: str = "", image_size: int | None = None) -> tuple[nn.Module, Shape]:
@@ -130,33 +134,35 @@ def timed(
     threads: int,
     factory: str,
     image_size: int | None,
-    engines: Sequence[str] = ("onnxruntime",),
+    engines: Sequence[str] = (),
 ) -> tuple[dict[str, Timed], float]:
-    """Time models in files in turns: .safetensors files in PyTorch, .onnx files in each of the engines.
+    """Time models in files in turns, each in those of the engines that its kind of file runs in.
+
+    Args:
+        files: .safetensors and .onnx files, and run folders, which stand for the ONNX files of both models.
+        batch_size, device, threads: as for `compare`.
+        factory, image_size: as for `loaded`.
+        engines: by name; without one for a kind of file onnxruntime or torch.
 
     Returns:
         The times by file, and the share by which the first one, timed once more, differs from itself.
 
     Raises:
-        InputError: files of another kind, or a device that cannot be used.
+        UnknownNameError: an engine that there is not.
+        InputError: files of another kind, an engine that fits none, or a device that cannot be used.
         ArtifactError: a file that cannot be read.
     """
     require_threads(threads)
-    for name in engines:
-        if name not in _ONNX_ENGINES:
-            raise UnknownNameError("engine", name, _ONNX_ENGINES)
-    in_torch = {"torch": partial(_in_torch, factory=factory)}
-    in_engines = {name: partial(_ONNX_ENGINES[name], threads=threads) for name in engines}
-    makers = {".safetensors": in_torch, ".onnx": in_engines}
-    for file in files:
-        if file.suffix not in makers:
-            raise InputError(f"{file} is no model file: give one that ends in {' or '.join(makers)}")
+    files = [each for file in files for each in _of_run(file)]
+    makers = _makers(files, engines, factory, threads)
     device = usable_device(device)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         made = {
-            f"{file} ({name})" if len(engines) > 1 else str(file): make(file, batch_size, device, image_size)
+            f"{file} ({name})" if len(makers[file.suffix]) > 1 else str(file): make(
+                file, batch_size, device, image_size
+            )
             for file in files
             for name, make in makers[file.suffix].items()
         }
@@ -178,6 +184,43 @@ def timed(
         torch.set_num_threads(before)
 
 
+def _of_run(file: Path) -> list[Path]:
+    """Return the ONNX files in a run folder, that of the dense model first; any other file is itself."""
+    found = [each for each in (file / "dense.onnx", file / "model.onnx") if each.is_file()]
+    return found or [file]
+
+
+_Maker = Callable[[Path, int, str, int | None], "_Made"]
+
+
+def _makers(files: Sequence[Path], engines: Sequence[str], factory: str, threads: int) -> dict[str, dict[str, _Maker]]:
+    """Return, by ending and by engine, what makes a file ready to run."""
+    known: dict[str, dict[str, _Maker]] = {
+        ".safetensors": {
+            "torch": partial(_in_torch, factory=factory),
+            "torch.compile": partial(_in_torch, factory=factory, compiled=True),
+        },
+        ".onnx": {
+            "onnxruntime": partial(_in_onnxruntime, threads=threads),
+            "openvino": partial(_in_openvino, threads=threads),
+            "tensorrt": partial(_in_onnxruntime, threads=threads, tensorrt=True),
+        },
+    }
+    for file in files:
+        if file.suffix not in known:
+            raise InputError(f"{file} is no model file: give a run folder, or one that ends in {' or '.join(known)}")
+    endings = {file.suffix for file in files}
+    every = [name for each in known.values() for name in each]
+    for name in engines:
+        if name not in every:
+            raise UnknownNameError("engine", name, every)
+        ending = next(ending for ending, each in known.items() if name in each)
+        if ending not in endings:
+            raise InputError(f"--engine {name} runs {ending} files, and there is none: leave it out, or give one")
+    chosen = {ending: {name: each[name] for name in each if name in engines} for ending, each in known.items()}
+    return {ending: each or dict(list(known[ending].items())[:1]) for ending, each in chosen.items()}
+
+
 @dataclass(frozen=True)
 class _Made:
     """A file that is ready to run, and what its memory is asked of, where it can be."""
@@ -187,14 +230,22 @@ class _Made:
     memory: Callable[[], int | None] = lambda: None
 
 
-def _in_torch(file: Path, batch_size: int, device: str, image_size: int | None, *, factory: str) -> _Made:
+def _in_torch(
+    file: Path, batch_size: int, device: str, image_size: int | None, *, factory: str, compiled: bool = False
+) -> _Made:
     model, shape = loaded(file, factory, image_size)
     require_memory((batch_size, *shape))
-    return _Made(torch_runner(model.to(device), example(model, shape, batch_size)), ((batch_size, *shape),))
+    images = example(model, shape, batch_size)
+    if compiled:
+        require_compiler(device, "engine torch.compile")
+    runs = torch.compile(model.to(device)) if compiled else model.to(device)
+    return _Made(torch_runner(runs, images), ((batch_size, *shape),))
 
 
-def _in_onnxruntime(file: Path, batch_size: int, device: str, image_size: int | None, *, threads: int) -> _Made:
-    session = open_file(file, device, threads=threads)
+def _in_onnxruntime(
+    file: Path, batch_size: int, device: str, image_size: int | None, *, threads: int, tensorrt: bool = False
+) -> _Made:
+    session = open_file(file, device, threads=threads, tensorrt=tensorrt)
     inputs = example_inputs(session, batch_size, image_size, name=str(file), check=require_memory)
     runner, shapes = session_runner(session, inputs, torch.device(device)), _shapes(inputs)
     if device != "cpu":
@@ -214,7 +265,10 @@ def _shapes(inputs: Mapping[str, Tensor]) -> tuple[Shape, ...]:
     return tuple(tuple(each.shape) for each in inputs.values())
 
 
-_ONNX_ENGINES = {"onnxruntime": _in_onnxruntime, "openvino": _in_openvino}
+def props(path: Path) -> dict[str, str]:
+    """Return what an ONNX file says about itself, by name."""
+    found: dict[str, str] = open_file(path).get_modelmeta().custom_metadata_map
+    return found
 
 
 _Side = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
@@ -224,8 +278,6 @@ _Side = Annotated[int, msgspec.Meta(ge=1, le=65_536)]
 class _Extra:
     """What the run that made a file kept of its data."""
 
-    data: str = ""
-    seed: Annotated[int, msgspec.Meta(ge=0)] = 0
     image_shape: tuple[_Side, _Side, _Side] = (3, 224, 224)
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()

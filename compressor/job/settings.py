@@ -158,7 +158,8 @@ class Settings(OptionTable):
         typed = {name: getattr(self, name, None) for name in names}
         given = {name: value for name, value in typed.items() if value is not None and value != "auto"}
         # A network that is trained already would lose what it knows to the steps of a new one.
-        usual_lr = USUAL_LR.get(self.optimizer, TrainingConfig.lr) * (TRAINED_LR if self.weights else 1)
+        usual_lr = USUAL_LR.get(self.optimizer, TrainingConfig.lr)
+        usual_lr = round(usual_lr * TRAINED_LR, 9) if self.weights else usual_lr  # 0.01, not 0.010000000000000002
         usual = self._usual_epochs() if self.epochs is None else self.epochs
         return TrainingConfig(**{"epochs": epochs or usual or 1, "lr": usual_lr, **given})
 

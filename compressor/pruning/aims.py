@@ -15,6 +15,7 @@ _FIRST = 0.85  # of the way, before anything is measured: what was cut too much 
 _CORRECTIONS = 6
 _WITHIN = 0.01  # of what was asked: no two measurements are closer
 _MOST = 0.98
+_FAR = 0.05  # more than asked: worth saying
 
 
 @dataclass
@@ -64,5 +65,11 @@ class Aims:
         if self.seen is None:
             return []
         now = self.progress.now()
-        warning = self.seen.warning(now)
-        return [self.seen.says(self.budget.sparsity, self.progress.removed()), *([warning] if warning else [])]
+        asked, removed = self.budget.sparsity, self.seen.removed
+        warnings = [self.seen.warning(now)]
+        if removed - asked > _FAR:
+            warnings.append(
+                f"{removed:.1%} of the {self.budget.counts} went for the {asked:.1%} that were asked: what was cut too "
+                "much does not come back; ask for less, or for macs"
+            )
+        return [self.seen.says(asked, self.progress.removed()), *filter(None, warnings)]

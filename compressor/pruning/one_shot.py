@@ -29,6 +29,7 @@ from compressor.budget import (
     PruningProgress,
     SelectionOptions,
     Threshold,
+    usual_rounding,
 )
 from compressor.criteria import Criterion, Snapshot, lookup, needs_gradients, score
 from compressor.errors import IdleArgumentError, InputError, RangeError, UnknownNameError
@@ -115,7 +116,7 @@ def prune(
     if threshold:
         _require_threshold(threshold, criterion, rounds, allocate)
     allocation = allocate or ("relevance" if by_itself else SelectionOptions.allocate)
-    selection = SelectionOptions(allocation, round_to, aligned=budget.aligned)
+    selection = SelectionOptions(allocation, usual_rounding(round_to, threshold), aligned=budget.aligned)
     if not 1 <= rounds <= MOST_ROUNDS:
         raise RangeError("rounds", rounds, f"1 to {MOST_ROUNDS}")
     if forward:

@@ -26,6 +26,7 @@ from compressor.budget import (
     cut_event,
     step_of_whole_budget,
     usual_period,
+    usual_rounding,
 )
 from compressor.criteria import Criterion, Snapshot, lookup, score
 from compressor.errors import IdleArgumentError, InputError, PeriodError, RangeError
@@ -132,7 +133,8 @@ class Pruner:
         self._samples = 0  # of the step at hand
         if threshold:
             _require_threshold(threshold, criterion, allocate)
-        selection = SelectionOptions(allocate or SelectionOptions.allocate, round_to, aligned=self.budget.aligned)
+        steps = usual_rounding(round_to, threshold)
+        selection = SelectionOptions(allocate or SelectionOptions.allocate, steps, aligned=self.budget.aligned)
         if allocate == "relevance" and criterion != "relevance":
             raise InputError(
                 f"allocate='relevance' with criterion {criterion!r} needs losses of a trained model: use "

@@ -23,6 +23,7 @@ from compressor.report.document import Report
 from compressor.report.files import as_json, filled_in, write_texts
 
 CONTROLS = ("random", "l1")  # what every criterion is held against
+_FORMAT = {"format": "compressor-comparison", "version": 1}
 FILES = ("compare.json", "compare.md", "compare.html")
 
 
@@ -264,7 +265,7 @@ def html(comparison: Comparison) -> str:
 
 def write(comparison: Comparison, folder: Path) -> None:
     """Write `compare.json`, `compare.md` and `compare.html` into a folder."""
-    content = dataclasses.asdict(comparison)
+    content = {**_FORMAT, **dataclasses.asdict(comparison)}
     content["summaries"] = [dataclasses.asdict(each) for each in summaries(comparison.cells)]
     texts = (
         as_json(content),

@@ -40,6 +40,11 @@ def read(folder: Path) -> Report:
         ArtifactError: the file is damaged, foreign, or of another version.
     """
     path = folder / "report.json"
+    if (folder / "compare.json").is_file():
+        raise RunFolderError(
+            f"{folder} is the folder of a grid, and its comparison is {folder / 'compare.html'}: give the folders of "
+            "its runs, which lie in it"
+        )
     if not path.is_file():
         raise RunFolderError(
             f"{folder} holds no report.json; give the folder of a finished run, or finish it: --resume"

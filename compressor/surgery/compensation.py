@@ -70,7 +70,8 @@ def require_finite(means: Mapping[str, Tensor]) -> None:
     for weight, mean in means.items():
         if not mean.isfinite().all():
             raise InputError(
-                f"the input of {weight!r} is not finite on these inputs: leave out those that hold NaN or inf"
+                f"the input of {weight!r} is not finite on these inputs, or its square is not: leave out those that "
+                "hold NaN, inf or numbers as large"
             )
 
 

@@ -16,6 +16,7 @@ therefore at most four times as large as what goes: all variances get a floor, t
 
     z_0 = 0.01 z_1, z_1 goes: A = [[100]] and W = [[1, 1]] -> [[101]]; with the floor W[0, 0] stays below 5
 
+Where no bias or running mean can take the constant, A is that of the channels about zero, `E[z_R z_K] E[z_K z_K]^-1`.
 One A serves every tap of a kernel (exact but for padded borders), and every pixel that a flatten laid side by side:
 a regression for each pixel would have as many times fewer samples. A grouped convolution has one A for each block.
 
@@ -25,7 +26,6 @@ and r go; K positions that one channel holds along D; N rows, one for each sampl
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,12 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import InputError
-from compressor.graph import ChannelGraph, ConsumerInput, owner
+from compressor.graph import ChannelGraph, ConsumerInput, is_torch_module, owner
 from compressor.surgery.compensation import removed_means, require_finite, watch_inputs
 
-logger = logging.getLogger(__name__)
-
-_BY_MEAN = "compensated by the mean alone"  # begins a note
+_BY_MEAN, _BY_NOTHING = "compensated by the mean alone", "not compensated"  # begin notes
 
 MOST_GROWTH = 4.0  # of what is moved, against what goes
 # Parts of the largest variance in a group.
@@ -54,8 +52,9 @@ class Moments:
     """What is known of the inputs of all consumers.
 
     Attributes:
-        means: `(D,)` float64 by the name of the consuming weight.
-        covariances: by consuming weight and group, `(blocks, C, C)` float64, of the group's channels in each block.
+        means: `(D,)` float64 by the name of the consuming weight, where a bias or running mean is behind it.
+        covariances: by consuming weight and group, `(blocks, C, C)` float64, of the group's channels in each block;
+            about zero where there is no mean.
         samples: how many samples they are from.
     """
 
@@ -76,46 +75,92 @@ class Moments:
 def input_moments(graph: ChannelGraph, batches: Iterable[Any]) -> Moments:
     """Return mean and covariance of every consumer's input; the model is left as it was.
 
-    Consumers with too few samples for a covariance are named in the graph's notes, once.
+    Consumers without a covariance are named in the graph's notes, once.
 
     Args:
         graph: of a model, which is run in evaluation mode.
         batches: inputs that the model accepts: tensors, tuples or dicts.
 
     Raises:
-        InputError: no batch came, too few samples for every consumer, or what came is not finite.
+        InputError: no batch came, too few samples for every consumer, or what came is not finite, or not when squared.
     """
     sums = _sums(graph)
     watch_inputs(graph, sums, batches, "moments")
     seen = {weight: each for weight, each in sums.items() if each.rows}
-    means = {weight: each.mean() for weight, each in seen.items()}
+    means = {weight: each.mean() for weight, each in seen.items() if weight in graph.offsets}
     require_finite(means)
     few = {weight: each for weight, each in seen.items() if each.needed() > each.samples}
     if few:
         why = max(few.values(), key=_Sums.needed).too_few()
         if len(few) == len(seen):
             raise InputError(f"compensate='linear' {why}, or compensate='mean'")
-        # In later rounds the channels are fewer, and so are the weights that this is true of.
-        if not any(note.startswith(_BY_MEAN) for note in graph.notes):
-            graph.note([f"{_BY_MEAN}: {', '.join(few)} ('linear' {why})"])
+        _note_once(graph, _BY_MEAN, few.keys() & means.keys(), why)
+        _note_once(graph, _BY_NOTHING, few.keys() - means.keys(), why)
     covariances = {
         (weight, name): found
         for weight, each in seen.items()
         if weight not in few
-        for name, found in each.covariances().items()
+        for name, found in each.covariances(about_zero=weight not in means).items()
     }
+    require_finite({weight: found for (weight, _), found in covariances.items()})
+    _note_others(
+        graph, means, covariances.keys() | {(weight, name) for weight in few for name in sums[weight].positions}
+    )
     return Moments(means, covariances, max((each.samples for each in seen.values()), default=0))
+
+
+def _note_once(graph: ChannelGraph, what: str, weights: Iterable[str], why: str) -> None:
+    """Name consumers in the graph's notes, in the model's order; that they are fewer in later rounds is not news."""
+    named = [name for name in _consumers(graph) if name in set(weights)]
+    beginning, end = f"{what}: ", f" ('linear' {why})"
+    if named and not any(note.startswith(beginning) and note.endswith(end[:20]) for note in graph.notes):
+        graph.note([beginning + ", ".join(named) + end])
+
+
+def _note_others(graph: ChannelGraph, means: Mapping[str, Tensor], known: Iterable[tuple[str, str]]) -> None:
+    """Name the consumers of which no covariance can be taken at all."""
+    known = set(known)
+    others = {seen.weight for group in graph.groups for seen in group.inputs if (seen.weight, group.name) not in known}
+    why = "is of convolutions and Linear whose blocks are cut alike"
+    _note_once(graph, _BY_MEAN, others & means.keys(), why)
+    _note_once(graph, _BY_NOTHING, others - means.keys(), why)
+
+
+def _consumers(graph: ChannelGraph) -> list[str]:
+    return list(dict.fromkeys(seen.weight for group in graph.groups for seen in group.inputs))
 
 
 def _sums(graph: ChannelGraph) -> dict[str, _Sums]:
     found: dict[str, _Sums] = {}
+    multiplied = _multiplied_alone(graph)
     for group in graph.groups:
         for seen in group.inputs:
-            if seen.weight in graph.offsets:
+            if seen.weight in graph.offsets or seen.weight in multiplied:
                 at = found.setdefault(seen.weight, _Sums(seen.dim))
                 blocks = channel_blocks(graph, seen)
                 if blocks is not None:
                     at.positions[group.name] = blocks
+    return found
+
+
+def _multiplied_alone(graph: ChannelGraph) -> set[str]:
+    """Return the weights that a convolution or Linear multiplies with its input, and that nobody else reads.
+
+    What is moved within an embedding's weight, tied to that of a Linear, would change what the embedding gives.
+    """
+    readers: dict[str, set[str]] = {}
+    for record in graph.recording.log.records:
+        for origin in record.origins:
+            if origin[0] == "tensor":
+                readers.setdefault(str(origin[1]), set()).add(record.module)
+    modules = dict(graph.model.named_modules())
+    found = set()
+    for weight, names in readers.items():
+        name, _, leaf = weight.rpartition(".")
+        module = modules.get(name)
+        is_layer = isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and is_torch_module(module)
+        if names == {name} and leaf == "weight" and is_layer:
+            found.add(weight)
     return found
 
 
@@ -201,13 +246,16 @@ class _Sums:
         assert self.total is not None
         return self.shift.double() + self.total / self.rows
 
-    def covariances(self) -> dict[str, Tensor]:
+    def covariances(self, *, about_zero: bool = False) -> dict[str, Tensor]:
         """Return `(blocks, C, C)` float64 by group."""
         assert self.total is not None
         centre = (self.total / self.rows).unsqueeze(0)
+        mean = self.mean().unsqueeze(0)
         found = {}
         for name, blocks in self.positions.items():
             squares = torch.stack([_product(centre, each.to(centre.device)) for each in blocks])
+            if about_zero:
+                squares -= torch.stack([_product(mean, each.to(mean.device)) for each in blocks])
             count = torch.tensor([each.shape[1] for each in blocks]).to(squares).view(-1, 1, 1)
             found[name] = (self.products[name] / self.rows - squares) / count
         return found
@@ -277,31 +325,26 @@ def compensations(graph: ChannelGraph, removed: Mapping[str, Tensor], moments: M
     """
     constants = removed_means(graph, removed, moments.means)
     merges: dict[str, list[Merge]] = {}
-    fallbacks: list[str] = []
     for name, gone in removed.items():
         stays = torch.ones(graph[name].size, dtype=torch.bool)
         stays[gone] = False
         kept = stays.nonzero().flatten()
         for seen in graph[name].inputs:
             covariance = moments.covariances.get((seen.weight, name))
-            if covariance is None or seen.weight not in constants:
-                fallbacks.append(seen.weight)
+            if covariance is None:
                 continue
             blocks = channel_blocks(graph, seen)
             assert blocks is not None
             maps = torch.stack([_trainable(each, kept, gone, moments.samples) for each in covariance])
-            mean = moments.means[seen.weight]
-            for positions, matrix in zip(blocks, maps, strict=True):
-                here, there = (positions[each].to(mean.device) for each in (kept, gone))
-                constants[seen.weight][there] = mean[there] - matrix.to(mean.device) @ mean[here]
+            if seen.weight in constants:
+                mean = moments.means[seen.weight]
+                for positions, matrix in zip(blocks, maps, strict=True):
+                    here, there = (positions[each].to(mean.device) for each in (kept, gone))
+                    constants[seen.weight][there] = mean[there] - matrix.to(mean.device) @ mean[here]
             input_dim = _input_dim(graph, seen.weight)
             columns = blocks[0] % _tensor(graph, seen.weight).shape[input_dim]
             merge = Merge(columns[kept], columns[gone], maps, len(blocks), input_dim)
             merges.setdefault(seen.weight, []).append(merge)
-    if moments.covariances and fallbacks:
-        by_mean = [weight for weight in fallbacks if weight in constants]
-        by_nothing = [weight for weight in fallbacks if weight not in constants]
-        logger.info("by the mean alone: %s; not compensated: %s", ", ".join(by_mean), ", ".join(by_nothing))
     return Compensations(constants, merges)
 
 
