@@ -418,10 +418,16 @@ def benchmark(
     ] = (),  # type: ignore[assignment]
     factory: Factory = "",
     image_size: ImageSize = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every sample, instead of tables.")] = False,
 ) -> None:
     """Time models in turns, in one run, in each engine that was asked for; of a run folder, dense and pruned."""
-    for size in batch_size:
-        times, noise = job.saved.timed(files, size, device, threads, factory, image_size, engine)
+    found = {size: job.saved.timed(files, size, device, threads, factory, image_size, engine) for size in batch_size}
+    if as_json:
+        where = {"machine": deploy.describe_machine(), "device": device, "threads": threads}
+        batches = [job.saved.as_content(size, *each) for size, each in found.items()]
+        typer.echo(json.dumps({"format": "compressor-benchmark", "version": 1, **where, "batches": batches}, indent=1))
+        return
+    for size, (times, noise) in found.items():
         first = next(iter(times.values())).latency.samples_ms
         rows = [
             (

@@ -284,6 +284,16 @@ def test_a_run_folder_is_its_two_models(run: Path) -> None:
     assert "model.onnx" in said.stdout
 
 
+def test_every_sample_can_be_had(run: Path) -> None:
+    words = ["benchmark", str(run / "model.onnx"), "--batch-size", "2", "--batch-size", "3", "--json"]
+    found = json.loads(CliRunner().invoke(app, words).stdout)
+    assert (found["format"], found["machine"]["cores"] > 0) == ("compressor-benchmark", True)
+    for size, batch in zip((2, 3), found["batches"], strict=True):
+        (each,) = batch["files"].values()
+        assert (batch["batch_size"], each["shapes"]) == (size, [[size, 3, 24, 24]])
+        assert min(each["samples_ms"]) <= each["p50_ms"] <= max(each["samples_ms"])
+
+
 def test_a_saved_model_is_timed_eager_and_compiled(run: Path) -> None:
     times, _ = job.saved.timed([run / "model.safetensors"], 1, "cpu", 1, "", None, ["torch.compile", "torch"])
     assert [name.rpartition(" ")[2] for name in times] == ["(torch)", "(torch.compile)"]

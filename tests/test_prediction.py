@@ -306,9 +306,11 @@ class Tied(nn.Module):
         super().__init__()
         self.head, self.words = nn.Linear(SIZE, 11, bias=False), nn.Embedding(11, SIZE)
         self.words.weight = self.head.weight
+        self.other = nn.Linear(SIZE, 11)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.words(x)))
+        h = torch.tanh(self.words(x))
+        return self.head(h) + self.other(h)
 
 
 def test_a_weight_that_is_read_elsewhere_too_is_left_alone_and_named() -> None:

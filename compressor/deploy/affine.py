@@ -36,7 +36,9 @@ def _replace(graph: Any, node: Any) -> None:
     values = {"factor": factor, "offset": bias - mean * factor}
     made = {}
     for name, each in values.items():
-        tensor = ir.tensor(np.ascontiguousarray(each.reshape(along).astype(kind)), name=f"{known[0].name}.{name}")
+        tensor = ir.tensor(
+            np.ascontiguousarray(each.reshape(along).astype(kind)), name=f"{node.outputs[0].name}.{name}"
+        )
         made[name] = ir.Value(
             name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
         )

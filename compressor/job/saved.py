@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 import torch
@@ -184,6 +184,20 @@ def timed(
         torch.set_num_threads(before)
 
 
+def as_content(batch_size: int, times: Mapping[str, Timed], noise: float) -> dict[str, Any]:
+    """Return what was timed at one batch size, JSON-able, with every sample."""
+    files = {
+        name: {
+            "shapes": each.shapes,
+            "p50_ms": each.latency.p50_ms,
+            "samples_ms": each.latency.samples_ms,
+            "memory_bytes": each.memory_bytes,
+        }
+        for name, each in times.items()
+    }
+    return {"batch_size": batch_size, "noise": noise, "files": files}
+
+
 def _of_run(file: Path) -> list[Path]:
     """Return the ONNX files in a run folder, that of the dense model first; any other file is itself."""
     found = [each for each in (file / "dense.onnx", file / "model.onnx") if each.is_file()]
@@ -238,8 +252,8 @@ def _in_torch(
     images = example(model, shape, batch_size)
     if compiled:
         require_compiler(device, "engine torch.compile")
-    runs = torch.compile(model.to(device)) if compiled else model.to(device)
-    return _Made(torch_runner(runs, images), ((batch_size, *shape),))
+    model = cast(nn.Module, torch.compile(model.to(device))) if compiled else model.to(device)
+    return _Made(torch_runner(model, images), ((batch_size, *shape),))
 
 
 def _in_onnxruntime(

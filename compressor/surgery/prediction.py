@@ -69,7 +69,7 @@ class Moments:
 
     def __bool__(self) -> bool:
         """Return whether anything is known."""
-        return bool(self.means)
+        return bool(self.means or self.covariances)
 
 
 def input_moments(graph: ChannelGraph, batches: Iterable[Any]) -> Moments:
@@ -113,7 +113,7 @@ def _note_once(graph: ChannelGraph, what: str, weights: Iterable[str], why: str)
     """Name consumers in the graph's notes, in the model's order; that they are fewer in later rounds is not news."""
     named = [name for name in _consumers(graph) if name in set(weights)]
     beginning, end = f"{what}: ", f" ('linear' {why})"
-    if named and not any(note.startswith(beginning) and note.endswith(end[:20]) for note in graph.notes):
+    if named and not any(note.startswith(beginning) and end[:20] in note for note in graph.notes):
         graph.note([beginning + ", ".join(named) + end])
 
 
@@ -121,7 +121,7 @@ def _note_others(graph: ChannelGraph, means: Mapping[str, Tensor], known: Iterab
     """Name the consumers of which no covariance can be taken at all."""
     known = set(known)
     others = {seen.weight for group in graph.groups for seen in group.inputs if (seen.weight, group.name) not in known}
-    why = "is of convolutions and Linear whose blocks are cut alike"
+    why = "is of convolutions and Linear whose blocks are cut alike, and whose weight nobody else reads"
     _note_once(graph, _BY_MEAN, others & means.keys(), why)
     _note_once(graph, _BY_NOTHING, others - means.keys(), why)
 
