@@ -421,13 +421,12 @@ def benchmark(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with every sample, instead of tables.")] = False,
 ) -> None:
     """Time models in turns, in one run, in each engine that was asked for; of a run folder, dense and pruned."""
-    found = {size: job.saved.timed(files, size, device, threads, factory, image_size, engine) for size in batch_size}
-    if as_json:
-        where = {"machine": deploy.describe_machine(), "device": device, "threads": threads}
-        batches = [job.saved.as_content(size, *each) for size, each in found.items()]
-        typer.echo(json.dumps({"format": "compressor-benchmark", "version": 1, **where, "batches": batches}, indent=1))
-        return
-    for size, (times, noise) in found.items():
+    batches = []
+    for size in batch_size:
+        times, noise = job.timed_files.timed(files, size, device, threads, factory, image_size, engine)
+        if as_json:
+            batches.append(job.timed_files.as_content(size, times, noise))
+            continue
         first = next(iter(times.values())).latency.samples_ms
         rows = [
             (
@@ -448,6 +447,9 @@ def benchmark(
         print_table(
             title, ("file", "inputs", "p50", "p90", "p99", "calls", "images/s", "memory", "as the first"), rows, (0, 1)
         )
+    if as_json:
+        where = {"machine": deploy.describe_machine(), "device": device, "threads": threads}
+        typer.echo(json.dumps({"format": "compressor-benchmark", "version": 1, **where, "batches": batches}, indent=1))
 
 
 @app.command("report")

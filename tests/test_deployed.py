@@ -295,7 +295,7 @@ def test_every_sample_can_be_had(run: Path) -> None:
 
 
 def test_a_saved_model_is_timed_eager_and_compiled(run: Path) -> None:
-    times, _ = job.saved.timed([run / "model.safetensors"], 1, "cpu", 1, "", None, ["torch.compile", "torch"])
+    times, _ = job.timed_files.timed([run / "model.safetensors"], 1, "cpu", 1, "", None, ["torch.compile", "torch"])
     assert [name.rpartition(" ")[2] for name in times] == ["(torch)", "(torch.compile)"]
     assert all(each.latency.n > 0 for each in times.values())
 

@@ -55,7 +55,7 @@ def test_memory_is_that_of_the_engine_which_was_timed(tmp_path: Path) -> None:
     path = exported(nn.Linear(1000, 3000), tmp_path / "it.onnx", 1000)
     known = {}
     for engine in ("onnxruntime", "openvino"):
-        times, _ = job.saved.timed([path], 4, "cpu", 1, "", None, [engine])
+        times, _ = job.timed_files.timed([path], 4, "cpu", 1, "", None, [engine])
         known[engine] = times[str(path)].memory_bytes
     assert known["onnxruntime"] > 10 * MB
     assert known["openvino"] is None

@@ -1,5 +1,6 @@
 from . import doctor as doctor
 from . import saved as saved
+from . import timed_files as timed_files
 from .capacity import require_memory as require_memory
 from .exporting import ExportOptions as ExportOptions
 from .exporting import export as export
