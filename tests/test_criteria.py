@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -101,11 +101,22 @@ def slow_euclidean(rows: list[list[float]]) -> list[float]:
     return scores
 
 
+def hangs_on_a_last_digit(rows: Tensor, expected: Tensor) -> bool:
+    """Return whether two pairs are so equally close that rounding decides which is paired off first, and all else."""
+    for step in (1e-6, -1e-6, 3e-6, -3e-6):
+        moved = rows + step * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0), dtype=rows.dtype)
+        if not torch.allclose(torch.tensor(slow_euclidean(moved.tolist())), expected, rtol=1e-4, atol=1e-4):
+            return True
+    return False
+
+
 @settings(deadline=None)
+@example(channels=35, values=1, seed=904)
 @given(channels=st.integers(1, 40), values=st.integers(1, 8), seed=st.integers(0, 10**6))
 def test_euclidean_equals_the_search_of_all_pairs(channels: int, values: int, seed: int) -> None:
     rows = torch.randn(channels, values, generator=torch.Generator().manual_seed(seed)).double()
     expected = torch.tensor(slow_euclidean(rows.tolist()))
+    assume(not hangs_on_a_last_digit(rows, expected))
     torch.testing.assert_close(euclidean(*filters(rows)), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -294,6 +294,7 @@ def test_every_sample_can_be_had(run: Path) -> None:
         assert min(each["samples_ms"]) <= each["p50_ms"] <= max(each["samples_ms"])
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_timed_eager_and_compiled(run: Path) -> None:
     times, _ = job.timed_files.timed([run / "model.safetensors"], 1, "cpu", 1, "", None, ["torch.compile", "torch"])
     assert [name.rpartition(" ")[2] for name in times] == ["(torch)", "(torch.compile)"]

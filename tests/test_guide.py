@@ -24,7 +24,13 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 
 
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("page", sorted(PAGES.glob("*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.stem, marks=[pytest.mark.slow] * (page.stem in ("unet", "yolo")))
+        for page in sorted(PAGES.glob("*.md"))
+    ],
+)
 def test_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.stem == "yolo":
         pytest.importorskip("ultralytics")

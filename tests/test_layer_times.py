@@ -42,8 +42,11 @@ class Residual(nn.Module):
 @pytest.mark.parametrize(
     "name",
     [
-        *("squeezenet1_1", "mobilenet_v3_small"),
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("resnet18", "mobilenet_v2", "shufflenet_v2_x0_5")),
+        "squeezenet1_1",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("mobilenet_v3_small", "resnet18", "mobilenet_v2", "shufflenet_v2_x0_5")
+        ),
     ],
 )
 def test_every_layer_is_found_in_the_profile(tmp_path: Path, name: str) -> None:

@@ -223,6 +223,7 @@ def half_a_batch_each(folder: Path) -> dict[str, dict[str, Tensor]]:
     return trained(folder, images, strategy="ddp", devices=2, use_distributed_sampler=False)
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_what_one_comes_to(tmp_path: Path) -> None:
     alone = trained(tmp_path / "alone", loader())
     first, second = launched(half_a_batch_each, tmp_path)

@@ -75,6 +75,7 @@ def half_a_batch_each(folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.slow
 def test_two_processes_of_accelerate_come_to_what_one_comes_to(tmp_path: Path) -> None:
     for weights in launched(half_a_batch_each, tmp_path):
         torch.testing.assert_close(weights, accelerated(without_batchnorm()), rtol=1e-3, atol=1e-4)

@@ -212,6 +212,7 @@ def half_a_batch_each(folder: Path) -> dict[str, dict[str, Tensor]]:
     return trained(folder, 8)
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_what_one_comes_to(tmp_path: Path) -> None:
     alone = trained(tmp_path / "alone", 16)
     first, second = launched(half_a_batch_each, tmp_path)

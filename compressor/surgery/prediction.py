@@ -110,11 +110,15 @@ def input_moments(graph: ChannelGraph, batches: Iterable[Any]) -> Moments:
 
 
 def _note_once(graph: ChannelGraph, what: str, weights: Iterable[str], why: str) -> None:
-    """Name consumers in the graph's notes, in the model's order; that they are fewer in later rounds is not news."""
-    named = [name for name in _consumers(graph) if name in set(weights)]
-    beginning, end = f"{what}: ", f" ('linear' {why})"
-    if named and not any(note.startswith(beginning) and end[:20] in note for note in graph.notes):
-        graph.note([beginning + ", ".join(named) + end])
+    """Name consumers in the graph's notes, in the model's order.
+
+    That they are fewer in later rounds, or other numbers in the reason, is not news: its first word tells it.
+    """
+    weights = set(weights)
+    named = [name for name in _consumers(graph) if name in weights]
+    reason = f"('linear' {why.partition(' ')[0]} "
+    if named and not any(note.startswith(f"{what}: ") and reason in note for note in graph.notes):
+        graph.note([f"{what}: {', '.join(named)} ('linear' {why})"])
 
 
 def _note_others(graph: ChannelGraph, means: Mapping[str, Tensor], known: Iterable[tuple[str, str]]) -> None:
