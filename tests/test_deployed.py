@@ -278,10 +278,10 @@ def test_the_doctor_runs_every_engine(monkeypatch) -> None:
 
 
 def test_a_run_folder_is_its_two_models(run: Path) -> None:
-    said = CliRunner().invoke(app, ["benchmark", str(run), "--batch-size", "1"])
+    said = CliRunner().invoke(app, ["benchmark", str(run), "--batch-size", "1", "--json"])
     assert said.exit_code == 0, said.stderr
-    assert "dense.onnx" in said.stdout
-    assert "model.onnx" in said.stdout
+    (batch,) = json.loads(said.stdout)["batches"]
+    assert list(batch["files"]) == [str(run / "dense.onnx"), str(run / "model.onnx")]
 
 
 def test_every_sample_can_be_had(run: Path) -> None:
