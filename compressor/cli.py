@@ -26,7 +26,15 @@ from typer.core import TyperGroup
 # NOTE: Rooms come as modules where their names need torch: they import it when a name is looked up, not before.
 from compressor import deploy, graph, job, report, training
 from compressor._utils import StopRequest, atomic_write
-from compressor.console import print_table, printable, progress_bars, show_inspection, show_run, show_warnings
+from compressor.console import (
+    print_table,
+    printable,
+    progress_bars,
+    show_inspection,
+    show_run,
+    show_times,
+    show_warnings,
+)
 from compressor.errors import CompressorError, InputError, UnknownNameError
 from compressor.job import (
     NumberOrAuto,
@@ -425,31 +433,11 @@ def benchmark(
     for size in batch_size:
         times, noise = job.timed_files.timed(files, size, device, threads, factory, image_size, engine)
         if as_json:
-            batches.append(job.timed_files.as_content(size, times, noise))
+            batches.append((size, times, noise))
             continue
-        first = next(iter(times.values())).latency.samples_ms
-        rows = [
-            (
-                file,
-                ", ".join("x".join(map(str, shape)) or "1" for shape in each.shapes),
-                *map(report.milliseconds, (each.latency.p50_ms, each.latency.p90_ms, each.latency.p99_ms)),
-                str(each.latency.n),
-                f"{1e3 * size / each.latency.p50_ms:.4g}",
-                "" if each.memory_bytes is None else report.size(each.memory_bytes),
-                "" if each.latency.samples_ms is first else report.verdict(first, each.latency.samples_ms, noise),
-            )
-            for file, each in times.items()
-        ]
-        title = (
-            f"milliseconds, batch {size}, {device}, {threads} thread{'s' * (threads > 1)}; the first file and itself "
-            f"differ by {noise:.1%}"
-        )
-        print_table(
-            title, ("file", "inputs", "p50", "p90", "p99", "calls", "images/s", "memory", "as the first"), rows, (0, 1)
-        )
+        show_times(times, noise, f"batch {size}, {device}, {threads} thread{'s' * (threads > 1)}", size)
     if as_json:
-        where = {"machine": deploy.describe_machine(), "device": device, "threads": threads}
-        typer.echo(json.dumps({"format": "compressor-benchmark", "version": 1, **where, "batches": batches}, indent=1))
+        typer.echo(json.dumps(job.timed_files.as_content(batches, device, threads), indent=1))
 
 
 @app.command("report")

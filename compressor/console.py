@@ -130,6 +130,25 @@ def show_run(made: report.Report, folder: Path) -> None:
             typer.echo(f"  {folder / name}")
 
 
+def show_times(times: Mapping[str, job.timed_files.Timed], noise: float, where: str, batch_size: int) -> None:
+    """Print a line for each file that was timed; `where` is the batch, device and threads in words."""
+    first = next(iter(times.values())).latency.samples_ms
+    rows = [
+        (
+            file,
+            ", ".join("x".join(map(str, shape)) or "1" for shape in each.shapes),
+            *map(report.milliseconds, (each.latency.p50_ms, each.latency.p90_ms, each.latency.p99_ms)),
+            str(each.latency.n),
+            f"{1e3 * batch_size / each.latency.p50_ms:.4g}",
+            "" if each.memory_bytes is None else report.size(each.memory_bytes),
+            "" if each.latency.samples_ms is first else report.verdict(first, each.latency.samples_ms, noise),
+        )
+        for file, each in times.items()
+    ]
+    head = ("file", "inputs", "p50", "p90", "p99", "calls", "images/s", "memory", "as the first")
+    print_table(f"milliseconds, {where}; the first file and itself differ by {noise:.1%}", head, rows, (0, 1))
+
+
 def show_inspection(found: Mapping[str, Any], model: str) -> None:
     """Print the groups of a model, and what is frozen."""
     count = report.count

@@ -291,7 +291,7 @@ def test_without_a_bias_behind_it_the_weights_alone_take_over(name: str) -> None
     assert graph.notes == ()
 
 
-def test_about_zero_is_about_zero() -> None:
+def test_without_a_mean_moments_are_uncentred() -> None:
     graph = compressor.trace(redundant(OFFSETLESS["1x1"]), images(1))
     found = input_moments(graph, [images(7), images(5, seed=1)])
     with torch.no_grad():

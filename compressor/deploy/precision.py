@@ -350,18 +350,13 @@ def _require_single(path: Path) -> None:
     """Refuse a file that is quantised or halved already."""
     import onnx
 
-    graph = onnx.load(_readable(path), load_external_data=False).graph
+    open_file(path)  # says what is wrong with it, if it cannot be read
+    graph = onnx.load(path, load_external_data=False).graph
     kinds = {each.data_type for each in graph.initializer}
     lower = "int8" if any("Quantize" in each.op_type or "QLinear" in each.op_type for each in graph.node) else ""
     lower = lower or ("fp16" if onnx.TensorProto.FLOAT16 in kinds else "")
     if lower:
         raise InputError(f"{path} is in {lower} already: give the file in float32 that it was made of")
-
-
-def _readable(path: Path) -> Path:
-    """Return a path, if onnxruntime can open what lies there."""
-    open_file(path)
-    return path
 
 
 def _opened(path: Path) -> Any:

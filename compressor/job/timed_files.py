@@ -20,6 +20,7 @@ from compressor._utils import noise
 from compressor.deploy import (
     Latency,
     Runner,
+    describe_machine,
     example_inputs,
     measure,
     open_file,
@@ -107,18 +108,31 @@ def timed(
         torch.set_num_threads(before)
 
 
-def as_content(batch_size: int, times: Mapping[str, Timed], noise: float) -> dict[str, Any]:
-    """Return what was timed at one batch size, JSON-able, with every sample."""
-    files = {
-        name: {
-            "shapes": each.shapes,
-            "p50_ms": each.latency.p50_ms,
-            "samples_ms": each.latency.samples_ms,
-            "memory_bytes": each.memory_bytes,
-        }
-        for name, each in times.items()
+def as_content(batches: Sequence[tuple[int, Mapping[str, Timed], float]], device: str, threads: int) -> dict[str, Any]:
+    """Return what was timed, JSON-able, with every sample; `batches` are sizes, times by file, and the noise."""
+    return {
+        "format": "compressor-benchmark",
+        "version": 1,
+        "machine": describe_machine(),
+        "device": device,
+        "threads": threads,
+        "batches": [
+            {
+                "batch_size": size,
+                "noise": noise,
+                "files": {
+                    name: {
+                        "shapes": each.shapes,
+                        "p50_ms": each.latency.p50_ms,
+                        "samples_ms": each.latency.samples_ms,
+                        "memory_bytes": each.memory_bytes,
+                    }
+                    for name, each in times.items()
+                },
+            }
+            for size, times, noise in batches
+        ],
     }
-    return {"batch_size": batch_size, "noise": noise, "files": files}
 
 
 def _of_run(file: Path) -> list[Path]:

@@ -16,7 +16,7 @@ therefore at most four times as large as what goes: all variances get a floor, t
 
     z_0 = 0.01 z_1, z_1 goes: A = [[100]] and W = [[1, 1]] -> [[101]]; with the floor W[0, 0] stays below 5
 
-Where no bias or running mean can take the constant, A is that of the channels about zero, `E[z_R z_K] E[z_K z_K]^-1`.
+Where no bias or running mean can take the constant, A is that of uncentred moments, `E[z_R z_K] E[z_K z_K]^-1`.
 One A serves every tap of a kernel (exact but for padded borders), and every pixel that a flatten laid side by side:
 a regression for each pixel would have as many times fewer samples. A grouped convolution has one A for each block.
 
@@ -54,7 +54,7 @@ class Moments:
     Attributes:
         means: `(D,)` float64 by the name of the consuming weight, where a bias or running mean is behind it.
         covariances: by consuming weight and group, `(blocks, C, C)` float64, of the group's channels in each block;
-            about zero where there is no mean.
+            uncentred second moments where there is no mean.
         samples: how many samples they are from.
     """
 
@@ -100,7 +100,7 @@ def input_moments(graph: ChannelGraph, batches: Iterable[Any]) -> Moments:
         (weight, name): found
         for weight, each in seen.items()
         if weight not in few
-        for name, found in each.covariances(about_zero=weight not in means).items()
+        for name, found in each.covariances(uncentred=weight not in means).items()
     }
     require_finite({weight: found for (weight, _), found in covariances.items()})
     _note_others(
@@ -250,7 +250,7 @@ class _Sums:
         assert self.total is not None
         return self.shift.double() + self.total / self.rows
 
-    def covariances(self, *, about_zero: bool = False) -> dict[str, Tensor]:
+    def covariances(self, *, uncentred: bool = False) -> dict[str, Tensor]:
         """Return `(blocks, C, C)` float64 by group."""
         assert self.total is not None
         centre = (self.total / self.rows).unsqueeze(0)
@@ -258,7 +258,7 @@ class _Sums:
         found = {}
         for name, blocks in self.positions.items():
             squares = torch.stack([_product(centre, each.to(centre.device)) for each in blocks])
-            if about_zero:
+            if uncentred:
                 squares -= torch.stack([_product(mean, each.to(mean.device)) for each in blocks])
             count = torch.tensor([each.shape[1] for each in blocks]).to(squares).view(-1, 1, 1)
             found[name] = (self.products[name] / self.rows - squares) / count
