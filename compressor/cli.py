@@ -380,7 +380,7 @@ def export(
 @app.command()
 def predict(
     file: Annotated[Path, typer.Argument(help="An ONNX file that compress exported, or a run folder.", metavar="FILE")],
-    images: Annotated[list[Path], typer.Argument(help="Images, or folders of them.", metavar="IMAGE...")],
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of them.", metavar="IMAGE")],
     top: Annotated[int, typer.Option(min=1, help="Classes of each image.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each image.")] = False,
@@ -412,7 +412,7 @@ def doctor() -> None:
 def benchmark(
     files: Annotated[
         list[Path],
-        typer.Argument(help="Run folders, .safetensors or .onnx files to time side by side.", metavar="FILE..."),
+        typer.Argument(help="Run folders, .safetensors or .onnx files to time side by side.", metavar="FILE"),
     ],
     batch_size: Annotated[list[int], typer.Option(min=1, help="Images at once; may be given several times.")] = (1, 32),  # type: ignore[assignment]
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
@@ -442,7 +442,7 @@ def benchmark(
 
 @app.command("report")
 def report_(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN...")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.", metavar="RUN")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for runs.html, .md and .json of several runs. Default: where you are.")
     ] = None,
