@@ -1,6 +1,6 @@
 """What pruning, aligned widths, a latency budget and lower precisions are worth in ONNX Runtime and OpenVINO on a CPU.
 
-python benchmarks/deployment.py --part widths|gpu|accuracy|precision [--data cifar10 --weights FOLDER]
+python benchmarks/deployment.py --part widths|gpu|accuracy|precision [--data cifar10 --weights FOLDER] [--batches 1]
 
 widths: dense, less MACs with any widths and with rounded ones, and half of the latency asked for. gpu: the same widths
 on a GPU, in PyTorch. accuracy: digits and CIFAR-10 at equal measured latency, budgeted by MACs and by latency, as cut
@@ -48,7 +48,6 @@ NETWORKS: dict[str, tuple[Any, int]] = {
     "regnet_x_400mf": (models.regnet_x_400mf, 224),
     "vgg16_bn": (models.vgg16_bn, 224),
 }
-BATCHES = (1, 32)
 ENGINES: dict[str, Callable[[Path, Any], Callable[[], object]]] = {
     "onnxruntime": onnx_runner,
     "openvino": openvino_runner,
@@ -69,12 +68,14 @@ def main(
     weights: Annotated[Path | None, typer.Option(help="Folder with NETWORK-cifar10.safetensors.")] = None,
     source: Annotated[str, typer.Option("--data", help="As for compress --data.")] = "cifar10",
     networks: Annotated[str, typer.Option(help="Of the widths, with | between them.")] = "|".join(NETWORKS),
+    batches: Annotated[str, typer.Option(help="Sizes that widths are timed and budgeted at: 1,32.")] = "1,32",
 ) -> None:
     """Measure, write, and print where the table is."""
     torch.set_num_threads(1)
     if part == "widths":
         for name in networks.split("|"):
-            path = write(f"deployment-widths-{name.replace(', ', '-').replace(' ', '-')}", widths(name), WIDTHS)
+            made = widths(name, [int(size) for size in batches.split(",")])
+            path = write(f"deployment-widths-{name.replace(', ', '-').replace(' ', '-')}", made, WIDTHS)
             print(path, flush=True)
         return
     if part == "gpu":
@@ -97,7 +98,7 @@ WIDTHS = (
 )
 
 
-def widths(name: str) -> list[dict[str, Any]]:
+def widths(name: str, batches: list[int]) -> list[dict[str, Any]]:
     """Return a row for each way to cut one network."""
     make, size = NETWORKS[name]
     torch.manual_seed(0)
@@ -109,10 +110,12 @@ def widths(name: str) -> list[dict[str, Any]]:
         files = {"dense": export_onnx(dense, Path(folder) / "dense.onnx", x).path}
         rows[0]["export + gate s"] = time.perf_counter() - began
         for number, (label, how) in enumerate(BUDGETS.items()):
+            if isinstance(how["budget"], int) and how["budget"] not in batches:
+                continue
             model = copy.deepcopy(dense)
             rows.append(cut(model, x, label, how))
             files[label] = export_onnx(model, Path(folder) / f"{number}.onnx", x).path
-        for (engine, runner), batch in itertools.product(ENGINES.items(), BATCHES):
+        for (engine, runner), batch in itertools.product(ENGINES.items(), batches):
             inputs = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
             runners = {label: runner(path, inputs) for label, path in files.items()}
             runners["again"] = runner(files["dense"], inputs)

@@ -225,6 +225,37 @@ def test_a_fixed_kernel_that_reads_channels_can_be_judged() -> None:
             r"calibration\[0\] has no samples",
         ),
         ({"rounds": 0}, RangeError, "rounds = 0 is out of range: give rounds in 1 to 1000"),
+        ({"rounds": 2.5}, RangeError, "rounds = 2.5 is out of range: give rounds in 1 to 1000, whole numbers"),
+        (
+            {"calibration": [X.to(torch.uint8)]},
+            InputError,
+            r"Sequential does not run on a batch of calibration \(torch.uint8 \(.*: RuntimeError: .*same kind as",
+        ),
+        (
+            {"calibration": [X.to(torch.uint8)], "compensate": "none", "reconstruct": True},
+            InputError,
+            "does not run on a batch of calibration",
+        ),
+        (
+            {
+                "criterion": "taylor",
+                "compensate": "none",
+                "loss_fn": F.cross_entropy,
+                "calibration": [(X[:, :1], pairs()[0][1])],
+            },
+            InputError,
+            "does not run on a batch of calibration",
+        ),
+        (
+            {"criterion": "relevance", "loss_fn": lambda x, y: F.cross_entropy(x, y), "calibration": pairs()},
+            InputError,
+            r"loss_fn cannot be called as loss_fn\(outputs, targets, reduction=...\) \(got an unexpected keyword",
+        ),
+        (
+            {"criterion": "taylor", "loss_fn": nn.CrossEntropyLoss(), "calibration": pairs()},
+            InputError,
+            "loss_fn cannot be called as",
+        ),
     ],
 )
 def test_what_it_needs_is_said_and_nothing_is_cut(settings: dict, error: type[Exception], message: str) -> None:

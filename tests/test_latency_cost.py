@@ -409,26 +409,45 @@ def test_without_measuring_the_prediction_decides() -> None:
     assert result.removed == pytest.approx(0.5, abs=0.01)
 
 
+class Progress(PruningProgress):
+    """What is gone is what was aimed at."""
+
+    def __init__(self) -> None:
+        self.gone = 0.0
+
+    def removed(self) -> float:
+        return self.gone
+
+    def has_changed(self) -> bool:
+        return True
+
+
 def test_aims_as_in_the_example() -> None:
-    class Progress(PruningProgress):
-        def __init__(self) -> None:
-            self.gone = 0.0
-
-        def removed(self) -> float:
-            return self.gone
-
-        def has_changed(self) -> bool:
-            return True
-
     progress = Progress()
-    seen = iter([Said(0.40), Said(0.496)])
+    seen = iter([Said(0.40), Said(0.451), Said(0.496)])
     aims = Aims(Budget(0.5, "macs"), 1, progress, lambda: next(seen))
     asked = []
     for aim, _ in aims:
         asked.append(aim.sparsity)
         progress.gone = aim.sparsity
-    assert asked == pytest.approx([0.425, 0.525])
+    assert asked == pytest.approx([0.425, 0.475, 0.524])
     assert aims.is_reached()
+
+
+@pytest.mark.parametrize("disturbed", range(4))
+def test_one_disturbed_look_leads_no_further_than_a_step(disturbed: int) -> None:
+    """The table is right, and one look of several sees nothing of what is gone."""
+    progress = Progress()
+    count = iter(range(99))
+
+    def look() -> Said:
+        return Said(0.0 if next(count) == disturbed else progress.gone)
+
+    aims = Aims(Budget(0.5, "macs"), 1, progress, look)
+    for aim, _ in aims:
+        progress.gone = aim.sparsity
+    assert aims.is_reached()
+    assert 0.49 <= progress.gone <= 0.55
 
 
 def test_a_small_network_in_onnxruntime_itself(tmp_path: Path, monkeypatch) -> None:

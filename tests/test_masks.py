@@ -201,6 +201,29 @@ def test_a_copy_and_a_sum_are_excluded_without_a_trace() -> None:
         assert errors[1] > 0.05
 
 
+@torch.no_grad()
+def test_where_nothing_takes_a_mean_exclusion_leaves_what_the_cut_does() -> None:
+    """Behind a convolution without bias a removed channel is gone with its mean; the rest predict it about zero."""
+    model = shake(nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 2, 3, bias=False))).train()
+    graph = compressor.trace(model, images(2))
+    gate = torch.ones(50, 5, dtype=torch.float64)
+    gate[:, 1] = 0
+    others = torch.tensor([0, 2, 3, 4])
+    found = {}
+    for exclude in ("zero", "mean", "linear"):
+        with Gates(graph, exclude=exclude).applied(gate):
+            found[exclude] = model(images(50))
+    assert torch.equal(found["mean"], found["zero"])
+    h = model[0](images(50))
+    rows = h.movedim(1, -1).flatten(0, -2)
+    x, y = rows[:, others], rows[:, 1]
+    ridge = 5 * x.square().mean(0).diag()  # in units of every channel's square: as many rows of noise as channels
+    coefficients = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
+    h[:, 1] = torch.einsum("bchw,c->bhw", h[:, others], coefficients)
+    assert relative_error(found["linear"], model[1](h)) <= 1e-10
+    assert relative_error(found["zero"], found["linear"]) > 0.01
+
+
 def test_the_mean_is_running_and_that_of_every_position(graph: ChannelGraph) -> None:
     gates = Gates(graph, half_life=2.0)
     assert gates.means() == {}

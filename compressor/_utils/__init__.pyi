@@ -1,5 +1,6 @@
 from .files import atomic_write as atomic_write
 from .files import remove_unfinished as remove_unfinished
+from .losses import require_reduction as require_reduction
 from .pictures import IMAGE_SUFFIXES as IMAGE_SUFFIXES
 from .pictures import decode as decode
 from .pictures import opened as opened
@@ -16,6 +17,7 @@ from .running import eval_mode as eval_mode
 from .running import gc_disabled as gc_disabled
 from .running import memory_format as memory_format
 from .running import named_tensors as named_tensors
+from .running import run_batch as run_batch
 from .running import run_model as run_model
 from .running import tf32_disabled as tf32_disabled
 from .running import to_device as to_device

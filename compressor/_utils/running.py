@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map
 
-from compressor.errors import InputError
+from compressor.errors import CompressorError, InputError
 
 
 @contextmanager
@@ -170,6 +170,26 @@ def run_model(model: nn.Module, inputs: Any) -> Any:
         return inputs.run(model)
     arguments, named = as_arguments(inputs)
     return model(*arguments, **named)
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Return what a model makes of a batch of real inputs, wherever that lies.
+
+    Raises:
+        InputError: the model does not run on it.
+    """
+    try:
+        return run_model(model, to_device(batch, device_of(model)))
+    except (CompressorError, torch.OutOfMemoryError):
+        raise
+    except Exception as failure:
+        if isinstance(batch, OwnForward):  # the caller's own code failed, and its own words are the best there are
+            raise
+        kinds = tree_map(lambda x: f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else x, batch)
+        raise InputError(
+            f"{type(model).__name__} does not run on a batch of calibration ({kinds}): {type(failure).__name__}: "
+            f"{failure}; give batches of the same kind as example_inputs"
+        ) from failure
 
 
 def count_samples(inputs: Any) -> int:

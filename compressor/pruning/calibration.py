@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from compressor._utils import count_samples
+from compressor._utils import count_samples, eval_mode, run_batch
 from compressor.errors import InputError
 
 
@@ -30,3 +30,14 @@ def require_batches(batches: Sequence[Any], example_inputs: Any) -> None:
             )
         if count_samples(batch) == 0:
             raise InputError(f"calibration[{index}] has no samples: leave it out")
+
+
+def require_runs(model: nn.Module, batches: Sequence[Any]) -> None:
+    """Refuse batches that the model does not run on; it is left as it was.
+
+    Raises:
+        InputError: there is one.
+    """
+    with eval_mode(model):
+        for batch in batches:
+            run_batch(model, batch)

@@ -16,7 +16,8 @@ from compressor._utils import (
     count_samples,
     device_of,
     eval_mode,
-    run_model,
+    require_reduction,
+    run_batch,
     to_device,
     unwrap_compiled,
 )
@@ -35,7 +36,7 @@ from compressor.criteria import Criterion, Snapshot, lookup, needs_gradients, sc
 from compressor.errors import IdleArgumentError, InputError, RangeError, UnknownNameError
 from compressor.graph import ChannelGraph, Group
 from compressor.pruning.aims import Aims
-from compressor.pruning.calibration import require_batches
+from compressor.pruning.calibration import require_batches, require_runs
 from compressor.pruning.relevance_scores import per_cost, with_magnitude
 from compressor.pruning.to_budget import CutOptions, prune_to_budget, traced
 from compressor.relevance import gate_relevance
@@ -117,8 +118,8 @@ def prune(
         _require_threshold(threshold, criterion, rounds, allocate)
     allocation = allocate or ("relevance" if by_itself else SelectionOptions.allocate)
     selection = SelectionOptions(allocation, usual_rounding(round_to, threshold), aligned=budget.aligned)
-    if not 1 <= rounds <= MOST_ROUNDS:
-        raise RangeError("rounds", rounds, f"1 to {MOST_ROUNDS}")
+    if not (isinstance(rounds, int) and 1 <= rounds <= MOST_ROUNDS):
+        raise RangeError("rounds", rounds, f"1 to {MOST_ROUNDS}, whole numbers")
     if forward:
         calibration, loss_fn = _run_by(forward, calibration, loss_fn, criterion, selection.allocate)
     pairs = _pairs(calibration, loss_fn, criterion, selection.allocate)
@@ -136,6 +137,8 @@ def prune(
     options = CutOptions(
         selection, shares, all_optimizers(optimizer), [unwrap_compiled(each) for each in copies], verify, threshold
     )
+    if reconstruct and chosen == "none":  # else statistics are taken of every batch, before the first cut
+        require_runs(graph.model, batches)
     reference = Reference(graph) if reconstruct else None
     made = None
     look = None if isinstance(budget.measure, str) else budget.measure.watch(graph)
@@ -233,7 +236,7 @@ def _pairs(
     """Return inputs with targets, where a loss is to be computed, and only there.
 
     Raises:
-        InputError: no loss or no pairs where something reads them.
+        InputError: no loss or no pairs where something reads them, or a loss without `reduction=`.
         IdleArgumentError: a loss that nothing reads.
     """
     reads = RELEVANCE in (criterion, allocate)
@@ -245,6 +248,7 @@ def _pairs(
         return []
     if not reads and not needs_gradients(criterion):
         raise IdleArgumentError("loss_fn", f"criterion {criterion!r}")
+    require_reduction(loss_fn)
     pairs = list(calibration or ())
     if not pairs or not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
         raise InputError("with loss_fn, calibration is pairs: pass calibration=[(inputs, targets), ...]")
@@ -266,7 +270,7 @@ def _gradients(
             parameter.grad = None
         with eval_mode(model), torch.enable_grad():
             for inputs, targets in pairs:
-                loss = loss_fn(run_model(model, to_device(inputs, device)), to_device(targets, device), reduction="sum")
+                loss = loss_fn(run_batch(model, inputs), to_device(targets, device), reduction="sum")
                 loss.backward()  # type: ignore[no-untyped-call]
         yield
     finally:

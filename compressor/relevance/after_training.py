@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor._utils import count_samples, device_of, eval_mode, run_model, to_device
+from compressor._utils import count_samples, device_of, eval_mode, run_batch, to_device
 from compressor.errors import InputError
 from compressor.graph import ChannelGraph, ConsumerInput
 from compressor.relevance.unexplained import unexplained_part
@@ -70,7 +70,7 @@ def gate_relevance(
                 count = count_samples(inputs)
                 for site in sites.values():
                     site.inputs.clear()
-                _backward(model, to_device(inputs, device), to_device(targets, device), loss_fn)
+                _backward(model, inputs, to_device(targets, device), loss_fn)
                 slopes = _slopes(sites, count)
                 for name, slope in slopes.items():
                     totals[name] += slope.square().sum(0).cpu()
@@ -87,7 +87,7 @@ def gate_relevance(
 
 def _backward(model: nn.Module, inputs: Any, targets: Any, loss_fn: Callable[..., Tensor]) -> None:
     with torch.enable_grad():
-        loss = loss_fn(run_model(model, inputs), targets, reduction="sum")
+        loss = loss_fn(run_batch(model, inputs), targets, reduction="sum")
         if not loss.requires_grad:
             raise InputError("the loss carries no gradients: no group's input reached it; use another criterion (l1)")
         if not loss.isfinite():

@@ -60,7 +60,8 @@ class Gates:
         half_life: after how many forward passes an old mean counts half. May be changed later.
         track_every: one forward pass in so many is taken into the means, the first one in any case. May be changed.
         exclude: what a gate of 0 puts in place of a channel: "zero", its "mean", or "linear", what the other channels
-            of its group predict.
+            of its group predict. Where no bias or running mean behind the consumer could take the mean, a cut leaves
+            nothing of it, and so does the gate: "mean" is zero there, and "linear" predicts about zero.
 
     Attributes:
         sizes: by group name, the number of its channels, in the order in which they stand side by side in `(B, N)`.
@@ -179,9 +180,9 @@ class Gates:
                 site.track(h.detach(), 0.5 ** (self.track_every / self.half_life))
                 self._differ = True
             rows = shared_out(batch.padded.index_select(1, site.columns(h)), site.layout or "", len(h))
-            mean = None if self._exclude == "zero" else site.mean()
+            mean = site.mean() if site.is_shifted and self._exclude != "zero" else None
             unexplained = None
-            if site.covariances and mean is not None:
+            if site.covariances:
                 unexplained = partial(site.covariances.unexplained, dim=site.dim, mean=mean)
             gate = Gate(rows, mean, site.dim, self._workspace, may_reuse_memory(module), unexplained)
             if is_recomputed or in_checkpoint():
@@ -288,6 +289,7 @@ class _Site:
         weights: names of the module's weights that consume it.
         positions: `(C, K)` by group name.
         starts: by group name, the column of its first channel (column 0 is the constant 1).
+        is_shifted: whether a bias or running mean behind the module can take what a removed channel is on average.
         total, count: decaying sums of the input's means `(D,)`, and of ones.
         covariances: of its channels, where they are asked for.
         layout: how its rows belong to samples, where there are more rows than samples; None before that was looked at.
@@ -299,6 +301,7 @@ class _Site:
     weights: list[str] = field(default_factory=list)
     positions: dict[str, Tensor] = field(default_factory=dict)
     starts: dict[str, int] = field(default_factory=dict)
+    is_shifted: bool = False
     total: Tensor = field(default_factory=lambda: torch.zeros(0))
     count: float = 0.0
     covariances: RunningCovariances | None = None
@@ -379,8 +382,9 @@ def _sites(graph: ChannelGraph, groups: Sequence[Group], *, with_covariances: bo
             site.positions[group.name] = each.positions
             site.starts[group.name] = start
             site.weights += [each.weight] if each.weight not in site.weights else []
+            site.is_shifted |= each.weight in graph.offsets
             if with_covariances:
-                site.covariances = site.covariances or RunningCovariances({})
+                site.covariances = site.covariances or RunningCovariances({}, centred=site.is_shifted)
                 site.covariances.blocks[group.name] = channel_blocks(graph, each) or [each.positions]
         start += group.size
     return sites

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor._utils import Ranks, count_samples, run_model
+from compressor._utils import Ranks, count_samples, require_reduction, run_model
 from compressor.errors import InputError
 from compressor.graph import ChannelGraph
 from compressor.relevance.config import RelevanceConfig
@@ -120,10 +120,12 @@ class Relevance:
             loss_fn: like `torch.nn.functional.cross_entropy`: takes outputs, targets and `reduction=`.
 
         Raises:
-            InputError: a loss that is not one per sample, a model in evaluation mode or that was not traced.
+            InputError: a loss that is not one per sample or takes no `reduction=`; a model in evaluation mode, or one
+                that was not traced.
         """
         if not self.draws:
             return loss_fn(run_model(model, inputs), targets)
+        require_reduction(loss_fn)
         ungated = None
         if self._estimator.control_variate and (self._batches + len(self._pending)) % CONTROL_EVERY == 0:
             # Before the gated run, which then draws the same dropout: two runs that differ in it as well tell less.

@@ -5,6 +5,8 @@
     z = [a, b, a + b] in every pixel: e is 0 for each of the three, and any one of them may go for nothing
     z = [a, b], uncorrelated:         M = 1, e = z - mu
 
+Where no bias or running mean behind a consumer could take mu, it is 0, and C holds uncentred second moments.
+
 Shape letters: C channels of a group; K positions that one channel holds; D positions of an input; N rows, one for each
 sample and place.
 """
@@ -46,11 +48,13 @@ class RunningCovariances:
 
     Attributes:
         blocks: by group name, the positions of its channels, `(C, K)` for each block that predicts within itself.
+        centred: whether products are about the mean, or else about zero.
         products: by group name, `(blocks, C, C)` float64, sums of what batches had.
         rows, count: decaying sums of rows, and of ones.
     """
 
     blocks: dict[str, list[Tensor]]
+    centred: bool = True
     products: dict[str, Tensor] = field(default_factory=dict)
     rows: float = 0.0
     count: float = 0.0
@@ -58,9 +62,9 @@ class RunningCovariances:
     _age: int = 0
 
     def add(self, rows: Tensor, decay: float) -> None:
-        """Take one more input, `(N, D)`, centred by its own mean."""
+        """Take one more input, `(N, D)`; what is centred is centred by its own mean."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        rows = rows - rows.mean(0)
+        rows = rows - rows.mean(0) if self.centred else rows
         for name, blocks in self.blocks.items():
             new = torch.stack([_covariance(rows[:, each.to(rows.device)]) for each in blocks]).double()
             self.products[name] = self.products[name].to(new) * decay + new if name in self.products else new
@@ -68,14 +72,14 @@ class RunningCovariances:
         self.count = self.count * decay + 1
         self._age += 1
 
-    def unexplained(self, h: Tensor, dim: int, mean: Tensor) -> Tensor:
+    def unexplained(self, h: Tensor, dim: int, mean: Tensor | None) -> Tensor:
         """Return of every position of an input what the others do not predict, in the shape of `h`.
 
         Zero where nothing is known of a position; differentiable by `h`.
 
         Args:
             h: the input, its channels on dimension `dim`.
-            mean: `(D,)`, of its positions.
+            mean: `(D,)`, of its positions; None for zero.
         """
         if self._age >= REFRESH_EVERY or self._parts.keys() != self.products.keys():
             self._parts = {
@@ -84,7 +88,7 @@ class RunningCovariances:
             }
             self._age = 0
         values = h.movedim(dim, -1)
-        centred = values - mean.to(values)
+        centred = values if mean is None else values - mean.to(values)
         left = torch.zeros_like(values)
         for name, parts in self._parts.items():
             for positions, part in zip(self.blocks[name], parts, strict=True):
@@ -102,6 +106,6 @@ class RunningCovariances:
 
 
 def _covariance(values: Tensor) -> Tensor:
-    """Return `(C, C)` of centred values `(N, C, K)`."""
+    """Return `(C, C)`, the mean products of values `(N, C, K)`."""
     lines = values.movedim(2, 1).flatten(0, 1)
     return lines.T @ lines / len(lines)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor._utils import device_of, eval_mode, run_model, to_device
+from compressor._utils import eval_mode, run_batch
 from compressor.errors import InputError
 from compressor.graph import ChannelGraph, Offset, owner
 
@@ -51,15 +51,15 @@ def watch_inputs(
     """Run batches in evaluation mode under forward-pre-hooks on the modules of the consuming weights.
 
     Raises:
-        InputError: no batch came; the message says what it was for.
+        InputError: no batch came, and the message says what it was for; or the model does not run on one.
     """
-    count, device = 0, device_of(graph.model)
+    count = 0
     with ExitStack() as handles, eval_mode(graph.model):
         for weight, hook in hooks.items():
             module = graph.model.get_submodule(owner(weight)[0])
             handles.callback(module.register_forward_pre_hook(hook).remove)
         for batch in batches:
-            run_model(graph.model, to_device(batch, device))
+            run_batch(graph.model, batch)
             count += 1
     if not count:
         raise InputError(f"no batch to take {what} of: give at least one batch of inputs that the model accepts")

@@ -16,7 +16,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from compressor._utils import device_of, run_model, to_device
+from compressor._utils import device_of, run_batch, run_model, to_device
 
 MOST_FEATURES = 6_000  # of one output: the solution takes the third power of it
 
@@ -69,7 +69,7 @@ def fittable_layers(model: nn.Module, batch: Any) -> list[Layer]:
         for module in (*names, *norms):
             hooks.callback(module.register_forward_hook(look).remove)
         hooks.enter_context(_Additions(added))
-        run_model(model, to_device(batch, device_of(model)))
+        run_batch(model, batch)
     return [layer for name, layer in found.items() if runs[name] == 1]
 
 
