@@ -1,4 +1,4 @@
-"""The last part of docs/accuracy.md and its pictures, from the newest rows of `intraining.py --part accuracy`.
+"""The pictures of docs/accuracy.md, and its last part, from the rows of `short_training.py` and `intraining.py`.
 
 python benchmarks/accuracy_page.py
 """
@@ -9,6 +9,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,6 +22,13 @@ DOCS = Path(__file__).parent.parent / "docs"
 LEFT, ROW, WIDTH, GAP, TOP = 190, 22, 230, 34, 52
 Cell = dict[int, float]  # by seed, in percent
 Cells = dict[str, dict[float, Cell]]  # by criterion and share removed in percent
+
+SHORT = {  # of a trained ResNet-20: what went and how long it was trained, by the rows of short_training.py
+    "49 % of the MACs, one epoch": "short-resnet20-0.49-inner-1-cells",
+    "70 % of the MACs, one epoch": "short-resnet20-0.7-inner-1-cells",
+    "49 % of the MACs, five epochs": "short-resnet20-0.49-inner-5-cells",
+}
+SHORT_METHODS = ("relevance", "l1 in widths by relevance", "euclidean", "l1", "random")
 
 HEADING = "# Trained from nothing, ten epochs on a tenth of CIFAR-10"
 NOTES = (
@@ -73,15 +81,24 @@ def _shown(cell: Cell, random: Cell, macs: Cell) -> str:
     return text + (f"; {mean(macs.values()):.0f} % of the MACs" if macs.keys() == cell.keys() else "")
 
 
-def picture(title: str, cells: Cells, names: Sequence[str], shares: Sequence[float]) -> str:
-    """Return an SVG: a panel for each share, a line for each criterion."""
-    width, height = LEFT + (WIDTH + GAP) * len(shares), TOP + ROW * len(names) + 30
+@dataclass(frozen=True)
+class Panel:
+    """What stands under one heading of a picture: values by line, in percent, and one that all are held against."""
+
+    heading: str
+    values: Mapping[str, Sequence[float]]
+    reference: float | None = None
+
+
+def picture(title: str, panels: Sequence[Panel], names: Sequence[str]) -> str:
+    """Return an SVG of panels side by side, with a line for each name."""
+    width, height = LEFT + (WIDTH + GAP) * len(panels), TOP + ROW * len(names) + 30
     marks = [f'<rect width="{width}" height="{height}" fill="white"/>']
     marks += [f'<text x="10" y="18" font-size="13" font-weight="bold">{escape(title)}</text>']
     for line, name in enumerate(names):
         marks += [f'<text x="10" y="{TOP + ROW * (line + 0.5) + 4}">{escape(name)}</text>']
-    for panel, share in enumerate(shares):
-        marks += _panel(cells, names, share, LEFT + (WIDTH + GAP) * panel, height)
+    for number, panel in enumerate(panels):
+        marks += _panel(panel, names, LEFT + (WIDTH + GAP) * number, height)
     style = 'font-family="sans-serif" font-size="12"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" {style}>\n'
@@ -90,18 +107,20 @@ def picture(title: str, cells: Cells, names: Sequence[str], shares: Sequence[flo
     )
 
 
-def _panel(cells: Cells, names: Sequence[str], share: float, left: float, height: float) -> list[str]:
-    dense = mean(cells["dense"][0.0].values())
-    every = [value for name in names for value in cells[name].get(share, {}).values()] + [dense]
+def _panel(panel: Panel, names: Sequence[str], left: float, height: float) -> list[str]:
+    every = [value for name in names for value in panel.values.get(name, ())]
+    every += [panel.reference] if panel.reference is not None else []
     low, high = min(every) - 0.5, max(every) + 0.5
 
     def across(value: float) -> str:
         return f"{left + (value - low) / (high - low) * WIDTH:.1f}"
 
-    marks = [f'<text x="{left}" y="{TOP - 12}" fill="#555">{share:.0f} % of the parameters removed</text>']
-    marks += [f'<line x1="{across(dense)}" x2="{across(dense)}" y1="{TOP}" y2="{height - 24}" stroke="#999"/>']
+    marks = [f'<text x="{left}" y="{TOP - 12}" fill="#555">{escape(panel.heading)}</text>']
+    if panel.reference is not None:
+        x = across(panel.reference)
+        marks += [f'<line x1="{x}" x2="{x}" y1="{TOP}" y2="{height - 24}" stroke="#999"/>']
     for line, name in enumerate(names):
-        y, values = TOP + ROW * (line + 0.5), list(cells[name].get(share, {}).values())
+        y, values = TOP + ROW * (line + 0.5), panel.values.get(name, ())
         marks += [f'<line x1="{left}" x2="{left + WIDTH}" y1="{y}" y2="{y}" stroke="#e5e5e5"/>']
         marks += [f'<circle cx="{across(value)}" cy="{y}" r="4" fill="#4477aa" opacity="0.6"/>' for value in values]
         if values:
@@ -112,8 +131,18 @@ def _panel(cells: Cells, names: Sequence[str], share: float, left: float, height
     return marks
 
 
+def short_panel(heading: str, name: str) -> Panel:
+    """Return the test accuracies of every method, over all machines that have rows of it."""
+    cells: dict[tuple[str, int], float] = {}
+    for path in sorted(RESULTS.glob(f"????-??-??-{name}.json")):
+        cells |= {(row["method"], row["seed"]): row["test"] for row in json.loads(path.read_text())["rows"]}
+    return Panel(heading, {each: [cells[key] for key in sorted(cells) if key[0] == each] for each in SHORT_METHODS})
+
+
 def main() -> None:
-    """Write the page, and a picture for every data set."""
+    """Write the page and its pictures."""
+    panels = [short_panel(heading, name) for heading, name in SHORT.items()]
+    (DOCS / "pictures" / "accuracy-short.svg").write_text(picture("ResNet-20, CIFAR-10", panels, SHORT_METHODS))
     newest = max(RESULTS.glob("*-intraining-accuracy.json"))
     document = json.loads(newest.read_text())
     rows = document["rows"]
@@ -126,7 +155,15 @@ def main() -> None:
         cells = cells_of(mine)
         shares = sorted({row["asked %"] for row in mine} - {0.0})
         names, dense = ranked(cells, shares), list(cells["dense"][0.0].values())
-        (DOCS / "pictures" / f"accuracy-{data}.svg").write_text(picture(data, cells, names, shares))
+        panels = [
+            Panel(
+                f"{share:.0f} % of the parameters removed",
+                {name: list(cells[name].get(share, {}).values()) for name in names},
+                mean(dense),
+            )
+            for share in shares
+        ]
+        (DOCS / "pictures" / f"accuracy-{data}.svg").write_text(picture(data, panels, names))
         page += ["", f"## {data}", "", f"![{data}: accuracy over sparsity](pictures/accuracy-{data}.svg)", ""]
         page += [f"Dense: {mean(dense):.1f} % ({min(dense):.1f} to {max(dense):.1f}).", "", table(mine, names, shares)]
         others = [name for name in cells if name in VARIANTS]
