@@ -434,6 +434,16 @@ def test_aims_as_in_the_example() -> None:
     assert aims.is_reached()
 
 
+@pytest.mark.parametrize(("rounds", "first"), [(1, [0.85]), (2, [0.5, 0.85]), (4, [0.25, 0.5, 0.75, 0.85])])
+def test_rounds_go_as_far_as_the_prediction_is_believed(rounds: int, first: list[float]) -> None:
+    progress = Progress()
+    asked = []
+    for aim, _ in Aims(Budget(0.8, "macs"), rounds, progress, lambda: Said(progress.gone)):
+        asked.append(aim.sparsity)
+        progress.gone = aim.sparsity
+    assert asked == pytest.approx([*(0.8 * each for each in first), 0.73, 0.78, 0.8])
+
+
 @pytest.mark.parametrize("disturbed", range(4))
 def test_one_disturbed_look_leads_no_further_than_a_step(disturbed: int) -> None:
     """The table is right, and one look of several sees nothing of what is gone."""

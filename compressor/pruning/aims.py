@@ -44,7 +44,7 @@ class Aims:
         if self.look is None or not self.budget.sparsity:
             yield from ((self.budget.scaled(due), due) for due in steps)
             return
-        for due in steps[:-1] or [_FIRST]:
+        for due in (*(each for each in steps if each < _FIRST), _FIRST):
             yield self.budget.scaled(due), due
         for _ in range(_CORRECTIONS):
             self.seen = self.look()
