@@ -194,6 +194,13 @@ def test_natural_images_are_mirrored_and_digits_are_not(digits: Data, tmp_path: 
 # -- folders
 
 
+def test_images_need_not_be_square(tmp_path: Path) -> None:
+    asked = load_data(f"imagefolder:{make_folder(tmp_path, size=(32, 32))}", image_size=(8, 12))
+    assert asked.image_shape == (3, 8, 12)
+    assert next(iter(asked.train.batches(2)))[0].shape == (2, 3, 8, 12)
+    assert load_data("digits", image_size=(8, 12)).image_shape == (3, 8, 12)
+
+
 def test_folder_gives_its_pixels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "compressor")
     make_folder(tmp_path)

@@ -16,6 +16,7 @@ import pytest
 from compressor import job, report
 from compressor.errors import InputError, RangeError, RunFolderError, UnknownNameError
 from compressor.job import Grid, run_grid
+from compressor.job import grid as grids
 
 TINY = {"model": "user_models:tiny", "epochs": 1, "prune-every": 9, "round-to": 4, "compensate": "mean"}
 
@@ -286,6 +287,14 @@ def test_options_that_only_some_criteria_know_reach_those(tmp_path: Path) -> Non
     assert cells["l1-0.5-seed0"].compensate == "mean"
     assert cells["rigl-0.5-seed0"].granularity == "weight"
     assert {each.when for each in cells.values()} == {"during"}
+
+
+def test_a_dense_model_is_taken_from_a_cell_that_trains_alike_alone(tmp_path: Path) -> None:
+    """An average of the weights is for criteria that cut while training: masks have none."""
+    cells = grid(tmp_path, criteria=("relevance", "l1", "rigl"), options={**TINY, "ema": 0.9}, seeds=2).cells()
+    first = cells["relevance-0.5-seed0"]
+    alike = [name for name, each in cells.items() if grids._trains_alike(each, first)]
+    assert alike == ["relevance-0.5-seed0", "l1-0.5-seed0"]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sample_report import sample
 from torch import Tensor, nn
 from torch.nn import functional as F
 from user_models import plain, tiny
@@ -25,6 +26,7 @@ from compressor.errors import BudgetError, CompressorError, ExportError, InputEr
 from compressor.job import Settings, results, stages
 from compressor.job import folder as folders
 from compressor.report import Report
+from compressor.report.model_card import model_card
 from compressor.training import ModelSpec, evaluate, models
 from compressor.training.data import sources as datasets
 
@@ -232,6 +234,19 @@ def test_a_killed_run_goes_on_bit_for_bit(options, kills, tmp_path: Path, monkey
         assert all(torch.equal(there[name], here[name]) for name in here)
 
 
+def test_a_cut_that_was_made_is_not_made_again(tmp_path: Path, monkeypatch) -> None:
+    """By latency it would be another one, and what had been trained since would fit no longer."""
+    settings = Settings.from_options({**QUICK, "out": str(tmp_path)})
+    leave_out_exports(monkeypatch)
+    with pytest.raises(Killed):
+        job.run(settings, on_progress=killer("pruned", 20))
+    monkeypatch.setattr(stages, "prune", None)
+    trained = job.run(settings, resume=True)
+    assert trained.result.reached
+    assert trained.result.params[1] == sum(parameter.numel() for parameter in trained.pruned.parameters())
+    assert trained.result.widths
+
+
 @pytest.mark.parametrize("options", [DURING, QUICK], ids=["during", "after"])
 def test_only_the_pruned_model_learns_from_the_dense_one(options, tmp_path: Path, monkeypatch) -> None:
     plain, taught = (
@@ -411,10 +426,14 @@ def test_overwrite_clears_what_a_run_wrote_and_nothing_else(tmp_path: Path) -> N
     mine = ["my notes.txt", "checkpoint/notes.txt"]
     for name in ("report.json", "model.onnx", "checkpoint/state.pt", "checkpoint/dense/state.pt", *mine):
         (tmp_path / name).write_text("old")
+    (tmp_path / "README.md").write_text(model_card(sample()))
     folders.require_usable(tmp_path, resume=False, overwrite=True)
     folders.start(tmp_path, settings)
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert left == ["checkpoint/notes.txt", "config.toml", "my notes.txt"]
+    (tmp_path / "README.md").write_text("my own page")
+    folders.start(tmp_path, settings)
+    assert (tmp_path / "README.md").read_text() == "my own page"
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from torchvision import models
 from user_models import tiny
 
 import compressor
+from compressor import job
 from compressor._utils import StopRequest
 from compressor.criteria import CRITERIA, needs_gradients
-from compressor.deploy import export_onnx
+from compressor.deploy import export_onnx, torch_runner
 from compressor.training import Data, History, TrainingConfig, load_data, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -109,6 +110,23 @@ def test_what_is_on_a_gpu_is_exported(tmp_path: Path) -> None:
     model = tiny(10).eval().cuda()
     made = export_onnx(model, tmp_path / "model.onnx", torch.zeros(2, 3, 16, 16, device="cuda"))
     assert made.path.is_file()
+
+
+def test_a_run_without_a_training_works_there(tmp_path: Path) -> None:
+    options = {"model": "user_models:tiny", "epochs": 0, "finetune-epochs": 0, "criterion": "l1", "when": "after"}
+    made = job.run(job.Settings.from_options({**options, "device": "cuda", "out": str(tmp_path)}), timings=False)
+    assert made.goal.met
+
+
+def test_a_cuda_graph_keeps_what_its_kernels_read() -> None:
+    model = tiny(10).eval().cuda()
+    x = torch.randn(4, 3, 16, 16, device="cuda")
+    run = torch_runner(copy.deepcopy(model), x, as_graph=True)
+    torch.cuda.empty_cache()
+    filled = torch.full((1 << 24,), float("nan"), device="cuda")  # where freed weights would have been
+    call = run()
+    assert filled.isnan().all()
+    torch.testing.assert_close(call(), model(x), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("criterion", [name for name in CRITERIA if not name.startswith("tp:")])

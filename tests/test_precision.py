@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
+from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
 from user_models import tiny
@@ -285,6 +287,20 @@ def test_a_run_folder_becomes_int8(run: Path, tmp_path: Path, preprocess: bool) 
     assert (taken.name, taken.type) == ("images", "tensor(uint8)" if preprocess else "tensor(float)")
     assert any(each.dtype == np.int8 for each in initializers(out).values())
     assert open_session(out).get_modelmeta().custom_metadata_map["precision"] == "int8"
+
+
+def test_images_that_are_not_square_are_lowered_as_they_were_trained_on(tmp_path: Path) -> None:
+    for split, name, number in itertools.product(("train", "test"), "ab", range(20)):
+        (tmp_path / "images" / split / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (24, 16), (8 * number, 120, 200 if name == "a" else 40)).save(
+            tmp_path / f"images/{split}/{name}/{number}.png"
+        )
+    given = {"model": "user_models:tiny", "epochs": 1, "criterion": "l1", "finetune-epochs": 0, "batch-size": 8}
+    data = f"imagefolder:{tmp_path / 'images'}"
+    job.run(Settings.from_options({**given, "data": data, "out": str(tmp_path / "run")}), timings=False)
+    code, said = compress("export", tmp_path / "run/model.onnx", "--precision", "fp16", "--out", tmp_path / "x.onnx")
+    assert code == 0, said
+    assert open_session(tmp_path / "x.onnx").get_inputs()[0].shape[1:] == [3, 16, 24]
 
 
 def test_the_gate_sees_no_image_that_the_model_learnt_from(tmp_path: Path, monkeypatch) -> None:

@@ -73,6 +73,18 @@ def typed(words: list[str]) -> dict[str, object]:
     return found
 
 
+@pytest.mark.parametrize(("criterion", "when"), [("l1", "during"), ("relevance", "after"), ("l1", "after")])
+def test_the_command_says_when_where_it_is_not_the_usual(criterion: str, when: str) -> None:
+    settings = Settings(criterion=criterion, when=when, sparsity=0.4)
+    assert Settings.from_options(typed(shlex.split(settings.command())[1:])) == settings
+    assert ("--when" in settings.command()) == ((criterion, when) != ("l1", "after"))
+
+
+def test_the_command_says_fine_tuning_that_is_usual_for_other_epochs_alone() -> None:
+    settings = Settings(criterion="l1", epochs=2, finetune_epochs=Settings(criterion="l1").finetune_epochs)
+    assert Settings.from_options(typed(shlex.split(settings.command())[1:])) == settings
+
+
 def test_the_command_is_short() -> None:
     assert Settings().command() == "compress --criterion relevance --model resnet18 --data digits --sparsity 0.5"
 

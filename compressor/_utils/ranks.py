@@ -43,6 +43,8 @@ class Ranks:
         self.group = group
         self.rank = torch.distributed.get_rank(group) if group else 0
         self.size = torch.distributed.get_world_size(group) if group else 1
+        # NCCL alone, as accelerate starts it, sends nothing that is not on a GPU.
+        self._only_gpus = group is not None and torch.distributed.get_backend(group) in ("nccl", "cuda:nccl")
 
     @property
     def is_first(self) -> bool:
@@ -61,14 +63,18 @@ class Ranks:
         def gather(tensor: Any) -> Any:
             if not isinstance(tensor, Tensor):
                 return tensor
-            sent = tensor.detach().contiguous()
+            sent = self._sendable(tensor.detach()).contiguous()
             sent = sent.view(torch.uint8) if sent.dtype is torch.bool else sent  # gloo sends no bools
             parts = [torch.empty_like(sent) for _ in range(self.size)]
             torch.distributed.all_gather(parts, sent, group=self.group)
-            return torch.cat(parts).view(tensor.dtype)
+            return torch.cat(parts).view(tensor.dtype).to(tensor.device)
 
         with _talking():
             return tree_map(gather, own)
+
+    def _sendable(self, tensor: Tensor) -> Tensor:
+        """Return a tensor where the group can send it from."""
+        return tensor.cuda() if self._only_gpus else tensor
 
     def mean(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the mean of every tensor over the ranks."""
@@ -87,7 +93,7 @@ class Ranks:
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         with _talking():
             for alike in kinds.values():
-                flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
+                flat = self._sendable(torch.cat([tensor.detach().reshape(-1) for tensor in alike]))
                 torch.distributed.all_reduce(flat, group=self.group)
                 parts = torch.split(flat, [tensor.numel() for tensor in alike])
                 for tensor, part in zip(alike, parts, strict=True):
@@ -97,8 +103,8 @@ class Ranks:
         """Return of every flag whether a rank has it set."""
         if self.group is None:
             return list(flags)
-        # On the CPU, so that no GPU is waited for.
-        raised = torch.tensor(flags, dtype=torch.uint8)
+        # On the CPU where that can be, so that no GPU is waited for.
+        raised = self._sendable(torch.tensor(flags, dtype=torch.uint8))
         with _talking():
             torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX, group=self.group)
         return raised.bool().tolist()
@@ -107,11 +113,11 @@ class Ranks:
         """Return what rank 0 has, of the same names and shapes."""
         if self.group is None:
             return dict(own)
-        taken = {name: tensor.clone() for name, tensor in own.items()}
+        taken = {name: self._sendable(tensor.clone()) for name, tensor in own.items()}
         with _talking():
             for tensor in taken.values():
                 torch.distributed.broadcast(tensor, group=self.group, group_src=0)
-        return taken
+        return {name: tensor.to(own[name].device) for name, tensor in taken.items()}
 
     def object_of_the_first(self, own: T) -> T:
         """Return what rank 0 has, whatever it is; the others give anything. Tensors in it are best on the CPU."""

@@ -4,15 +4,17 @@
     times["pruned"].p50_ms
 
 A machine slows down when it gets warm and when others use it. Timed one after the other, dense in a quiet minute and
-pruned in a busy one, 2.0 and 1.8 ms say nothing; in turns, D P P D D P, both have the same neighbours.
+pruned in a busy one, 2.0 and 1.8 ms say nothing; in turns, D P P D, both have the same neighbours.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -75,7 +77,7 @@ class Latency:
 def measure(
     runners: Mapping[Key, Runner], *, runs: int = 200, min_runs: int = 5, warmup: int = 10, budget_s: float = 10.0
 ) -> dict[Key, Latency]:
-    """Time runners in turns, every other round backwards: A B C C B A A B C ...
+    """Time runners in turns, in an order drawn anew for every two rounds, the second backwards: B A C C A B, ...
 
     Args:
         runners: by name, what to call; it must return only when the work is done (`torch_runner` waits for the GPU).
@@ -98,10 +100,15 @@ def measure(
         for run in runners.values():
             run()
     samples: dict[Key, list[float]] = {name: [] for name in runners}
-    # What a call leaves in the caches is there for the next one: each follows the others equally often.
-    orders = [list(runners.items()), list(runners.items())[::-1]]
+    # Backwards, because a machine drifts. Drawn anew, because what a call leaves in the caches is there for the next
+    # one: in a fixed order the first and the last would follow themselves, and those between them others alone.
+    drawn, order = random.Random(0), list(runners.items())
     for number in _rounds(runs, min_runs, start + budget_s):
-        for name, run in orders[number % 2]:
+        if number % 2:
+            order.reverse()
+        else:
+            drawn.shuffle(order)
+        for name, run in order:
             began = perf_counter()
             run()
             samples[name].append(1e3 * (perf_counter() - began))
@@ -201,12 +208,14 @@ def cuda_graph(call: Callable[[], object], times: int = 1) -> Runner:
             for _ in range(times):
                 call()
 
-    def run() -> object:
-        graph.replay()
-        torch.cuda.synchronize()
-        return graph
+    return partial(_replay, graph, torch.cuda.current_device(), call)
 
-    return run
+
+def _replay(graph: torch.cuda.CUDAGraph, device: int, call: Callable[[], object]) -> object:
+    """Run a graph, and wait for it; whoever holds this holds `call` too, whose model and inputs the kernels read."""
+    graph.replay()
+    torch.cuda.synchronize(device)
+    return call
 
 
 def onnx_runner(path: str | Path, inputs: Any, device: str = "cpu", *, threads: int = 1) -> Runner:

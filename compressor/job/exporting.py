@@ -129,7 +129,7 @@ def _lowered(source: Path, target: Path, options: ExportOptions, learnt_on: tupl
             f"--precision {options.precision} is checked on images: give --data NAME, imagefolder:PATH say"
         )
     says = _image_model(source)
-    found = load_data(data, seed=seed, image_size=says.image_shape[1] if says else None)
+    found = load_data(data, seed=seed, image_size=says.image_shape[1:] if says else None)
     says = says or ImageModel(found.image_shape, mean=found.train.mean, std=found.train.std)
     return lower_on(source, target, options.precision, found, says, options.tolerance, options.target)
 

@@ -1,7 +1,9 @@
 """The run folder: when it may be used, what is in it, and how a run is taken up again.
 
     config.toml  metrics.jsonl  checkpoint/  model.safetensors  model.onnx  dense.safetensors  dense.onnx  report.*
-    tensorboard/    with --tensorboard
+    README.md             a model card, where there is none of somebody's own
+    model.int8.onnx       with --precision, and dense.int8.onnx; model.int8.failed.onnx where it missed the gate
+    tensorboard/          with --tensorboard
 
 One process at a time works in a run folder: `.lock` is held by the system as long as that process lives, whatever ends
 it, and `.lock.txt` says who that is. A folder is a run folder if it holds a `config.toml` with the options of a run.
@@ -19,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from compressor import report
 from compressor._utils import atomic_write, remove_unfinished
 from compressor.deploy import PRECISIONS
 from compressor.errors import InputError, RunFolderError
@@ -149,6 +152,7 @@ def start(folder: Path, settings: Settings) -> None:
         _clear_checkpoints(folder / _CHECKPOINTS)
         for name in (*REPORTS, *MODELS, *_FAILED, _METRICS):
             (folder / name).unlink(missing_ok=True)
+        report.remove_card(folder)
         clear_board(folder / BOARD)
     with atomic_write(folder / _CONFIG) as part:
         part.write_text(settings.toml(), encoding="utf-8")

@@ -236,6 +236,11 @@ def _is_finished(settings: Settings) -> bool:
     return (Path(settings.out) / "report.json").exists()
 
 
+def _trains_alike(one: Settings, other: Settings) -> bool:
+    """Return whether two cells have the same dense model: `--ema` is for criteria without masks alone, say."""
+    return one.training(one.epochs) == other.training(other.epochs)
+
+
 def _failure(settings: Settings) -> Path:
     """Return the file beside a cell's folder that says why it failed."""
     return Path(f"{settings.out}.failed.txt")
@@ -252,7 +257,7 @@ class _Pool:
     def start(self, name: str) -> None:
         """Begin or go on with a cell, in a process of its own."""
         settings = self._cells[name]
-        donors = [each for each in self._cells.values() if each.seed == settings.seed and _is_finished(each)]
+        donors = [each for each in self._cells.values() if _trains_alike(each, settings) and _is_finished(each)]
         _failure(settings).unlink(missing_ok=True)
         arguments = (settings.given(), donors[0].out if donors else "", self._threads)
         process = get_context("spawn").Process(target=_run_cell, args=arguments, name=name)

@@ -156,7 +156,7 @@ def _run_in(folder: Path, settings: Settings, call: _Call, ranks: Ranks) -> repo
     if not call.resume and ranks.is_first:
         stages.preflight(model)
         if metric:
-            metric.of(copy.deepcopy(model))  # fails now rather than after the training
+            metric.of(copy.deepcopy(model).to(settings.device))  # fails now rather than after the training
         start(folder, settings)
         if call.dense_from:
             copy_checkpoints(call.dense_from, folder, DENSE_STAGES)

@@ -236,10 +236,16 @@ class Settings(OptionTable):
         """Return the shortest line to type that makes these settings."""
         how_much = "sparsity" if self.threshold is None else "threshold"
         named = {name: self.given()[name] for name in ("criterion", "model", "data", how_much)}
-        usual = Settings.from_options({**named, "when": self.when}).given()
-        named |= {name: value for name, value in self.given().items() if value != usual.get(name)}
+        # What is usual depends on what else is said: on --when first of all, and half of --epochs are for fine-tuning.
+        named |= {"when": self.when} if self.when != Settings.from_options(named).when else {}
+        while unusual := self._unlike(Settings.from_options(named)):
+            named |= unusual
         words = [word for name, value in named.items() for word in as_words(name, value)]
         return shlex.join(["compress", *words])
+
+    def _unlike(self, other: Settings) -> dict[str, Any]:
+        usual = other.given()
+        return {name: value for name, value in self.given().items() if value != usual.get(name)}
 
     # -- what was left open
 

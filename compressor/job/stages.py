@@ -35,15 +35,18 @@ from compressor.training import (
     QuantizationAware,
     StepHook,
     TrainingConfig,
+    read_model,
     recalibrate,
     require_scores,
     take_over,
     train,
+    write_model,
 )
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 
 DENSE_STAGES = ("train", "dense")  # whose model no criterion has touched
+CUT_STAGE = "cut"  # between two trainings
 VERIFIED_IMAGES = 8  # on which a cut is compared with the masked model
 # Over which means and covariances are taken: 4 for each channel of a ResNet's widest group, as its last layer sees it.
 CALIBRATION_IMAGES = 2048
@@ -140,8 +143,8 @@ class Stages:
 
     def during(self, model: nn.Module) -> Trained:
         """Train the dense model, and another from the same weights that gets smaller on its way."""
+        pruned = model.to(self.settings.device)
         dense = copy.deepcopy(model)
-        pruned = model
         pruners: list[Pruner | SparseTraining] = []
 
         def make_pruner(model: nn.Module, optimizer: Optimizer, total_steps: int) -> StepHook:
@@ -156,15 +159,15 @@ class Stages:
     def after(self, model: nn.Module) -> Trained:
         """Train, then go two ways for equally long: with a pruned copy, and with the dense model."""
         settings = self.settings
-        self._train(model, "train", self._training(settings.epochs))
-        dense = model
+        dense = model.to(settings.device)  # also where nothing is trained, which would bring it there
+        self._train(dense, "train", self._training(settings.epochs))
         # NOTE: The dense model gets the same treatment, or the pruned one would be ahead by BatchNorm statistics alone;
         # and before the cut, because its layers are what those of the pruned one are fitted to.
         if settings.recalibrate:
             self._recalibrate(dense)
         pruned = copy.deepcopy(model)
         # One rank prunes and the others take over what it made: no two of them could come to different channels.
-        made = self._prune(pruned) if self.ranks.is_first else None
+        made = self._cut_once(pruned) if self.ranks.is_first else None
         result = cast(PruneResult, self.ranks.object_of_the_first(made))
         take_over(pruned, self.ranks)
         config = self._training(settings.finetune_epochs)
@@ -273,6 +276,19 @@ class Stages:
             relevance=settings.relevance() if observes(vars(settings)) else None,
             process_group=ranks.group,
         )
+
+    def _cut_once(self, model: nn.Module) -> PruneResult:
+        """Prune, or take over what an interrupted call made of the same model; writes the model and a checkpoint.
+
+        Measured again, a latency would be another, and with it what goes.
+        """
+        folder = checkpoint(self.folder, CUT_STAGE)
+        kept = read_model(folder, model) if self.resume else None
+        if kept is not None:
+            return PruneResult(**kept)
+        result = self._prune(model)
+        write_model(folder, model, vars(result))
+        return result
 
     def _prune(self, model: nn.Module) -> PruneResult:
         """Cut a trained model, and take its BatchNorm statistics anew; writes the model."""

@@ -18,6 +18,7 @@ from .document import Report as Report
 from .document import Timing as Timing
 from .graph_picture import draw_graph as draw_graph
 from .inspection import inspect_graph as inspect_graph
+from .model_card import remove_card as remove_card
 from .pages import html as html
 from .pages import read as read
 from .pages import render as render

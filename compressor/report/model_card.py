@@ -43,6 +43,12 @@ def model_card(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def remove_card(folder: Path) -> None:
+    """Take away the card that an earlier run wrote; one of the user's own stays."""
+    if not is_users_own(folder / NAME):
+        (folder / NAME).unlink(missing_ok=True)
+
+
 def is_users_own(path: Path) -> bool:
     """Return whether a file of the card's name is there that no run wrote."""
     return path.exists() and _OURS not in path.read_text(encoding="utf-8", errors="replace")

@@ -76,6 +76,9 @@ def html(report: Report) -> str:
 
 
 def _speed_tiles(report: Report) -> list[dict[str, object]]:
-    """Return the gain at batch size 1, one tile for each backend."""
+    """Return the gain at batch size 1, one tile for each backend; no number where it is within the noise."""
     timed = [each for each in tables.pairs(report.timings) if each.dense.batch_size == 1]
-    return [{"place": each.place, "ratio": each.speedup.ratio} for each in timed]
+    return [
+        {"place": each.place, "ratio": None if each.speedup.is_within(each.noise) else each.speedup.ratio}
+        for each in timed
+    ]

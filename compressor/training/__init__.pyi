@@ -1,7 +1,9 @@
 from . import models as models
 from .checkpoint import NEWEST as NEWEST
 from .checkpoint import PREVIOUS as PREVIOUS
+from .checkpoint import read_model as read_model
 from .checkpoint import take_over as take_over
+from .checkpoint import write_model as write_model
 from .config import FINETUNE_DISTILL as FINETUNE_DISTILL
 from .config import RECALIBRATION_IMAGES as RECALIBRATION_IMAGES
 from .config import TRAINED_EPOCHS as TRAINED_EPOCHS

@@ -174,6 +174,29 @@ def restore_model(model: nn.Module, saved: Mapping[str, Tensor], numbers: Mappin
         tensor.data = saved[name].to(tensor)  # not copied into place: the memory format is part of what must come back
 
 
+def write_model(folder: Path, model: nn.Module, about: Mapping[str, Any]) -> None:
+    """Keep a model as it is between two trainings, and what is to be known of it: numbers, strings and tensors."""
+    kept = {name: tensor.detach() for name, tensor in tensors(model).items()}
+    write(folder, {"tensors": kept, "numbers": all_numeric_attributes(model), "about": dict(about)})
+
+
+def read_model(folder: Path, model: nn.Module) -> dict[str, Any] | None:
+    """Put what `write_model` kept into the model as it was before it was cut; writes the model.
+
+    Returns:
+        What was to be known of it; None where nothing was kept, and the model is as it was.
+
+    Raises:
+        ArtifactError: what was kept is damaged, or is something else.
+    """
+    state = read(folder)
+    if state is None:
+        return None
+    with as_damage(folder):
+        restore_model(model, state["tensors"], state["numbers"])
+        return dict(state["about"])
+
+
 def take_over(model: nn.Module, ranks: Ranks) -> None:
     """Give the model on every rank the weights that it has on the first, and their shapes; writes the model."""
     if ranks.size == 1:

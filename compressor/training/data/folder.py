@@ -103,10 +103,10 @@ def _checked_classes(folders: Mapping[str, Path], listings: Mapping[str, Mapping
     return tuple(classes)
 
 
-def _size(paths: Sequence[Path], asked: int | None) -> tuple[int, int]:
+def _size(paths: Sequence[Path], asked: tuple[int, int] | None) -> tuple[int, int]:
     """Return height and width of the images: as they are if all are alike and small."""
     if asked is not None:
-        return asked, asked
+        return asked
     first = _header(paths[0])
     if max(first) <= SMALL and all(_header(path) == first for path in paths):
         return first

@@ -62,7 +62,7 @@ def load_data(
     *,
     seed: int = 0,
     validation: float = 0.1,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     root: Path = Path(".data"),
     download: bool = False,
     on_progress: Progress = lambda done, total: None,
@@ -75,8 +75,9 @@ def load_data(
         seed: of the validation split. The test split does not depend on it.
         validation: share of each class's training images, in `(0, 1)`, that is held out; without effect where a folder
             has `train/`, `val/` and `test/`.
-        image_size: height and width in pixels. None: digits 32; CIFAR as it is; folders as they are if all images
-            have one size up to 64, else 224. Folders: the short side is resized, then the centre is cut out.
+        image_size: height and width in pixels, one number where they are alike. None: digits 32; CIFAR as it is;
+            folders as they are if all images have one size up to 64, else 224. Folders: the short side is resized, then
+            the centre is cut out.
         root: where CIFAR is kept.
         download: fetch CIFAR if it is not there.
         on_progress: called with the images decoded so far and their number.
@@ -95,13 +96,14 @@ def load_data(
         raise UnknownNameError("data set", name, [*(DATASETS.keys() - {"imagefolder"}), "imagefolder:PATH"])
     if not 0 < validation < 1:
         raise RangeError("validation", validation, "(0, 1)")
-    if image_size is not None and image_size < 1:
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size and min(size) < 1:
         raise RangeError("image_size", image_size, "1, 2, 3, ...")
     if download and not kind.startswith("cifar"):
         raise InputError(f"download has no effect on {kind}: leave it out")
     if cache and kind != "imagefolder":
         raise InputError(f"cache has no effect on {kind}: leave it out")
-    found = DATASETS[kind](Request(path, image_size, root, download, on_progress, cache))
+    found = DATASETS[kind](Request(path, size, root, download, on_progress, cache))
     return _finished(name, found, validation, seed)
 
 
@@ -126,9 +128,9 @@ def _digits(request: Request) -> RawDataset:
     from sklearn.datasets import load_digits
 
     raw = load_digits()
-    size = request.image_size or 32
+    size = request.image_size or (32, 32)
     grey = torch.from_numpy(raw.images).unsqueeze(1) * (255 / 16)
-    pixels = F.interpolate(grey, (size, size), mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
+    pixels = F.interpolate(grey, size, mode="bilinear").round().to(torch.uint8).repeat(1, 3, 1, 1)
     classes = tuple(str(name) for name in raw.target_names)
     whole = Split.from_arrays(Resident(pixels), torch.from_numpy(raw.target))
     # Always with the same seed: whoever varies seeds must not learn from another's test images.
@@ -157,14 +159,14 @@ def _cifar(kind: str, request: Request) -> RawDataset:
 def _enlarged(pixels: Tensor, request: Request) -> Tensor:
     """Resize `(N, C, H, W)` uint8 images that are all in memory."""
     size = request.image_size
-    if size is None or size == pixels.shape[-1]:
+    if size is None or size == pixels.shape[-2:]:
         return pixels.contiguous()
     # CIFAR is always in memory, so that its images may not grow beyond what fits.
-    if len(pixels) * 3 * size * size > RESIDENT_BYTES:
+    if len(pixels) * 3 * math.prod(size) > RESIDENT_BYTES:
         most = math.isqrt(RESIDENT_BYTES // (3 * len(pixels)))
-        raise RangeError("image_size", size, f"1 to {most}, or larger with imagefolder:PATH, which stays on disk")
+        raise RangeError("image_size", max(size), f"1 to {most}, or larger with imagefolder:PATH, which stays on disk")
     # In pieces: as float the whole set would take four times the memory of its bytes.
-    chunks = [F.interpolate(chunk.float(), (size, size), mode="bilinear") for chunk in torch.split(pixels, CHUNK)]
+    chunks = [F.interpolate(chunk.float(), size, mode="bilinear") for chunk in torch.split(pixels, CHUNK)]
     return torch.cat([chunk.round().to(torch.uint8) for chunk in chunks])
 
 

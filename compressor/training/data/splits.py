@@ -172,7 +172,7 @@ class Request:
     """What a loader in `DATASETS` is told; see `load_data`."""
 
     path: str
-    image_size: int | None
+    image_size: tuple[int, int] | None
     root: Path
     download: bool
     on_progress: Progress
