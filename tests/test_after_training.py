@@ -249,12 +249,21 @@ def test_a_fixed_kernel_that_reads_channels_can_be_judged() -> None:
         (
             {"criterion": "relevance", "loss_fn": lambda x, y: F.cross_entropy(x, y), "calibration": pairs()},
             InputError,
-            r"loss_fn cannot be called as loss_fn\(outputs, targets, reduction=...\) \(got an unexpected keyword",
+            r"loss_fn must take outputs, targets and reduction=, which may be left out \(got an unexpected keyword",
         ),
         (
             {"criterion": "taylor", "loss_fn": nn.CrossEntropyLoss(), "calibration": pairs()},
             InputError,
-            "loss_fn cannot be called as",
+            "loss_fn must take outputs, targets and reduction=",
+        ),
+        (
+            {
+                "criterion": "relevance",
+                "loss_fn": lambda x, y, reduction: F.cross_entropy(x, y),
+                "calibration": pairs(),
+            },
+            InputError,
+            "which may be left out .missing a required argument: 'reduction'",
         ),
     ],
 )
@@ -297,3 +306,29 @@ def test_a_pruner_cannot_allocate_by_relevance_that_it_does_not_observe() -> Non
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(InputError, match="allocate='relevance' with criterion 'l1' needs losses of a trained model"):
         compressor.Pruner(model, pairs()[0][0], "l1", optimizer=optimizer, total_steps=10, allocate="relevance")
+
+
+def test_a_depthwise_convolution_on_the_way_does_not_count_twice() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.ReLU(), nn.Conv2d(6, 4, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3),
+    ).double()  # fmt: skip
+    x, y = pairs()[0]
+    found = gate_relevance(compressor.trace(model, x), [(x, y)], F.cross_entropy, Moments({}))
+    h = model[:4](x).detach().requires_grad_()
+    F.cross_entropy(model[4:](h), y, reduction="sum").backward()
+    torch.testing.assert_close(found["0"], 0.5 * (h * h.grad).sum((2, 3)).square().mean(0).detach())
+
+
+def test_a_loss_that_was_asked_for_can_be_left_to_its_mean() -> None:
+    """What the message of a refused loss says to write works in both places that read losses."""
+    model, (x, y) = small().double().train(), pairs()[0]
+
+    def loss_fn(outputs: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        return F.cross_entropy(outputs, targets, reduction=reduction)
+
+    compressor.prune(small().double(), x, "relevance", 0.3, calibration=[(x, y)], loss_fn=loss_fn)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    pruner = compressor.Pruner(model, x, "relevance", 0.3, optimizer=optimizer, total_steps=4000)
+    assert pruner.loss(x, y, loss_fn).isfinite()

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from conftest import relative_error, shake
+from conftest import masked, relative_error, shake
 from test_surgery import same, small
 from torch import Tensor, nn
 
@@ -259,3 +259,34 @@ def test_what_others_determine_goes_without_a_trace_whichever_way_a_weight_lies(
         assert relative_error(model(fresh), expected) < 1e-10
     weight = model[3].weight if isinstance(model[-1], FromTheLeft) else model[1].weight
     assert optimizer.state[weight]["momentum_buffer"].shape == weight.shape
+
+
+class Meeting(nn.Module):
+    """Two convolutions with one BatchNorm, or one bias, behind both."""
+
+    def __init__(self, shared: str) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+        self.first, self.second = (nn.Conv2d(4, 5, 1, bias=shared == "bias") for _ in range(2))
+        self.behind = nn.BatchNorm2d(5) if shared == "BatchNorm" else nn.Identity()
+        self.head = nn.Conv2d(5, 2, 1)
+        if shared == "bias":
+            self.second.bias = self.first.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.first(torch.relu(self.one(x))), self.second(torch.relu(self.other(x)))
+        return self.head(self.behind(first)) + 2 * self.head(self.behind(second))
+
+
+@pytest.mark.parametrize("shared", ["BatchNorm", "bias"])
+@torch.no_grad()
+def test_no_constant_is_put_where_two_layers_read_it(shared: str) -> None:
+    torch.manual_seed(0)
+    model, x = shake(Meeting(shared)).eval(), torch.randn(6, 3, 4, 4, dtype=torch.float64)
+    model.one.weight[1], model.one.bias[1] = 0, 1.5  # a constant channel
+    graph = compressor.trace(model, x)
+    assert not {"first.weight", "second.weight"} & graph.offsets.keys()
+    keep = {"one": torch.tensor([0, 2, 3])}
+    expected = masked(graph, keep)(x)
+    compressor.cut(graph, keep, means=input_means(graph, [x]))
+    assert relative_error(model(x), expected) <= 1e-12

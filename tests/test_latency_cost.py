@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torchvision import models
 
 import compressor
@@ -22,7 +22,9 @@ from compressor.deploy.fragments import fragment
 from compressor.deploy.latency_table import CLOCKS, Widest
 from compressor.deploy.layers import Follower, Kind, fused_layers
 from compressor.errors import InputError, RangeError, UnknownNameError
+from compressor.graph import ChannelGraph
 from compressor.pruning.aims import Aims
+from compressor.pruning.relevance_scores import relevance_scores
 
 X = torch.zeros(1, 3, 32, 32)
 THREE = Kind("Conv", (14, 14), (3, 3), padding=(1, 1))
@@ -437,11 +439,13 @@ def test_aims_as_in_the_example() -> None:
 @pytest.mark.parametrize(("rounds", "first"), [(1, [0.85]), (2, [0.5, 0.85]), (4, [0.25, 0.5, 0.75, 0.85])])
 def test_rounds_go_as_far_as_the_prediction_is_believed(rounds: int, first: list[float]) -> None:
     progress = Progress()
-    asked = []
-    for aim, _ in Aims(Budget(0.8, "macs"), rounds, progress, lambda: Said(progress.gone)):
+    asked, dues = [], []
+    for aim, due in Aims(Budget(0.8, "macs"), rounds, progress, lambda: Said(progress.gone)):
         asked.append(aim.sparsity)
+        dues.append(due)
         progress.gone = aim.sparsity
     assert asked == pytest.approx([*(0.8 * each for each in first), 0.73, 0.78, 0.8])
+    assert dues == [*first[:-1], 1.0, 1.0, 1.0, 1.0]  # what groups are to lose whatever the budget is, in rounds
 
 
 @pytest.mark.parametrize("disturbed", range(4))
@@ -472,3 +476,23 @@ def test_a_small_network_in_onnxruntime_itself(tmp_path: Path, monkeypatch) -> N
     assert model[0].out_channels < 64
     (kept,) = tmp_path.iterdir()
     assert all(value > 0 for value in json.loads(kept.read_text()).values())
+
+
+def test_relevance_is_not_taken_per_a_price_that_comes_in_steps() -> None:
+    """A channel that saves nothing by itself would be worth infinitely much."""
+
+    class Free:
+        name, aligned = "latency", 1
+
+        def count(self, graph: ChannelGraph) -> object:
+            raise AssertionError("a single channel has no price")
+
+    class Known:
+        def scores(self) -> dict[str, Tensor]:
+            return {"0": torch.tensor([1.0, -2.0, 3.0])}
+
+        def confidence(self) -> dict[str, Tensor]:
+            return {"0": torch.tensor([0.0, 0.0, 1.0])}
+
+    found = relevance_scores(Known(), compressor.trace(convolutions(), X), Free(), 0.95)["0"]
+    assert found.tolist() == pytest.approx([1.0, -2.0, 13.0])

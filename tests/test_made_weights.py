@@ -179,3 +179,11 @@ def test_masks_on_weights_count_the_weights_that_they_cannot_mask() -> None:
     training = compressor.SparseTraining(model, X.float(), "rigl", 0.9, **how)
     with pytest.raises(BudgetError, match="weights do not train, or are made of others"):
         training.loss(X.float(), torch.zeros(4, 8, 8, dtype=torch.long), F.cross_entropy)
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.weight_norm, nn.utils.spectral_norm], ids=["weight_norm", "spectral_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_layers_are_fitted_behind_weights_that_have_a_history(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, x = chain(wrap), torch.randn(64, 3, 8, 8, dtype=torch.float64)
+    assert compressor.prune(model, x[:2], "l1", 0.3, round_to=1, calibration=[x]).reached

@@ -521,3 +521,21 @@ def test_inputs_of_another_layout_are_left_alone_and_said(call, came: str) -> No
     assert reached == set()
     (reason,) = gates.unseen.values()
     assert re.search(came, reason)
+
+
+def test_a_weight_that_another_module_reads_too_cannot_be_gated() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(4, 5, 1)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.relu(self.a(x))
+            return self.first(h) + self.second(h.flip(3))
+
+    graph = compressor.trace(Tied().double().train(), images(2))
+    (group,) = graph.groups
+    assert not observable(group)
+    with pytest.raises(InputError, match=r"cannot be watched: not every consumer \(first.weight\) is a module"):
+        Gates(graph, ["a"])

@@ -224,3 +224,19 @@ def test_weights_that_predict_best_already_stay_as_they_are() -> None:
 def test_without_inputs_it_is_refused() -> None:
     with pytest.raises(InputError, match=r"reconstruct=True needs real inputs: pass calibration=\[inputs, ...\]"):
         compressor.prune(network(), batches()[0], "l1", 0.4, reconstruct=True)
+
+
+@torch.no_grad()
+def test_the_sizes_of_the_batches_do_not_decide() -> None:
+    """Held out is one sample in five, of all batches together."""
+    x = torch.cat(batches(4))
+    weights = []
+    for size in (20, 1):
+        model = made(lambda: nn.Sequential(nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 5, 1)))
+        graph = compressor.trace(model, x[:2])
+        reference, table, keep = Reference(graph), graph.table, {"0.0": torch.arange(4)}
+        compressor.cut(graph, keep)
+        reference.follow(table, keep)
+        assert "0.2" in reconstruct(graph, reference, list(x.split(size)))
+        weights.append(model[0][2].weight)
+    torch.testing.assert_close(*weights, rtol=1e-8, atol=1e-8)

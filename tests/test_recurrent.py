@@ -144,3 +144,28 @@ def test_a_trace_leaves_the_layers_as_they_were() -> None:
     compressor.trace(model, X.float())
     assert is_torch_module(model.rnn)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_all_sizes_are_right_when_a_gpu_is_asked_to_lay_weights_together(monkeypatch) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LSTM(4, 6, batch_first=True))
+    graph = compressor.trace(FirstOutput(model), torch.randn(2, 5, 3))
+    seen = []
+
+    def flatten(self: nn.LSTM) -> None:
+        seen.append(((4 * self.hidden_size, self.input_size), tuple(self.weight_ih_l0.shape)))
+
+    monkeypatch.setattr(nn.LSTM, "flatten_parameters", flatten)
+    compressor.cut(graph, {name: torch.arange(size // 2) for name, size in graph.sizes().items()})
+    assert seen
+    assert all(said == shape for said, shape in seen)
+
+
+class FirstOutput(nn.Module):
+    """A Linear, an LSTM and a Linear."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.layers, self.head = layers, nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(x)[0])

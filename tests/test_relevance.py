@@ -725,7 +725,7 @@ def test_a_control_variate_leaves_the_model_and_its_random_state_alone() -> None
 def test_a_loss_must_be_one_per_sample() -> None:
     model, relevance = watching()
     with pytest.raises(InputError, match=r"losses of shape \(\) came for 64 samples: .*reduction='none'"):
-        relevance.loss(model, *digits_like(), lambda out, y, reduction: F.cross_entropy(out, y))
+        relevance.loss(model, *digits_like(), lambda out, y, reduction="mean": F.cross_entropy(out, y))
     observe(model, relevance, 1)
 
 

@@ -591,3 +591,25 @@ def test_limits_say_which_groups_lose_channels(criterion: str) -> None:
     assert training.result().widths["0"] == (32, 32)
     with pytest.raises(InputError, match="limits has no effect with granularity 'weight'"):
         made(criterion, "weight", limits=limits)
+
+
+def test_a_buffer_that_is_not_saved_is_cut_along() -> None:
+    class Projected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.out = nn.Linear(3, 6), nn.Linear(4, 2)
+            self.register_buffer("p", torch.randn(6, 4), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.relu(self.a(x)) @ self.p)
+
+    torch.manual_seed(0)
+    model, x, y = Projected(), torch.randn(8, 3), torch.arange(8) % 2
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    training = SparseTraining(model, x, "magnitude", 0.2, optimizer=optimizer, total_steps=20)
+    for _ in range(20):
+        training.loss(x, y, F.cross_entropy).backward()
+        optimizer.step()
+        training.step()
+        optimizer.zero_grad()
+    assert len(model.p) == model.a.out_features

@@ -386,3 +386,12 @@ def test_a_refused_cut_leaves_the_copy_alone_and_a_stranger_is_refused() -> None
     assert same(dict(average.state_dict()), dict(before))
     with pytest.raises(InputError, match=r"Sequential is no copy of the model: '0.weight' is \(8, 3, 3, 3\) there"):
         compressor.cut(graph, {"b": [0, 1]}, copies=[small()])
+
+
+def test_numbers_of_a_copy_that_are_no_sizes_are_its_own() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Dropout(0.5), nn.Conv2d(8, 2, 1))
+    average = copy.deepcopy(model)
+    average[1].p = 0.0
+    graph = compressor.trace(model, torch.randn(1, 3, 2, 2))
+    compressor.cut(graph, {"0": torch.arange(2)}, copies=[average])
+    assert (average[1].p, average[0].out_channels, average[2].in_channels) == (0.0, 2, 2)

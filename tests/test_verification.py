@@ -154,3 +154,18 @@ def test_inputs_that_do_not_fit_the_model_are_its_own_error() -> None:
     graph = compressor.trace(shake(small()), X)
     with pytest.raises(TraceError, match=r"Sequential does not run on the example inputs \(4, 5, 8, 8\)"):
         verified_cut(graph, {"0": torch.tensor([0])}, X.repeat(1, 2, 1, 1)[:, :5])
+
+
+def test_products_in_full_whichever_way_tf32_was_allowed() -> None:
+    """Once set by torch's newer names, `allow_tf32` cannot be read any more."""
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [place.fp32_precision for place in places]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    try:
+        for place in places:
+            place.fp32_precision = "tf32"
+        assert compressor.prune(model, torch.randn(1, 3, 2, 2), "l1", 0.3, round_to=1, verify=True).reached
+        assert [place.fp32_precision for place in places] == ["tf32", "tf32"]
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value

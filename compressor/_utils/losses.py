@@ -19,12 +19,14 @@ def require_reduction(loss_fn: Callable[..., Tensor]) -> None:
     # Of a module it is `forward` that tells: `__call__` takes everything.
     called = loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn
     try:
-        inspect.signature(called).bind("outputs", "targets", reduction="none")
+        signature = inspect.signature(called)
+        signature.bind("outputs", "targets", reduction="none")
+        signature.bind("outputs", "targets")
     except ValueError:  # a function of a compiled library, which does not say how it is called
         return
     except TypeError as failure:
         raise InputError(
-            f"loss_fn cannot be called as loss_fn(outputs, targets, reduction=...) ({failure}): give "
+            f"loss_fn must take outputs, targets and reduction=, which may be left out ({failure}): give "
             "torch.nn.functional.cross_entropy itself, functools.partial(cross_entropy, label_smoothing=0.1), or "
-            "lambda outputs, targets, reduction: ..."
+            "lambda outputs, targets, reduction='mean': ..."
         ) from None

@@ -112,14 +112,17 @@ def unwrap_compiled(model: nn.Module) -> nn.Module:
 @contextmanager
 def tf32_disabled() -> Iterator[None]:
     """Let a GPU multiply float32 in full; with ten bits of each factor no outputs agree to a few digits."""
-    cudnn = torch.backends.cudnn
-    cublas = torch.backends.cuda.matmul
-    before = cudnn.allow_tf32, cublas.allow_tf32
-    cudnn.allow_tf32 = cublas.allow_tf32 = False
+    # Not by `allow_tf32`, which cannot be read any more once somebody has set these.
+    cudnn: Any = torch.backends.cudnn
+    places = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]
+    before = [place.fp32_precision for place in places]
     try:
+        for place in places:
+            place.fp32_precision = "ieee"
         yield
     finally:
-        cudnn.allow_tf32, cublas.allow_tf32 = before
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -6,7 +6,6 @@ compressor.prune(model, inputs, "l1", compressor.Budget(0.5, cost))
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,7 +24,7 @@ from compressor.deploy.openvino_engine import openvino_runner
 from compressor.deploy.place import Place
 from compressor.deploy.timing import measure, onnx_runner, torch_runner, torch_threads
 from compressor.errors import InputError
-from compressor.graph import ChannelGraph, Extent
+from compressor.graph import ChannelGraph, Extent, copied
 
 IntArray: TypeAlias = NDArray[np.int64]
 
@@ -145,7 +144,7 @@ class _Frozen:
     def __init__(self, graph: ChannelGraph, place: Place) -> None:
         inputs = tree_map(lambda tensor: _of(tensor, place.batch), graph.example_inputs)
         if place.engine == "torch":
-            model = copy.deepcopy(graph.model).eval().to(place.device)
+            model = copied(graph.model).eval().to(place.device)
             self.runner = torch_runner(model, inputs, as_graph=place.device == "cuda")
             return
         with exported_aside(graph.model, graph.example_inputs) as path:

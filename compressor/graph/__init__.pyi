@@ -19,6 +19,7 @@ from .group import owner as owner
 from .recording import Recording as Recording
 from .replay import Mismatch as Mismatch
 from .rules import RULES as RULES
+from .sizes import copied as copied
 from .sizes import named_model_tensors as named_model_tensors
 from .sizes import replace_data as replace_data
 from .sizes import replace_size_attributes as replace_size_attributes

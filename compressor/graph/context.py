@@ -296,7 +296,12 @@ class TraceContext:
     def record_consumer(self, weight: str | None, dim: int, axis: Axis) -> None:
         """Note that the module that owns `weight`, and is running now, sees these channels on dimension `dim`."""
         # NOTE: A module with several weights (attention) reads several inputs; its first one is not the whole story.
-        if not weight or weight in self._recorded_consumers or owner(weight) != (self.module, "weight"):
+        if weight and owner(weight) != (self.module, "weight"):
+            # By another module, to which it is tied, or by a function: its owner's input is not all that it multiplies.
+            self._recorded_consumers.add(weight)
+            self.sites = [site for site in self.sites if site.weight != weight]
+            return
+        if not weight or weight in self._recorded_consumers:
             return
         if isinstance(axis, np.ndarray):
             self._recorded_consumers.add(weight)
@@ -313,16 +318,23 @@ class TraceContext:
         self.costs.append(Cost(constant, tuple(arrays)))
 
     def unshared_offsets(self) -> dict[str, Offset]:
-        """Return the offsets, less those behind a result that is also read by something that they do not reach."""
+        """Return the offsets, less those behind a result that is also read by something that they do not reach.
+
+        And less those that somebody else reads: a BatchNorm that is called behind two convolutions has one running mean
+        for both.
+        """
         # A bias in the operation reaches all readers of the result; a running mean the BatchNorm alone, a bias that is
         # added afterwards the sum alone, and others would differ.
         shared = {weight for weight, result in self.batch_norm_inputs.items() if self._uses.get(id(result), 0) > 1}
         early = {weight for weight, result in self.bias_inputs.items() if self._uses.get(id(result), 0) > 1}
         # A weight that is used twice (two modules share it, or one is called twice) has an input mean at each use.
+        read_twice = {
+            str(at[1]) for key, at in self.origins.items() if at[0] == "tensor" and self._uses.get(key, 0) > 1
+        }
         once = {
             weight: offset
             for weight, offset in self.offsets.items()
-            if self._weight_uses[weight] == 1 and weight not in early
+            if self._weight_uses[weight] == 1 and weight not in early and offset.tensor not in read_twice
         }
         return {weight: offset for weight, offset in once.items() if weight not in shared or offset.sign > 0}
 

@@ -97,7 +97,7 @@ class Group:
         name: stable and unique within the graph; the module of the first producer.
         size: `C`, the number of channels.
         members: every tensor dimension that a cut of this group narrows.
-        inputs: where consumers see these channels.
+        inputs: where modules see these channels.
         exact: masking a channel and cutting it give the same output. False behind LayerNorm, a softmax over
             channels, and other operations that mix the channels of the group without a weight.
     """
@@ -111,6 +111,15 @@ class Group:
     def of_role(self, role: Role) -> tuple[Member, ...]:
         """Return the members of one role, in the order in which the model uses them."""
         return tuple(member for member in self.members if member.role == role)
+
+    @property
+    def consumer_inputs(self) -> tuple[ConsumerInput, ...]:
+        """The inputs of consumers alone, also of those whose weight an embedding produces channels with.
+
+        A depthwise convolution shows its channels at its input too, but hands them on: they would count twice.
+        """
+        followers = {member.tensor for member in self.of_role("follower")}
+        return tuple(each for each in self.inputs if each.weight not in followers)
 
     def rows(self, tensors: Mapping[str, Tensor], role: Role = "producer") -> Tensor:
         """Return each channel's values in all members of a role, one channel a row: `(C, F)`.

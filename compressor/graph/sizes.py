@@ -5,6 +5,7 @@ A cut narrows tensors; here is everything else that must have the same sizes aft
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,11 +36,24 @@ def sync_size_attributes(model: nn.Module) -> None:
     with torch.no_grad():
         for module in model.modules():
             _refresh_made_weights(module)
-            for name, value in _sizes_of_tensors(module).items():
-                if vars(module).get(name) != value:
-                    setattr(module, name, value)
-                    if isinstance(module, nn.RNNBase):
-                        module.flatten_parameters()  # on a GPU, cuDNN wants all weights in one piece of memory
+            sizes = _sizes_of_tensors(module)
+            changed = {name: value for name, value in sizes.items() if vars(module).get(name) != value}
+            for name, value in changed.items():
+                setattr(module, name, value)
+            if changed and isinstance(module, nn.RNNBase):
+                module.flatten_parameters()  # on a GPU, cuDNN wants all weights in one piece of memory
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy.
+
+    A weight that hooks make of others before each run (`weight_norm`) is made once more in the model, without the
+    history that nobody can copy.
+    """
+    with torch.no_grad():
+        for module in model.modules():
+            _refresh_made_weights(module)
+    return copy.deepcopy(model)
 
 
 def restore_shapes(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:

@@ -9,7 +9,6 @@ just as long. Whatever can be refused is refused before anything slow begins and
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ from compressor import report
 from compressor._utils import Ranks, StopRequest, launched
 from compressor.deploy import describe
 from compressor.errors import InputError
-from compressor.graph import trace
+from compressor.graph import copied, trace
 from compressor.job import saved
 from compressor.job.folder import clear_unfinished, copy_checkpoints, locked, require_usable, resumed, start
 from compressor.job.option_table import PUBLISHED
@@ -156,7 +155,7 @@ def _run_in(folder: Path, settings: Settings, call: _Call, ranks: Ranks) -> repo
     if not call.resume and ranks.is_first:
         stages.preflight(model)
         if metric:
-            metric.of(copy.deepcopy(model).to(settings.device))  # fails now rather than after the training
+            metric.of(copied(model).to(settings.device))  # fails now rather than after the training
         start(folder, settings)
         if call.dense_from:
             copy_checkpoints(call.dense_from, folder, DENSE_STAGES)

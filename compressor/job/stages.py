@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +19,7 @@ from compressor.budget import Allocation, Budget, PruneResult, Threshold, cut_ev
 from compressor.criteria import needs_gradients
 from compressor.deploy import LatencyCost, require_exportable, weight_bits
 from compressor.errors import BudgetError, InputError
+from compressor.graph import copied
 from compressor.job.board import BOARD, Board
 from compressor.job.checks import OBSERVING, is_sparse, observes
 from compressor.job.folder import Metrics, checkpoint
@@ -109,16 +109,16 @@ class Stages:
         settings = self.settings
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise InputError(f"no parameter of {settings.model} trains: let its factory set requires_grad = True")
-        double = copy.deepcopy(model).to(settings.device)
+        double = copied(model).to(settings.device)
         require_scores(double, self.data, settings.device)
-        self._try_pruning(copy.deepcopy(double))
+        self._try_pruning(copied(double))
         require_exportable(double, self._example())
 
     def _try_pruning(self, double: nn.Module) -> None:
         """Make the pruner, and cut; writes the model, which is of no use afterwards."""
         settings = self.settings
         if observes(vars(settings)) or is_sparse(settings.criterion):
-            trained = copy.deepcopy(double)
+            trained = copied(double)
             steps = (settings.epochs or 0) * self._epoch_steps()
             pruner = self._pruner(trained, SGD(trained.parameters()), steps, Ranks())
             inputs, targets = next(iter(self.data.validation.batches(2, device=settings.device)))
@@ -144,7 +144,7 @@ class Stages:
     def during(self, model: nn.Module) -> Trained:
         """Train the dense model, and another from the same weights that gets smaller on its way."""
         pruned = model.to(self.settings.device)
-        dense = copy.deepcopy(model)
+        dense = copied(model)
         pruners: list[Pruner | SparseTraining] = []
 
         def make_pruner(model: nn.Module, optimizer: Optimizer, total_steps: int) -> StepHook:
@@ -165,7 +165,7 @@ class Stages:
         # and before the cut, because its layers are what those of the pruned one are fitted to.
         if settings.recalibrate:
             self._recalibrate(dense)
-        pruned = copy.deepcopy(model)
+        pruned = copied(model)
         # One rank prunes and the others take over what it made: no two of them could come to different channels.
         made = self._cut_once(pruned) if self.ranks.is_first else None
         result = cast(PruneResult, self.ranks.object_of_the_first(made))
@@ -178,7 +178,7 @@ class Stages:
     def for_int8(self, model: nn.Module, name: str) -> nn.Module:
         """Return a copy of a finished model that was trained on with weights and inputs rounded as int8 has them."""
         settings = self.settings
-        double = copy.deepcopy(model)
+        double = copied(model)
         hook = partial(QuantizationAware, weight_bits=weight_bits())
         usual = settings.training(settings.qat_epochs)
         config = replace(usual, lr=TRAINED_LR * usual.lr, compile=False, ema=0.0)

@@ -1,8 +1,8 @@
 """What each cut of a pruning aims at: equal rounds, and for a cost that is predicted, measuring and cutting on.
 
 A worked example: 50 % of the latency is to go. The first cut goes 85 % of the way by the prediction, 42.5 %; measured
-are 40 %. The next one aims at half of what is missing, 47.5 % predicted: it may have been a busy moment. Measured are
-45.1 %, so the missing 4.9 % come on top, 52.4 % predicted. Measured are 49.6 %, which is within a point.
+are 40 %. Ten points are missing, and it may have been a busy moment: the next one aims at five more, 47.5 % predicted.
+Measured are 45.1 %, so the missing 4.9 come on top, 52.4 % predicted. Measured are 49.6 %, which is within a point.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ class Aims:
     seen: Seen | None = field(default=None, init=False)
 
     def __iter__(self) -> Iterator[tuple[Budget, float]]:
-        """Yield what to cut to, and how much of the way that is; ask for the next one when that is done."""
+        """Yield what to cut to, and the part of the groups' own shares that is due; ask for the next one then."""
         steps = [(number + 1) / self.rounds for number in range(self.rounds)]
         if self.look is None or not self.budget.sparsity:
             yield from ((self.budget.scaled(due), due) for due in steps)
             return
-        for due in (*(each for each in steps if each < _FIRST), _FIRST):
+        for due in (each for each in steps if each < _FIRST):
             yield self.budget.scaled(due), due
+        yield self.budget.scaled(_FIRST), 1.0  # the groups' own shares are no predictions
         for _ in range(_CORRECTIONS):
             self.seen = self.look()
             if self.is_reached() or not self.progress.has_changed():

@@ -155,7 +155,7 @@ def prune(
                 return score(judge, groups, Snapshot.from_model(graph.model, generator))
 
         def allocated(groups: Sequence[Group], found: Mapping[str, Tensor] = relevance) -> Mapping[str, Tensor]:
-            # Where the cost falls in steps, the selection itself takes what a step saves.
+            # As for `relevance_scores`.
             return per_cost(found, graph, budget.measure) if isinstance(budget.measure, str) else found
 
         table = graph.table

@@ -27,13 +27,17 @@ def relevance_scores(
     Args:
         relevance: what was observed so far.
         graph: the graph as it is now.
-        measure: in which the budget counts: relevance is taken per what a channel costs in it.
+        measure: in which the budget counts: relevance is taken per what a channel costs in it. Where the cost falls in
+            steps, as a latency does, a single channel has no price, and the selection takes what a step saves.
         confidence: channels that are above this go only when the budget leaves no others.
     """
-    return _protected(per_cost(relevance.scores(), graph, measure), relevance.confidence(), confidence)
+    scores = relevance.scores()
+    if isinstance(measure, str):
+        scores = per_cost(scores, graph, measure)
+    return _protected(scores, relevance.confidence(), confidence)
 
 
-def per_cost(relevance: Mapping[str, Tensor], graph: ChannelGraph, measure: Measure | Cost) -> dict[str, Tensor]:
+def per_cost(relevance: Mapping[str, Tensor], graph: ChannelGraph, measure: Measure) -> dict[str, Tensor]:
     """Return relevance by group per what a channel costs in a measure, a channel of the usual price costing 1."""
     price = CostModel(graph).per_channel(measure, graph.sizes())
     usual = sum(price.values()) / max(len(price), 1)

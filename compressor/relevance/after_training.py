@@ -117,7 +117,7 @@ class _Site:
 def _sites(graph: ChannelGraph, known: Moments) -> dict[str, _Site]:
     sites: dict[str, _Site] = {}
     for group in graph.groups:
-        for seen in group.inputs:
+        for seen in group.consumer_inputs:
             site = sites.setdefault(seen.module, _Site(seen.dim))
             blocks = channel_blocks(graph, seen) or [seen.positions]
             unexplained = _unexplained(known, seen, group.name, len(blocks))

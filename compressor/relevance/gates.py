@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from compressor._utils import Ranks
 from compressor.errors import InputError, UnknownNameError
-from compressor.graph import ChannelGraph, ConsumerInput, Group
+from compressor.graph import ChannelGraph, Group
 from compressor.relevance.config import Exclusion
 from compressor.relevance.gating import Gate, Workspace, in_backward, in_checkpoint, may_reuse_memory
 from compressor.relevance.sample_rows import Layout, row_layouts, shared_out
@@ -31,14 +31,8 @@ from compressor.surgery import channel_blocks
 def observable(group: Group) -> bool:
     """Return whether every consumer of the group is a module that can be watched, so that gates reach all of them."""
     consumers = {member.tensor for member in group.of_role("consumer")}
-    return bool(consumers) and consumers == {each.weight for each in _consumer_inputs(group)}
-
-
-def _consumer_inputs(group: Group) -> list[ConsumerInput]:
-    """Return the inputs of consumers alone."""
-    # A depthwise convolution shows its channels at its input too, but hands them on: they would be gated twice.
-    consumers = {member.tensor for member in group.of_role("consumer")}
-    return [each for each in group.inputs if each.weight in consumers]
+    seen = {each.weight for each in group.consumer_inputs}
+    return bool(seen) and consumers <= seen
 
 
 class Gates:
@@ -377,7 +371,7 @@ def _sites(graph: ChannelGraph, groups: Sequence[Group], *, with_covariances: bo
     sites: dict[str, _Site] = {}
     start = 1
     for group in groups:
-        for each in _consumer_inputs(group):
+        for each in group.consumer_inputs:
             site = sites.setdefault(each.module, _Site(graph.model.get_submodule(each.module), each.module, each.dim))
             site.positions[group.name] = each.positions
             site.starts[group.name] = start

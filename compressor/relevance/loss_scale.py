@@ -71,7 +71,7 @@ class LossScale:
         excess = torch.where(level.weights[0] > 0, losses.mean() - level.mean(), 0.0)
         # Where a batch is one observation, the deviation is that of batch means; the first has nothing to differ from.
         centred = losses - losses.mean() if per_sample else excess.expand(1)
-        freedom = len(losses) - 1 if per_sample else (level.weights[0] > 1).to(losses)
+        freedom = len(losses) - 1 if per_sample else (level.weights[0] > 0).to(losses)
         level.add(number, Increment(losses.mean(), torch.ones_like(excess)), decay)
         squares = Increment(centred.square().sum(), torch.as_tensor(freedom, device=losses.device))
         self._variance.add(number, squares, decay)

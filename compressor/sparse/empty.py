@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compressor.graph import ChannelGraph, Group, Member, Role
+from compressor.graph import ChannelGraph, Group, Member, Role, named_model_tensors
 
 
 def without_weight(graph: ChannelGraph, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -25,7 +25,7 @@ def without_weight(graph: ChannelGraph, masks: Mapping[str, Tensor]) -> dict[str
         masks: by weight name, True where a weight is on. Weights that have no mask are on.
     """
     groups = [group for group in graph.groups if group.exact and group.of_role("consumer")]
-    tensors = graph.model.state_dict()
+    tensors = named_model_tensors(dict(graph.model.named_modules()))  # a state_dict lacks what is not persistent
     names = {member.tensor for group in groups for member in _weights(group)}
     on = {name: _mask(name, tensors[name], masks) for name in names}
     empty = {group.name: torch.zeros(group.size, dtype=torch.bool) for group in groups}

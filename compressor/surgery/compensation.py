@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressor._utils import eval_mode, run_batch
+from compressor._utils import eval_mode, run_batch, tf32_disabled
 from compressor.errors import InputError
 from compressor.graph import ChannelGraph, Offset, owner
 
@@ -54,7 +54,7 @@ def watch_inputs(
         InputError: no batch came, and the message says what it was for; or the model does not run on one.
     """
     count = 0
-    with ExitStack() as handles, eval_mode(graph.model):
+    with ExitStack() as handles, eval_mode(graph.model), tf32_disabled():
         for weight, hook in hooks.items():
             module = graph.model.get_submodule(owner(weight)[0])
             handles.callback(module.register_forward_pre_hook(hook).remove)

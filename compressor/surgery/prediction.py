@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import InputError
-from compressor.graph import ChannelGraph, ConsumerInput, is_torch_module, owner
+from compressor.graph import ChannelGraph, ConsumerInput, Group, is_torch_module, owner
 from compressor.surgery.compensation import removed_means, require_finite, watch_inputs
 
 _BY_MEAN, _BY_NOTHING = "compensated by the mean alone", "not compensated"  # begin notes
@@ -124,21 +124,26 @@ def _note_once(graph: ChannelGraph, what: str, weights: Iterable[str], why: str)
 def _note_others(graph: ChannelGraph, means: Mapping[str, Tensor], known: Iterable[tuple[str, str]]) -> None:
     """Name the consumers of which no covariance can be taken at all."""
     known = set(known)
-    others = {seen.weight for group in graph.groups for seen in group.inputs if (seen.weight, group.name) not in known}
+    others = {weight for group in graph.groups for weight in _read_by(group) if (weight, group.name) not in known}
     why = "is of convolutions and Linear whose blocks are cut alike, and whose weight nobody else reads"
     _note_once(graph, _BY_MEAN, others & means.keys(), why)
     _note_once(graph, _BY_NOTHING, others - means.keys(), why)
 
 
 def _consumers(graph: ChannelGraph) -> list[str]:
-    return list(dict.fromkeys(seen.weight for group in graph.groups for seen in group.inputs))
+    return list(dict.fromkeys(weight for group in graph.groups for weight in _read_by(group)))
+
+
+def _read_by(group: Group) -> list[str]:
+    """Return the weights that read a group, also those whose input nobody sees."""
+    return [each.tensor for each in group.of_role("consumer")] + [each.weight for each in group.consumer_inputs]
 
 
 def _sums(graph: ChannelGraph) -> dict[str, _Sums]:
     found: dict[str, _Sums] = {}
     multiplied = _multiplied_alone(graph)
     for group in graph.groups:
-        for seen in group.inputs:
+        for seen in group.consumer_inputs:
             if seen.weight in graph.offsets or seen.weight in multiplied:
                 at = found.setdefault(seen.weight, _Sums(seen.dim))
                 blocks = channel_blocks(graph, seen)

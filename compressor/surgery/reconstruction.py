@@ -20,7 +20,6 @@ with the taps of its kernel; O outputs.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressor._utils import eval_mode
+from compressor._utils import eval_mode, tf32_disabled
 from compressor.errors import InputError
-from compressor.graph import ChannelGraph, Offset, Table
+from compressor.graph import ChannelGraph, Offset, Table, copied
 from compressor.surgery.layer_inputs import BatchNorm, Layer, fittable_layers, seen_by
 
 logger = logging.getLogger(__name__)
@@ -59,7 +58,7 @@ class Reference:
     """
 
     def __init__(self, graph: ChannelGraph) -> None:
-        self.model = copy.deepcopy(graph.model)
+        self.model = copied(graph.model)
         self._rows: dict[str, Tensor] = {}
 
     def follow(self, table: Table, keep: Mapping[str, Tensor]) -> None:
@@ -102,7 +101,8 @@ def reconstruct(graph: ChannelGraph, reference: Reference, batches: Sequence[Any
     before = {id(each): (each, each.detach().clone()) for each in (*model.parameters(), *model.buffers())}
     fitted = []
     try:
-        with eval_mode(model), eval_mode(reference.model):
+        # The products of inputs are inverted: ten bits of each factor would be too few.
+        with eval_mode(model), eval_mode(reference.model), tf32_disabled():
             for layer in fittable_layers(model, batches[0]):
                 if _fit(graph, reference, layer, batches):
                     fitted.append(layer.name)
@@ -196,6 +196,7 @@ def _observe(
     positions = reference.rows(weight, torch.arange(len(_tensor(graph.model, weight))))
     generator = torch.Generator().manual_seed(0)
     found: tuple[list[_Sums], list[_Sums]] = ([], [])
+    samples = 0
     for batch in batches:
         now, then = seen_by(graph.model, layer, batch), seen_by(reference.model, layer, batch)
         if now is None or then is None:
@@ -220,7 +221,8 @@ def _observe(
             )
         y = y.reshape(len(y), x.shape[1], -1)
         sample = torch.div(some, max(places // len(now.read), 1), rounding_mode="floor")
-        is_out = sample % _HELD_OUT == _HELD_OUT - 1
+        is_out = (samples + sample) % _HELD_OUT == _HELD_OUT - 1  # counted on: batches may be of one sample
+        samples += len(now.read)
         for part, sums in zip((~is_out, is_out), found, strict=True):
             sums.append(_Sums.of(x[part].transpose(0, 1), y[part].transpose(0, 1)))
     kept, held_out = (sum(sums[1:], sums[0]) for sums in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -49,6 +50,8 @@ class Transaction:
         self._state: list[tuple[dict[str, Any], str, Any]] = []
         every = [module for modules in self._modules for module in modules.values()]
         self._attributes = [(module, type(module), dict(vars(module))) for module in every]
+        numbered = self._modules[0] if copies else {}
+        self._numbers = {name: copy.deepcopy(numeric_attributes(each)) for name, each in numbered.items()}
 
     def narrow(self, name: str, stays: Mapping[int, Tensor]) -> None:
         """Leave only some positions along dimensions of a tensor, its gradient and its optimizer state."""
@@ -107,11 +110,15 @@ class Transaction:
             tensor.data = new.to(tensor.device)[tensor.data.long()].to(tensor.dtype)
 
     def refit_copies(self) -> None:
-        """Return the copies the sizes that the model says in its attributes now."""
-        for copy, modules in zip(self._copies, self._modules[1:], strict=True):
-            sync_size_attributes(copy)
+        """Give the copies the numbers that changed among the model's attributes; others, a dropout's, are their own."""
+        changed = {}
+        for name, before in self._numbers.items():
+            now = numeric_attributes(self._modules[0][name])
+            changed[name] = {key: value for key, value in now.items() if before.get(key) != value}
+        for each, modules in zip(self._copies, self._modules[1:], strict=True):
+            sync_size_attributes(each)
             for name, module in modules.items():
-                set_numeric_attributes(module, numeric_attributes(self._modules[0][name]))
+                set_numeric_attributes(module, changed.get(name, {}))
 
     def _remember(self, tensor: Tensor) -> None:
         self._data.setdefault(id(tensor), (tensor, tensor.data, tensor.grad))
@@ -149,13 +156,13 @@ def _require_no_tensors(optimizer: Optimizer, name: str, key: str, value: Any) -
 
 def require_alike(tensors: Mapping[str, Tensor], copies: Iterable[nn.Module]) -> None:
     """Raise InputError if a copy has not the parameters and buffers of these names and shapes."""
-    for copy in copies:
-        others = named_model_tensors(dict(copy.named_modules()))
-        shapes = [{name: tuple(each.shape) for name, each in found.items()} for found in (tensors, others)]
+    for each in copies:
+        others = named_model_tensors(dict(each.named_modules()))
+        shapes = [{name: tuple(tensor.shape) for name, tensor in found.items()} for found in (tensors, others)]
         for name in sorted(shapes[0].keys() | shapes[1].keys()):
             here, there = (found.get(name, "absent") for found in shapes)
             if here != there:
                 raise InputError(
-                    f"{type(copy).__name__} is no copy of the model: {name!r} is {there} there and {here} in the "
+                    f"{type(each).__name__} is no copy of the model: {name!r} is {there} there and {here} in the "
                     "model; of an AveragedModel pass its .module"
                 )

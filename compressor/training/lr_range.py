@@ -11,7 +11,6 @@ Source: Smith, arXiv 1506.01186, section 3.3.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from contextlib import suppress
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compressor.errors import TrainingError
+from compressor.graph import copied
 from compressor.training.config import TrainingConfig
 from compressor.training.data.sources import Data
 from compressor.training.hooks import PlainStep
@@ -55,7 +55,7 @@ def find_learning_rate(model: nn.Module, data: Data, config: TrainingConfig) -> 
     epochs = max(2, math.ceil(_STEPS * config.batch_size / len(data.train)))
     config = replace(config, epochs=epochs, warmup=0.0, ema=0.0, distill=0.0, compile=False, lr=_LOWEST)
     with suppress(_Found):
-        train(copy.deepcopy(model), data, config, trial.hook)
+        train(copied(model), data, config, trial.hook)
     if not trial.losses:
         raise TrainingError(math.nan, 1, _LOWEST, 1)
     lowest = min(range(len(trial.losses)), key=trial.losses.__getitem__)
