@@ -135,8 +135,8 @@ def prune_to_budget(
 
 
 def _best(scores: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return as many channels of each group as `keep` has, those of the highest scores."""
-    best = {name: scores[name].argsort(descending=True, stable=True)[: len(kept)] for name, kept in keep.items()}
+    """Return as many channels of each group as `keep` has, those of the highest scores; of equal ones the later."""
+    best = {name: scores[name].argsort(stable=True)[len(scores[name]) - len(kept) :] for name, kept in keep.items()}
     return {name: each.sort().values.cpu() for name, each in best.items()}
 
 

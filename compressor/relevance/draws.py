@@ -27,7 +27,7 @@ def strata(group_of: Tensor, count: int, blocks: int, generator: torch.Generator
     """Deal the channels of every group at random into `count` strata, whose sizes differ by one at most.
 
     Args:
-        group_of: `(N,)` int64, the group of every channel, in ascending order.
+        group_of: `(N,)` int64, the group of every channel, in any order.
         count: number of strata; each is drawn by one sample in `count`.
         blocks: how many times to deal.
 
@@ -50,7 +50,7 @@ def stratified_draws(group_of: Tensor, count: int, batch: int, generator: torch.
     Equally many channels are out in every sample, so their number adds no noise to the losses.
 
     Args:
-        group_of: `(N,)` int64, the group of every channel, in ascending order.
+        group_of: `(N,)` int64, the group of every channel, in any order.
         count: one channel in so many is drawn.
         batch: `B`.
 

@@ -382,7 +382,8 @@ def _prediction(covariance: Tensor, kept: Tensor, gone: Tensor, samples: int) ->
     """Return A, `(r, n)`: the coefficients of what goes in what stays.
 
     The ridge is that of Hoerl, Kennard & Baldwin (1975), in units of each kept channel's deviation: `n s^2 / (N b^2)`
-    with the variance s^2 that the prediction leaves and its coefficients b. It is 0 where nothing is left, so that
+    with the variance s^2 that the prediction leaves, its coefficients b, and for N the samples, since the rows of one
+    image say nearly the same. It is 0 where nothing is left, so that
     copies are predicted exactly, and large where the prediction is noise.
     """
     c = covariance.double().cpu()
