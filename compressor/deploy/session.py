@@ -45,10 +45,10 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     options.enable_profiling = bool(profile)
     options.profile_file_prefix = profile
-    provider = _provider(torch.device(device), tf32, tensorrt)
+    providers = _providers(torch.device(device), tf32, tensorrt)
     # enable_fallback=0: else a GPU that fails is exchanged for the CPU, and a latency is reported of the wrong device.
-    session = onnxruntime.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
-    if provider[0] not in session.get_providers():
+    session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+    if providers[0][0] not in session.get_providers():
         raise InputError(_no_device(device, session.get_providers(), tensorrt))
     return session
 
@@ -96,13 +96,17 @@ def _why_not(path: Path, error: Exception) -> str:
     return f"{path} is no ONNX file that onnxruntime can read: {said}"
 
 
-def _provider(device: torch.device, tf32: bool, tensorrt: bool) -> tuple[str, dict[str, str]]:
+def _providers(device: torch.device, tf32: bool, tensorrt: bool) -> list[tuple[str, dict[str, str]]]:
+    """Return who runs the operations, the first that knows one; what none of them knows onnxruntime gives to the CPU.
+
+    Behind TensorRT that is CUDA, or a single operation that TensorRT lacks would cost two copies over the bus.
+    """
     import onnxruntime
 
     if device.type == "cpu" and tensorrt:
         raise InputError("TensorRT runs on a GPU: give the device cuda, or another engine for cpu")
     if device.type == "cpu":
-        return "CPUExecutionProvider", {}
+        return [("CPUExecutionProvider", {})]
     name = "TensorrtExecutionProvider" if tensorrt else "CUDAExecutionProvider"
     offered = onnxruntime.get_available_providers()
     # Without a GPU, onnxruntime offers the provider all the same, and writes to stderr; built for CPUs alone it warns.
@@ -110,7 +114,8 @@ def _provider(device: torch.device, tf32: bool, tensorrt: bool) -> tuple[str, di
         raise InputError(_no_device(str(device), ["CPUExecutionProvider"], tensorrt))
     onnxruntime.preload_dlls()  # the CUDA libraries that came with PyTorch
     index = str(device.index or 0)
-    return name, {"device_id": index} if tensorrt else {"device_id": index, "use_tf32": str(int(tf32))}
+    by_cuda = ("CUDAExecutionProvider", {"device_id": index, "use_tf32": str(int(tf32))})
+    return [(name, {"device_id": index}), by_cuda] if tensorrt else [by_cuda]
 
 
 def _no_device(device: str, providers: list[str], tensorrt: bool) -> str:
