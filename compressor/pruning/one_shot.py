@@ -221,7 +221,7 @@ def _run_by(
     return [(batch, count_samples(batch)) for batch in batches], _summed
 
 
-def _summed(loss: Any, samples: int, *, reduction: str) -> Tensor:
+def _summed(loss: Any, samples: int, *, reduction: str = "sum") -> Tensor:
     """Return the sum over the samples, of which `loss` is a mean, or one by one."""
     if not isinstance(loss, Tensor):
         raise InputError(
