@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compressor
-from compressor.errors import TraceError, no_axis_rule
+from compressor.errors import InputError, TraceError, no_axis_rule
 
 X = torch.randn(1, 3, 32, 32)
 
@@ -323,3 +323,12 @@ def test_graphs_are_made_in_several_threads_at_once() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(made, range(24))) == [{"first": 4, "left": 4}] * 24
+
+
+def test_a_default_device_is_refused_in_words() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with (
+        torch.device("meta"),
+        pytest.raises(InputError, match=r"new tensors go to meta by default.*set_default_device\('cpu'\) first"),
+    ):
+        compressor.trace(model, torch.zeros(1, 3))

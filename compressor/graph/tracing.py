@@ -45,10 +45,11 @@ def trace(model: nn.Module, example_inputs: Any, *, outputs: Callable[[Any], Any
         The graph, with its groups in the order in which the model uses them.
 
     Raises:
-        InputError: a wrapper such as DistributedDataParallel.
+        InputError: a wrapper such as DistributedDataParallel; new tensors go to a GPU by default.
         TraceError: the model does not run on the example inputs.
     """
     _refuse_wrappers(model)
+    _refuse_default_device()
     context = TraceContext()
     log = OpLog(meta=True)
     notes = list[str]()
@@ -100,6 +101,16 @@ def _refuse_wrappers(model: nn.Module) -> None:
                 f"{where} is wrapped in {kind}: give what is inside (its .module), and wrap it anew after every cut, "
                 f"since {kind} keeps the old shapes"
             )
+
+
+def _refuse_default_device() -> None:
+    """Refuse a default device: positions of channels are numbers on the CPU, wherever the model is."""
+    device = torch.get_default_device()
+    if device.type != "cpu":
+        raise InputError(
+            f"new tensors go to {device} by default, and numbers of channels would too: call "
+            f"torch.set_default_device('cpu') first, and model.to({str(device)!r})"
+        )
 
 
 def _freeze_what_training_reads(graph: ChannelGraph, unused: list[str]) -> None:
