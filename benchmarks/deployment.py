@@ -67,26 +67,24 @@ def main(
     part: Annotated[str, typer.Option(help="widths, gpu, accuracy or precision.")],
     weights: Annotated[Path | None, typer.Option(help="Folder with NETWORK-cifar10.safetensors.")] = None,
     source: Annotated[str, typer.Option("--data", help="As for compress --data.")] = "cifar10",
-    networks: Annotated[str, typer.Option(help="Of the widths, with | between them.")] = "|".join(NETWORKS),
+    networks: Annotated[str, typer.Option(help="With | between them; all by default.")] = "",
     batches: Annotated[str, typer.Option(help="Sizes that widths are timed and budgeted at: 1,32.")] = "1,32",
 ) -> None:
     """Measure, write, and print where the table is."""
     torch.set_num_threads(1)
-    if part == "widths":
-        for name in networks.split("|"):
-            made = widths(name, [int(size) for size in batches.split(",")])
-            path = write(f"deployment-widths-{name.replace(', ', '-').replace(' ', '-')}", made, WIDTHS)
-            print(path, flush=True)
-        return
-    if part == "gpu":
-        for name in networks.split("|"):
-            print(write(f"deployment-gpu-{name.replace(', ', '-').replace(' ', '-')}", on_gpu(name), GPU), flush=True)
-        return
-    assert weights, "give --weights"
-    rows, note = {"accuracy": (accuracy, ACCURACY), "precision": (precision, PRECISION)}[part]
-    for done in rows(source, weights):
-        path = write(f"deployment-{part}", done, note)
-    print(path)
+    known = {"accuracy": TRAINED, "precision": ("",)}.get(part, NETWORKS)
+    for name in networks.split("|") if networks else known:
+        file = f"deployment-{part}-{name}".replace(", ", "-").replace(" ", "-").rstrip("-")
+        if part == "widths":
+            path = write(file, widths(name, [int(size) for size in batches.split(",")]), WIDTHS)
+        elif part == "gpu":
+            path = write(file, on_gpu(name), GPU)
+        else:
+            assert weights, "give --weights"
+            rows = accuracy(name, source, weights) if part == "accuracy" else precision(source, weights)
+            for done in rows:
+                path = write(file, done, ACCURACY if part == "accuracy" else PRECISION)
+        print(path, flush=True)
 
 
 WIDTHS = (
@@ -202,24 +200,22 @@ ACCURACY = (
 )
 
 
-def accuracy(source: str, weights: Path) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows so far, by network and budget: all cuts and their latencies first, because only they are timed."""
-    digits = load_data("digits", seed=0, image_size=16)
-    torch.manual_seed(0)
-    small = NETWORKS_OF_CIFAR["resnet20"]()
-    train(small, digits, 20, seed=0)
-    networks = {
-        "resnet20, digits": (digits, small.eval()),
-        "resnet20, CIFAR-10": (data(source), trained("resnet20", weights)),
-    }
-    rows: list[dict[str, Any]] = []
-    cuts: list[tuple[dict[str, Any], nn.Module, Data]] = []
-    for name, (found, dense) in networks.items():
-        made = at_equal_latency(name, found, dense)
-        rows += [row for row, _ in made]
-        cuts += [(row, model, found) for row, model in made[1:]]
-        yield rows
-    for row, model, found in sorted(cuts, key=lambda each: each[0]["as cut"]):  # where an epoch counts most
+TRAINED = ("resnet20, digits", "resnet20, CIFAR-10")
+
+
+def accuracy(name: str, source: str, weights: Path) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows so far of one network, by budget: all cuts and their latencies first, only they are timed."""
+    if name == "resnet20, digits":
+        found = load_data("digits", seed=0, image_size=16)
+        torch.manual_seed(0)
+        dense = NETWORKS_OF_CIFAR["resnet20"]()
+        train(dense, found, 20, seed=0)
+    else:
+        found, dense = data(source), trained("resnet20", weights)
+    made = at_equal_latency(name, found, dense.eval())
+    rows = [row for row, _ in made]
+    yield rows
+    for row, model in sorted(made[1:], key=lambda each: each[0]["as cut"]):  # where an epoch counts most
         train(model, found, 1, seed=0)
         row["one epoch"] = right(model, found)
         yield rows
