@@ -355,7 +355,7 @@ def test_full_precision_is_asked_for_and_given_back() -> None:
     try:
         cudnn.allow_tf32 = cublas.allow_tf32 = True
         with runtime.tf32_disabled():
-            assert (cudnn.allow_tf32, cublas.allow_tf32) == (False, False)
+            assert (cudnn.conv.fp32_precision, cublas.fp32_precision) == ("ieee", "ieee")
         assert (cudnn.allow_tf32, cublas.allow_tf32) == (True, True)
     finally:
         cudnn.allow_tf32, cublas.allow_tf32 = before
