@@ -4,14 +4,14 @@ from .cutting import cut as cut
 from .cutting import removed_channels as removed_channels
 from .cutting import try_cut as try_cut
 from .masks import mask_channels as mask_channels
+from .moments import Moments as Moments
+from .moments import channel_blocks as channel_blocks
+from .moments import input_moments as input_moments
 from .optimizers import all_optimizers as all_optimizers
 from .optimizers import require_followed as require_followed
 from .optimizers import require_held as require_held
 from .options import COMPENSATIONS as COMPENSATIONS
 from .options import Compensation as Compensation
-from .prediction import Moments as Moments
-from .prediction import channel_blocks as channel_blocks
-from .prediction import input_moments as input_moments
 from .reconstruction import Reference as Reference
 from .reconstruction import reconstruct as reconstruct
 from .retry import retry_without_refused as retry_without_refused

@@ -38,8 +38,9 @@ from compressor.graph import (
     verify_against_recording,
 )
 from compressor.surgery.compensation import constant_output
+from compressor.surgery.moments import Moments
 from compressor.surgery.optimizers import all_optimizers
-from compressor.surgery.prediction import Moments, compensations
+from compressor.surgery.prediction import compensations
 from compressor.surgery.transaction import Transaction
 
 logger = logging.getLogger(__name__)

@@ -26,7 +26,8 @@ from compressor.graph import ChannelGraph, named_model_tensors, owner, preserve_
 from compressor.surgery.compensation import constant_output
 from compressor.surgery.cutting import cut, removed_channels
 from compressor.surgery.masks import mask_channels
-from compressor.surgery.prediction import Moments, compensations
+from compressor.surgery.moments import Moments
+from compressor.surgery.prediction import compensations
 
 Outputs = list[tuple[str, Tensor]]
 Means = Mapping[str, Tensor] | Moments
